@@ -1,0 +1,184 @@
+# samba.cu: everything a person does. `make help` lists it.
+#
+#   CPU=1            build for the CPU even where nvcc is found
+#   PRECISION=FP32   GPU build in float instead of bf16 (no TF32), for parity with the reference
+#   DEBUG=1          symbols, no optimisation, address and undefined-behaviour checks on the CPU
+#   ARCH=90a         GPU architecture to build for; default: the GPU's own, and 80 and 90a where there is none
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := all
+MAKEFLAGS += --no-builtin-rules
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What this machine has
+
+NVCC := $(shell command -v nvcc 2>/dev/null || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
+GPU_NAME := $(shell nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1)
+GPU_ARCH := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d '. ')
+has_header = $(shell echo '\#include <$(1)>' | $(CXX) -std=c++20 $(CPPFLAGS) -x c++ -fsyntax-only - 2>/dev/null && echo yes)
+HAVE_SENTENCEPIECE := $(call has_header,sentencepiece_processor.h)
+HAVE_OPENBLAS := $(call has_header,cblas.h)
+
+ifeq ($(NVCC),)
+CPU := 1
+endif
+PRECISION ?= BF16
+PRECISION := $(shell echo $(PRECISION) | tr a-z A-Z)
+ifeq ($(filter $(PRECISION),BF16 FP32),)
+$(error PRECISION=$(PRECISION): choose BF16 or FP32)
+endif
+
+ifeq ($(CPU),1)
+VARIANT := cpu
+else
+VARIANT := gpu-$(shell echo $(PRECISION) | tr A-Z a-z)
+endif
+ifeq ($(DEBUG),1)
+VARIANT := $(VARIANT)-debug
+endif
+BUILD := build/$(VARIANT)
+COMMIT := $(shell git describe --always --dirty --abbrev=10 2>/dev/null || echo unknown)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How to compile
+
+DEFINES := -DSAMBA_SOURCE_DIR='"$(CURDIR)"'
+LIBRARIES := -lpthread
+ifeq ($(HAVE_SENTENCEPIECE),yes)
+LIBRARIES += -lsentencepiece
+else
+DEFINES += -DSAMBA_NO_SENTENCEPIECE
+endif
+
+WARNINGS := -Wall -Wextra -Wno-unknown-pragmas -Wno-restrict
+ifeq ($(CPU),1)
+DEFINES += -DSAMBA_CPU
+ifeq ($(HAVE_OPENBLAS),yes)
+DEFINES += -DSAMBA_OPENBLAS
+LIBRARIES += -lopenblas
+endif
+comma := ,
+OPTIMISE := $(if $(filter 1,$(DEBUG)),-O1 -g -fsanitize=address$(comma)undefined,-O3 -march=native)
+COMPILE = $(CXX) -std=c++20 $(OPTIMISE) -fopenmp $(WARNINGS) $(DEFINES) $(CPPFLAGS) -MMD -MP -x c++
+LINK = $(CXX) $(OPTIMISE) -fopenmp $(LDFLAGS)
+else
+ARCH ?= $(if $(GPU_ARCH),$(if $(filter 90,$(GPU_ARCH)),90a,$(GPU_ARCH)),80 90a)
+GENCODE := $(foreach a,$(ARCH),-gencode arch=compute_$(a),code=sm_$(a))
+ifeq ($(PRECISION),FP32)
+DEFINES += -DSAMBA_FP32
+endif
+OPTIMISE := $(if $(filter 1,$(DEBUG)),-O0 -g -lineinfo,-O3 -lineinfo)
+COMPILE = $(NVCC) -std=c++20 $(OPTIMISE) $(GENCODE) -Xcompiler -fopenmp,-march=native,-Wall,-Wno-unknown-pragmas \
+          --expt-relaxed-constexpr -diag-suppress 20012 $(DEFINES) $(CPPFLAGS) -MMD -MP -x cu
+LINK = $(NVCC) $(GENCODE) -Xcompiler -fopenmp $(LDFLAGS)
+LIBRARIES += -lcublasLt
+endif
+
+TEST_SOURCES := test_samba.cu $(wildcard dev/test/test_*.cu)
+TEST_OBJECTS := $(patsubst %.cu,$(BUILD)/obj/%.o,$(notdir $(TEST_SOURCES)))
+vpath %.cu . dev/test dev/bench
+
+# ---------------------------------------------------------------------------------------------------------------------
+##@ Build
+
+.PHONY: all
+all: report $(BUILD)/train_samba ## Build train_samba for this machine (CPU=1, PRECISION=FP32, DEBUG=1)
+	@ln -sf $(BUILD)/train_samba train_samba
+	@echo "built $(BUILD)/train_samba (also ./train_samba)"
+
+.PHONY: tests-build
+tests-build: $(BUILD)/test_samba ## Build the tests
+
+$(BUILD)/obj/%.o: %.cu $(BUILD)/flags | $(BUILD)/obj
+	@echo "  compile $<"
+	@$(COMPILE) -c $< -o $@
+
+$(BUILD)/train_samba: $(BUILD)/obj/train_samba.o
+	@echo "  link $@"
+	@$(LINK) $^ -o $@ $(LIBRARIES)
+
+$(BUILD)/test_samba: $(TEST_OBJECTS)
+	@echo "  link $@"
+	@$(LINK) $^ -o $@ -lgtest $(if $(HAVE_SENTENCEPIECE),-lsentencepiece_train) $(LIBRARIES)
+
+$(BUILD)/bench_%: $(BUILD)/obj/bench_%.o
+	@echo "  link $@"
+	@$(LINK) $^ -o $@ $(LIBRARIES)
+
+$(BUILD)/obj/train_samba.o: DEFINES += -DSAMBA_COMMIT='"$(COMMIT)"'
+
+$(BUILD)/obj:
+	@mkdir -p $@
+
+# Other flags than last time: compile again
+FLAGS := $(COMPILE) $(LINK) $(LIBRARIES)
+$(BUILD)/flags: FORCE | $(BUILD)/obj
+	@echo '$(subst ','\'',$(FLAGS))' | cmp -s - $@ || echo '$(subst ','\'',$(FLAGS))' > $@
+.PHONY: FORCE
+FORCE:
+
+-include $(wildcard $(BUILD)/obj/*.d)
+
+.PHONY: report
+report: ## What this machine has, and what to do about what it lacks
+	@NVCC="$(NVCC)" GPU="$(GPU_NAME)" ARCH="$(GPU_ARCH)" CXX="$(CXX)" CPPFLAGS="$(CPPFLAGS)" LDFLAGS="$(LDFLAGS)" bash scripts/report.sh
+	@echo "  building $(VARIANT)$(if $(GENCODE), for $(addprefix sm_,$(ARCH)))"
+
+.PHONY: setup
+setup: ## Install what is missing: apt packages and .venv
+	@bash scripts/setup.sh
+
+.PHONY: clean
+clean: ## Remove everything that was built
+	rm -rf build train_samba
+
+# ---------------------------------------------------------------------------------------------------------------------
+##@ Train
+
+PYTHON := .venv/bin/python
+DATA := data/stdlib
+OUT ?= out/quickstart
+QUICK ?=
+
+.PHONY: data
+data: setup ## Prepare the built-in corpus: the Python standard library's text
+	@$(PYTHON) -m data.prepare --dataset stdlib --vocab-size 4096 --out $(DATA)
+
+# A sub-make builds, because what the machine has is looked up when make starts, before setup has installed it. A machine
+# with a CUDA compiler and no GPU trains on its CPU.
+.PHONY: train
+train: data ## From nothing to a sampled sentence: install, build, prepare, train, sample, plot (about five minutes)
+	@$(MAKE) --no-print-directory all $(if $(GPU_ARCH),,CPU=1)
+	@./scripts/quickstart.sh ./train_samba $(DATA) $(OUT) $(QUICK)
+
+# ---------------------------------------------------------------------------------------------------------------------
+##@ Test
+
+.PHONY: test
+test: setup ## Every test that this machine can run; says what it skipped and why
+	@$(PYTHON) scripts/run_tests.py
+
+.PHONY: sanitize
+sanitize: ## Kernel tests under compute-sanitizer: memcheck, then racecheck (needs a GPU; slow)
+	@$(MAKE) --no-print-directory tests-build
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(BUILD)/test_samba --gtest_filter='*Gpu*' --gtest_brief=1
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(BUILD)/test_samba --gtest_filter='*Gpu*' --gtest_brief=1
+
+.PHONY: golden
+golden: ## The golden files alone (SAMBA_GOLDEN_DIR=DIR: any directory of such files)
+	@$(MAKE) --no-print-directory tests-build
+	@$(BUILD)/test_samba --gtest_filter='Golden*' --gtest_brief=1
+
+# ---------------------------------------------------------------------------------------------------------------------
+##@ Measure
+
+.PHONY: bench-ops
+bench-ops: ## Every operation of a Samba-421M step alone, on this GPU: ms, GB/s, TFLOP/s
+	@$(MAKE) --no-print-directory $(BUILD)/bench_ops
+	@$(BUILD)/bench_ops
+
+.PHONY: help
+help: ## This list
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@sed -n '3,6s/^#  /  /p' $(firstword $(MAKEFILE_LIST))

@@ -1,0 +1,142 @@
+// Every operation of a Samba step, timed alone at one micro-batch of Samba-421M (B=8, T=4096): ms, GB/s, TFLOP/s.
+//   build/gpu-bf16/bench_ops [B T d_model d_ff n_head head_dim window]
+#include "bench.cuh"
+
+using namespace bench;
+
+struct Shape {
+    int B = 8;
+    int64_t T = 4096;
+    int d = 1536, F = 4096, H = 12, hd = 128;
+    int64_t window = 2048;
+    int V = 32000, N = 16;
+    int64_t BT() const { return B * T; }
+};
+
+constexpr int COPIES = 3;
+constexpr double X = sizeof(floatX);
+
+static void bench_mamba(const Shape& s) {
+    const int e = 2 * s.d, R = (s.d + 15) / 16, R2N = R + 2 * s.N;
+    const int64_t BT = s.BT();
+    Rotating<floatX> xz(BT * 2 * e, COPIES), u(BT * e, COPIES), dt(BT * e, COPIES), x_dbl(BT * R2N, COPIES), out(BT * e, COPIES);
+    Rotating<float> conv_w(e * 4, 1, 0.5f), vector(e, 1, 0.5f), A_log(e * s.N, 1, 1.f), D(e, 1), dt_bias(e, 1, 4.f), grad(e * s.N, 1, 0.f);
+    std::vector<void*> states(COPIES);
+    for (auto& p : states) p = device_alloc(gpu::selective_scan_saved(s.B, s.T, e, s.N), "states");
+    void* workspace = device_alloc(std::max(gpu::selective_scan_workspace(s.B, s.T, e, s.N), gpu::conv1d_backward_workspace(s.B, s.T, e)), "workspace");
+    floatX* no_halo = nullptr;
+    float* no_h = nullptr;
+    const double e_bytes = (double)BT * e * X;
+    print_row("conv1d forward", time_ms([&](int i) { gpu::conv1d_forward(u[i], no_halo, xz[i], 2 * e, no_halo, conv_w[0], vector[0], s.B, s.T, e, 0); }), 2 * e_bytes);
+    print_row("scan forward", time_ms([&](int i) {
+        gpu::selective_scan_forward(out[i], states[i % COPIES], no_h, u[i], dt[i], x_dbl[i] + R, R2N, xz[i] + e, 2 * e, A_log[0], D[0], dt_bias[0], no_h, workspace, s.B, s.T, e, s.N, 0);
+    }), 4 * e_bytes + (double)gpu::selective_scan_saved(s.B, s.T, e, s.N));
+    Rotating<floatX> du(BT * e, 2), ddt(BT * e, 2), dxz(BT * 2 * e, 2), dx_dbl(BT * R2N, 2), dout(BT * e, COPIES);
+    print_row("scan backward", time_ms([&](int i) {
+        gpu::selective_scan_backward(du[i], ddt[i], dxz[i] + e, 2 * e, dx_dbl[i] + R, R2N, out[i], grad[0], grad[0], grad[0], dout[i], u[i], dt[i], x_dbl[i] + R, R2N, xz[i] + e, 2 * e,
+                                     A_log[0], D[0], dt_bias[0], no_h, states[i % COPIES], workspace, s.B, s.T, e, s.N, 0);
+    }), 8 * e_bytes + (double)gpu::selective_scan_saved(s.B, s.T, e, s.N));
+    print_row("conv1d backward", time_ms([&](int i) {
+        gpu::conv1d_backward(dxz[i], 2 * e, grad[0], grad[0], du[i], xz[i], 2 * e, no_halo, conv_w[0], vector[0], workspace, s.B, s.T, e, 0);
+    }), 3 * e_bytes);
+    for (void* p : states) cudaFree(p);
+    cudaFree(workspace);
+}
+
+static void bench_attention(const Shape& s) {
+    const int64_t BT = s.BT(), qkv_dim = 3 * s.H * s.hd;
+    Rotating<floatX> qkv(BT * qkv_dim, COPIES), out(BT * s.H * s.hd, COPIES), dout(BT * s.H * s.hd, COPIES), dqkv(BT * qkv_dim, 2);
+    Rotating<float> lse(BT * s.H, 1), table(s.T * s.hd, 1);
+    void* workspace = device_alloc(gpu::attention_backward_workspace(s.B, s.T, s.H, s.H, s.hd), "workspace");
+    const floatX* no_ring = nullptr;
+    const double w = (double)std::min(s.window, s.T), pairs = (w * (w + 1) / 2 + ((double)s.T - w) * w) * s.B * s.H, bytes = (double)BT * qkv_dim * X;
+    gpu::rope_table(table[0], 0, s.T, s.hd, 10000.0, 0);
+    print_row("rope", time_ms([&](int i) { gpu::rope_forward(qkv[i], table[0], s.B, s.T, s.H, s.H, s.hd, 0); }), bytes * 4 / 3);
+    print_row("attention forward", time_ms([&](int i) { gpu::attention_forward(out[i], lse[0], qkv[i], no_ring, 0, 0, s.B, s.T, s.H, s.H, s.hd, s.window, 0); }),
+              bytes * 4 / 3, 4 * pairs * s.hd);
+    print_row("attention backward", time_ms([&](int i) {
+        gpu::attention_backward(dqkv[i], dout[i], out[i], qkv[i], lse[0], workspace, s.B, s.T, s.H, s.H, s.hd, s.window, 0);
+    }), bytes * 8 / 3, 10 * pairs * s.hd);
+    cudaFree(workspace);
+}
+
+static void bench_elementwise(const Shape& s) {
+    const int64_t BT = s.BT();
+    const double d_elements = (double)BT * s.d;
+    Rotating<float> x(BT * s.d, COPIES), dx(BT * s.d, 2), rstd(BT, 1), weight(s.d, 1), grad(s.d, 1, 0.f), losses(BT, 1);
+    Rotating<floatX> n(BT * s.d, COPIES), gate_up(BT * 2 * s.F, 2), h(BT * s.F, 2), dgate_up(BT * 2 * s.F, 2), wte((int64_t)s.V * s.d, 1, 0.02f);
+    void* workspace = device_alloc(std::max(gpu::rmsnorm_backward_workspace(BT, s.d), gpu::embedding_backward_workspace(BT, s.V, s.d)), "workspace");
+    print_row("rmsnorm forward", time_ms([&](int i) { gpu::rmsnorm_forward(n[i], rstd[0], x[i], weight[0], BT, s.d, 1e-5f, 0); }), d_elements * (4 + X));
+    print_row("rmsnorm backward (dx +=, copy)", time_ms([&](int i) { gpu::rmsnorm_backward(dx[i], n[i + 1], grad[0], n[i], x[i], rstd[0], weight[0], workspace, BT, s.d, true, 0); }),
+              d_elements * (12 + 2 * X));
+    print_row("swiglu forward", time_ms([&](int i) { gpu::swiglu_forward(h[i], gate_up[i], BT, s.F, 0); }), 3.0 * BT * s.F * X);
+    print_row("swiglu backward", time_ms([&](int i) { gpu::swiglu_backward(dgate_up[i], h[i], gate_up[i], BT, s.F, 0); }), 5.0 * BT * s.F * X);
+    std::vector<int> host(BT);
+    for (int64_t i = 0; i < BT; i++) host[i] = (int)((i * i * 7919 + i) % (i % 10 == 0 ? 7 : s.V));          // a few tokens are frequent
+    int* tokens = (int*)device_alloc(BT * sizeof(int), "tokens");
+    CUDA_CHECK(cudaMemcpy(tokens, host.data(), BT * sizeof(int), cudaMemcpyHostToDevice));
+    Rotating<float> dwte((int64_t)s.V * s.d, 1, 0.f);
+    print_row("embedding forward", time_ms([&](int i) { gpu::embedding_forward(x[i], tokens, wte[0], BT, s.d, 0); }), d_elements * (4 + X));
+    print_row("embedding backward", time_ms([&](int i) { gpu::embedding_backward(dwte[0], x[i], tokens, workspace, BT, s.V, s.d, 0); }), d_elements * 4);
+    const int64_t rows = std::min<int64_t>(BT, 4096);
+    Rotating<floatX> logits(rows * s.V, 3, 5.f);
+    print_row("cross entropy fused, 4096 rows", time_ms([&](int i) { gpu::cross_entropy_fused(losses[0], logits[i], tokens, 1e-5f, rows, s.V, 0); }), 2.0 * rows * s.V * X);
+    cudaFree(workspace);
+    cudaFree(tokens);
+}
+
+static void bench_matmul(const Shape& s) {
+    gpu::Matmul mm;
+    const int64_t M = s.BT();
+    const int e = 2 * s.d, R = (s.d + 15) / 16, R2N = R + 2 * s.N;
+    struct Product { const char* name; int N, K; } products[] = {{"in_proj", 2 * e, s.d}, {"x_proj", R2N, e}, {"dt_proj", e, R}, {"out_proj", s.d, e}, {"qkv", 3 * s.H * s.hd, s.d},
+                                                               {"attention out", s.d, s.H * s.hd}, {"w1|w2", 2 * s.F, s.d}, {"w3", s.d, s.F}};
+    for (const Product& p : products) {
+        const bool dt = std::string(p.name) == "dt_proj";
+        const int64_t ldx = dt ? R2N : p.K;
+        Rotating<floatX> x(M * ldx, 2), y(M * p.N, 2), w((int64_t)p.N * p.K, 2, 0.05f);
+        Rotating<float> dw((int64_t)p.N * p.K, 1, 0.f);
+        const double flops = 2.0 * M * p.N * p.K, bytes = X * ((double)M * p.N + (double)M * p.K + (double)p.N * p.K);
+        print_row(std::string(p.name) + " forward", time_ms([&](int i) { gpu::matmul_forward(mm, y[i], p.N, x[i], ldx, w[i], M, p.N, p.K, 0); }), bytes, flops);
+        print_row(std::string(p.name) + " dgrad", time_ms([&](int i) { gpu::matmul_dgrad(mm, x[i], ldx, y[i], p.N, w[i], M, p.N, p.K, false, 0); }), bytes, flops);
+        print_row(std::string(p.name) + " wgrad", time_ms([&](int i) { gpu::matmul_wgrad(mm, dw[0], y[i], p.N, x[i], ldx, M, p.N, p.K, 0); }), bytes, flops);
+        if (p.N == s.d) {
+            Rotating<float> r(M * p.N, 2), r2(M * p.N, 2);
+            print_row(std::string(p.name) + " residual", time_ms([&](int i) { gpu::matmul_residual(mm, r[i], r2[i], x[i], w[i], M, p.N, p.K, 0); }), bytes + 6.0 * M * p.N, flops);
+        }
+    }
+    const int64_t rows = std::min<int64_t>(M, 4096);
+    Rotating<floatX> x(rows * s.d, 2), y(rows * s.V, 2), w((int64_t)s.V * s.d, 1, 0.05f);
+    Rotating<float> dw((int64_t)s.V * s.d, 1, 0.f);
+    const double flops = 2.0 * rows * s.V * s.d, bytes = X * (double)(rows * s.V + rows * s.d + (int64_t)s.V * s.d);
+    print_row("head forward, 4096 rows", time_ms([&](int i) { gpu::matmul_forward(mm, y[i], s.V, x[i], s.d, w[0], rows, s.V, s.d, 0); }), bytes, flops);
+    print_row("head dgrad, 4096 rows", time_ms([&](int i) { gpu::matmul_dgrad(mm, x[i], s.d, y[i], s.V, w[0], rows, s.V, s.d, false, 0); }), bytes, flops);
+    print_row("head wgrad, 4096 rows", time_ms([&](int i) { gpu::matmul_wgrad(mm, dw[0], y[i], s.V, x[i], s.d, rows, s.V, s.d, 0); }), bytes, flops);
+}
+
+static void bench_optimizer() {
+    const int64_t n = 421793280;
+    Rotating<float> master(n, 1, 0.05f), grads(n, 1, 0.01f), m(n, 1, 0.f), v(n, 1, 0.f), result(2, 1);
+    Rotating<floatX> w(n, 1);
+    void* workspace = device_alloc(gpu::global_norm_workspace(n), "workspace");
+    print_row("global norm, 421.8M", time_ms([&](int) { gpu::global_norm(result[0], grads[0], n, 1.f, workspace, 0); }, 10), 4.0 * n);
+    print_row("AdamW, 421.8M", time_ms([&](int i) { gpu::adamw_update(w[0], master[0], m[0], v[0], grads[0], result[0], n, AdamW{1e-4f, 0.9f, 0.95f, 1e-8f, 0.1f, i + 1}, 0); }, 10), (28.0 + X) * n);
+    cudaFree(workspace);
+}
+
+int main(int argc, char** argv) {
+    try {
+        Shape s;
+        if (argc > 7) s = {atoi(argv[1]), atoll(argv[2]), atoi(argv[3]), atoi(argv[4]), atoi(argv[5]), atoi(argv[6]), atoll(argv[7])};
+        printf("%s, %s, B=%d T=%lld d=%d F=%d heads %dx%d window %lld\n", device_info().name.c_str(), BUILD_NAME, s.B, (long long)s.T, s.d, s.F, s.H, s.hd, (long long)s.window);
+        print_header();
+        bench_mamba(s);
+        bench_attention(s);
+        bench_elementwise(s);
+        bench_matmul(s);
+        bench_optimizer();
+    } catch (const std::exception& error) {
+        fprintf(stderr, "error: %s\n", error.what());
+        return 1;
+    }
+}

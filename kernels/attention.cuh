@@ -1,0 +1,826 @@
+// Causal sliding-window attention with grouped heads (MHA, GQA, MQA), forward and deterministic backward.
+// Formula, shapes and the meaning of the ring: kernels/cpu/attention.h. Scores are never in memory; lse (fp32) is saved.
+//
+// Two paths, one choice (attention_forward, attention_backward):
+//   *_mma     bf16 on tensor cores: mma.sync m16n8k16, ldmatrix, cp.async (sm_80 and newer); head_dim 64, 128, 256
+//   *_plain   fp32 arithmetic from either type; any head_dim that is a multiple of 8 up to 256
+//
+// Forward: a block owns a tile of queries and visits the key tiles of its window, the diagonal first; online softmax in the
+// exp2 domain. Backward: one kernel whose blocks own keys (dk, dv; they loop over the group's query heads) and one whose
+// blocks own queries (dq): 7 products instead of 5, but every sum has one owner and a fixed order: no atomics, no fp32 dq
+// buffer. Precision: fp32 sums, softmax and statistics; P and dS are rounded to bf16 for their second product.
+//
+// Flops per (query, visible key) pair: 4 hd forward, 10 hd backward (14 hd done). Samba-421M (B 8, T 4096, window 2048, 12
+// heads of 128): 309 and 773 GFLOP a layer; bytes do not matter (0.2 GB). mma.sync reaches 300 to 350 TFLOP/s on an H100.
+#pragma once
+#include <algorithm>
+#include <type_traits>
+
+#include "device.cuh"
+
+namespace gpu {
+namespace attn {
+
+using bf16 = __nv_bfloat16;
+constexpr float LOG2E = 1.44269504f;
+
+// What every kernel gets. Positions count from this call's t = 0, so a key of an earlier call has a negative one; they fit an
+// int (check() sees to it: registers are short), offsets into tensors never do.
+template <class X> struct Args {
+    X *out, *dqkv;
+    float *lse, *lse2, *delta;               // (B, H, T); lse2 = lse log2(e)
+    const X *qkv, *ring, *dout, *saved_out;
+    int64_t capacity, position;
+    int B, T, H, G, hd, window;
+
+    __host__ __device__ int64_t row() const { return (int64_t)(H + 2 * G) * hd; }
+    __host__ __device__ int64_t out_row() const { return (int64_t)H * hd; }
+    __device__ int64_t query(int b, int h) const { return (int64_t)b * T * row() + (int64_t)(h / (H / G) * (H / G + 2) + h % (H / G)) * hd; }
+    __device__ int64_t key(int b, int g) const { return (int64_t)b * T * row() + (int64_t)(g * (H / G + 2) + H / G) * hd; }
+    __device__ int64_t value(int b, int g) const { return key(b, g) + hd; }
+    __device__ int64_t output(int b, int h) const { return ((int64_t)b * T * H + h) * hd; }
+    __device__ int64_t stat(int b, int h) const { return ((int64_t)b * H + h) * T; }
+    __device__ int oldest() const { return -(int)min(position, capacity); }                  // first key held by the ring
+    __device__ const X* ring_row(int b, int g, int64_t p, int value) const {                // p < 0
+        return ring + (((b * capacity + (position + p) % capacity) * 2 + value) * G + g) * hd;
+    }
+};
+
+// Which tile (of `rows` rows) of which (b, head) this block owns. Heads one after the other, so that the blocks that run at a
+// time share keys in L2; last_first: the tiles with the longest past first.
+struct Work { int tile, b, head; };
+__device__ inline Work block_work(int T, int rows, int heads, bool last_first) {
+    const int tiles = (T + rows - 1) / rows, tile = blockIdx.x % tiles, owner = blockIdx.x / tiles;
+    return {last_first ? tiles - 1 - tile : tile, owner / heads, owner % heads};
+}
+
+__device__ inline float exp2_fast(float x) {                    // ex2.approx: 2 ulp, exp2(-inf) = 0
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Tensor-core path: tiles in shared memory
+//
+// A tile is ROWS x HD bf16, row-major; the 16-byte chunk c of row r lies in place c ^ (r % 8), so that the 8 rows which
+// ldmatrix reads together, and the 8 chunks which cp.async writes together, hit different banks. A lane's address inside
+// 16 rows is computed once (lane_a, lane_b); at_column() moves it to other columns, + 16 rows moves it down. Tiles are
+// aligned to 128 bytes at least.
+
+extern __shared__ __align__(1024) unsigned char attention_shared[];
+
+__device__ inline uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
+// 16 rows x 16 columns: the A operand, or (transposed) B = rows as k, columns as n
+template <int HD> __device__ inline uint32_t lane_a() {
+    const int lane = threadIdx.x % WARP;
+    return (lane % 16) * HD * 2 + ((lane / 16) ^ (lane % 8)) * 16;
+}
+// 16 rows x 16 columns as two B operands: rows as n, columns as k
+template <int HD> __device__ inline uint32_t lane_b() {
+    const int lane = threadIdx.x % WARP;
+    return (lane % 8 + lane / 16 * 8) * HD * 2 + ((lane / 8 % 2) ^ (lane % 8)) * 16;
+}
+
+// `at` (column 0) moved to a column that is a multiple of 16
+__device__ inline uint32_t at_column(uint32_t at, int column) { return (at ^ (column % 64 * 2)) + column / 64 * 128; }
+
+__device__ inline void copy_async_16(uint32_t to, const void* from, bool real) {            // not real: 16 zero bytes
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(real ? 16 : 0) : "memory");
+}
+__device__ inline void copy_async_4(uint32_t to, const void* from, bool real) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(real ? 4 : 0) : "memory");
+}
+__device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ inline void copy_async_wait() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+
+// What this lane copies of a tile that starts at p: its first 16 bytes. Hoisted out of loops, it saves registers there.
+template <int HD> __device__ inline const bf16* lane_source(const bf16* p, int64_t stride) {
+    return p + threadIdx.x / (HD / 8) * stride + threadIdx.x % (HD / 8) * 8;
+}
+// ROWS rows, of which the first `valid` exist; the others become zeros. p: lane_source of the tile
+template <int ROWS, int HD, int THREADS> __device__ inline void load_tile(uint32_t tile, const bf16* p, int64_t stride, int valid) {
+    constexpr int CHUNKS = HD / 8, STEP = THREADS / CHUNKS;
+    static_assert(THREADS % CHUNKS == 0 && ROWS % STEP == 0);
+    const int chunk = threadIdx.x % CHUNKS, row0 = threadIdx.x / CHUNKS;
+#pragma unroll
+    for (int i = 0; i < ROWS / STEP; i++) {
+        const int row = row0 + i * STEP;
+        copy_async_16(tile + row * HD * 2 + (chunk ^ (row % 8)) * 16, p, row < valid);
+        p += STEP * stride;
+    }
+}
+// Keys (value = 0) or values (1) n0 .. n0 + ROWS - 1 of group g, some or all of them in the ring
+template <int ROWS, int HD, int THREADS> __device__ inline void load_tile_ring(uint32_t tile, const Args<bf16>& a, int b, int g, int n0, int value) {
+    constexpr int CHUNKS = HD / 8, STEP = THREADS / CHUNKS;
+    const int chunk = threadIdx.x % CHUNKS, row0 = threadIdx.x / CHUNKS;
+    const bf16* here = a.qkv + a.key(b, g) + value * HD;
+    for (int row = row0; row < ROWS; row += STEP) {
+        const int p = n0 + row;
+        const bool real = p >= a.oldest() && p < a.T;
+        const bf16* from = !real ? here : p < 0 ? a.ring_row(b, g, p, value) : here + p * a.row();
+        copy_async_16(tile + row * HD * 2 + (chunk ^ (row % 8)) * 16, from + chunk * 8, real);
+    }
+}
+
+__device__ inline void load_matrices(uint32_t (&r)[4], uint32_t at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at));
+}
+__device__ inline void load_matrices_transposed(uint32_t (&r)[4], uint32_t at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at));
+}
+// c (16, 8) += a (16, 16) b (16, 8). Lane l holds c of rows l/4 (c[0], c[1]) and l/4 + 8 (c[2], c[3]), columns l%4 * 2, + 1.
+__device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+template <int MT, int NT> __device__ inline void clear(float (&c)[MT][NT][4]) {
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) c[m][n][e] = 0.f;
+}
+
+// c (16 MT, 8 NT) = a b^T: rows of two tiles against each other, over HD columns. a_tile: the warp's first row in its tile.
+template <int HD, int MT, int NT> __device__ inline void product_rows(float (&c)[MT][NT][4], uint32_t a_tile, uint32_t b_tile) {
+    clear(c);
+#pragma unroll 4                                                           // all 8 at once cost spills
+    for (int k = 0; k < HD / 16; k++) {
+        uint32_t a[MT][4], b[4];
+#pragma unroll
+        for (int m = 0; m < MT; m++) load_matrices(a[m], a_tile + at_column(lane_a<HD>(), k * 16) + m * 16 * HD * 2);
+#pragma unroll
+        for (int n = 0; n < NT; n += 2) {
+            load_matrices(b, b_tile + at_column(lane_b<HD>(), k * 16) + n * 8 * HD * 2);
+#pragma unroll
+            for (int m = 0; m < MT; m++) {
+                mma(c[m][n], a[m], b[0], b[1]);
+                mma(c[m][n + 1], a[m], b[2], b[3]);
+            }
+        }
+    }
+}
+// c (16 MT, HD) += p b: p (16 MT, 16 KT) in registers, b a tile of 16 KT rows.
+template <int HD, int MT, int KT> __device__ inline void product_columns(float (&c)[MT][HD / 8][4], const uint32_t (&p)[MT][KT][4], uint32_t b_tile) {
+#pragma unroll
+    for (int k = 0; k < KT; k++)
+#pragma unroll
+        for (int n = 0; n < HD / 8; n += 2) {
+            uint32_t b[4];
+            load_matrices_transposed(b, b_tile + at_column(lane_a<HD>(), n * 8) + k * 16 * HD * 2);
+#pragma unroll
+            for (int m = 0; m < MT; m++) {
+                mma(c[m][n], p[m][k], b[0], b[1]);
+                mma(c[m][n + 1], p[m][k], b[2], b[3]);
+            }
+        }
+}
+__device__ inline uint32_t pack(float low, float high) {
+    const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&v);
+}
+// A result's registers are, rounded, the A operand of the next product: no trip through shared memory.
+template <int MT, int NT> __device__ inline void pack_operand(uint32_t (&p)[MT][NT / 2][4], const float (&c)[MT][NT][4]) {
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            p[m][n / 2][n % 2 * 2 + 0] = pack(c[m][n][0], c[m][n][1]);
+            p[m][n / 2][n % 2 * 2 + 1] = pack(c[m][n][2], c[m][n][3]);
+        }
+}
+
+// Scores of unseen pairs become -infinity: row r of the block sees columns max(first + r, least) .. last + r. row: this lane's.
+template <int MT, int NT> __device__ inline void mask(float (&s)[MT][NT][4], int row, int first, int last, int least) {
+    const int column = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int from = max(first + row + m * 16 + half * 8, least) - column, to = last + row + m * 16 + half * 8 - column;
+#pragma unroll
+            for (int n = 0; n < NT; n++)
+#pragma unroll
+                for (int e = 0; e < 2; e++)
+                    if (n * 8 + e < from || n * 8 + e > to) s[m][n][half * 2 + e] = -INFINITY;
+        }
+}
+
+// The warp's 16 MT result rows to global memory, rounded, by way of its own rows of a shared tile, in 16-byte stores.
+// factor(m, half) scales a row. Rows from `valid` on are not written. Only this warp may use these rows of the tile.
+template <int HD, int MT, class F>
+__device__ inline void store_rows(bf16* p, int64_t stride, int valid, const float (&c)[MT][HD / 8][4], unsigned char* rows, F factor) {
+    const int lane = threadIdx.x % WARP;
+    __syncwarp();
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int row = m * 16 + half * 8 + lane / 4;
+            const float f = factor(m, half);
+#pragma unroll
+            for (int n = 0; n < HD / 8; n++)
+                *reinterpret_cast<uint32_t*>(rows + row * HD * 2 + (n ^ (row % 8)) * 16 + lane % 4 * 4) = pack(c[m][n][half * 2] * f, c[m][n][half * 2 + 1] * f);
+        }
+    __syncwarp();
+    for (int i = lane; i < MT * 16 * (HD / 8); i += WARP) {
+        const int row = i / (HD / 8), chunk = i % (HD / 8);
+        if (row < valid) *reinterpret_cast<uint4*>(p + row * stride + chunk * 8) = *reinterpret_cast<const uint4*>(rows + row * HD * 2 + (chunk ^ (row % 8)) * 16);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Tensor-core path: forward
+
+// s becomes exp2(c s - c max); the running maximum, sum and output follow. Sums are per lane, joined at the end.
+template <int MT, int NT, int DT> __device__ inline void online_softmax(float (&s)[MT][NT][4], float (&o)[MT][DT][4], float (&top)[MT][2], float (&sum)[MT][2], float c) {
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float now = top[m][half];
+#pragma unroll
+            for (int n = 0; n < NT; n++) now = fmaxf(now, fmaxf(s[m][n][half * 2], s[m][n][half * 2 + 1]));
+            now = fmaxf(now, __shfl_xor_sync(0xffffffffu, now, 1));
+            now = fmaxf(now, __shfl_xor_sync(0xffffffffu, now, 2));
+            const float base = now == -INFINITY ? 0.f : now * c;         // no key seen yet: keep -inf - -inf out
+            const float shrink = exp2_fast(top[m][half] * c - base);
+            top[m][half] = now;
+            float total = sum[m][half] * shrink;
+#pragma unroll
+            for (int n = 0; n < NT; n++)
+#pragma unroll
+                for (int e = half * 2; e < half * 2 + 2; e++) total += s[m][n][e] = exp2_fast(fmaf(s[m][n][e], c, -base));
+            sum[m][half] = total;
+#pragma unroll
+            for (int d = 0; d < DT; d++) {
+                o[m][d][half * 2] *= shrink;
+                o[m][d][half * 2 + 1] *= shrink;
+            }
+        }
+}
+
+template <int HD, int WARPS, int MT, int BN> constexpr int forward_shared() { return (WARPS * MT * 16 + 2 * BN) * HD * 2; }
+
+// A block owns BM = 16 WARPS MT queries of one head. K and V have one buffer each: V loads during Q K^T, the next K during
+// softmax and P V.
+template <int HD, int WARPS, int MT, int BN, bool RING> __global__ void __launch_bounds__(WARPS* WARP, 2) forward_mma(const Args<bf16> a) {
+    constexpr int BM = WARPS * MT * 16, ROW = HD * 2, THREADS = WARPS * WARP;
+    const Work work = block_work(a.T, BM, a.H, true);
+    const int b = work.b, h = work.head, g = h / (a.H / a.G), warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const int i0 = work.tile * BM, oldest = RING ? a.oldest() : 0;
+    const int first = max(oldest, i0 - a.window + 1) & -BN, last = (min(i0 + BM, a.T) - 1) & -BN;
+    const float c = rsqrtf((float)HD) * LOG2E;
+    const uint32_t q_tile = shared_address(attention_shared), k_tile = q_tile + BM * ROW, v_tile = k_tile + BN * ROW;
+    const uint32_t q_at = q_tile + warp * MT * 16 * ROW;
+    const bf16* keys = lane_source<HD>(a.qkv + a.key(b, g), a.row());
+    auto load_keys = [&](uint32_t tile, int n0, int value) {
+        if (RING && n0 < 0) load_tile_ring<BN, HD, THREADS>(tile, a, b, g, n0, value);
+        else load_tile<BN, HD, THREADS>(tile, keys + n0 * a.row() + value * HD, a.row(), a.T - n0);
+        copy_async_commit();
+    };
+    float o[MT][HD / 8][4], top[MT][2], sum[MT][2];
+    clear(o);
+#pragma unroll
+    for (int m = 0; m < MT; m++) top[m][0] = top[m][1] = -INFINITY, sum[m][0] = sum[m][1] = 0.f;
+
+    load_tile<BM, HD, THREADS>(q_tile, lane_source<HD>(a.qkv + a.query(b, h) + i0 * a.row(), a.row()), a.row(), a.T - i0);
+    load_keys(k_tile, last, 0);
+    for (int n0 = last; n0 >= first; n0 -= BN) {                     // the diagonal first: from then on every maximum is finite
+        copy_async_wait();
+        __syncthreads();                                                // K is here; V's readers are done
+        load_keys(v_tile, n0, 1);
+        float s[MT][BN / 8][4];
+        product_rows<HD>(s, q_at, k_tile);
+        if (n0 + BN - 1 > i0 || n0 <= i0 + BM - 1 - a.window || (RING && n0 < oldest))
+            mask(s, warp * MT * 16 + lane / 4, i0 - a.window + 1 - n0, i0 - n0, oldest - n0);
+        copy_async_wait();
+        __syncthreads();                                                // V is here; K's readers are done
+        if (n0 > first) load_keys(k_tile, n0 - BN, 0);
+        online_softmax(s, o, top, sum, c);
+        uint32_t p[MT][BN / 16][4];
+        pack_operand(p, s);
+        product_columns<HD>(o, p, v_tile);
+    }
+
+    const int row0 = i0 + warp * MT * 16;
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            sum[m][half] += __shfl_xor_sync(0xffffffffu, sum[m][half], 1);
+            sum[m][half] += __shfl_xor_sync(0xffffffffu, sum[m][half], 2);
+            const int i = row0 + m * 16 + half * 8 + lane / 4;
+            if (lane % 4 == 0 && i < a.T) a.lse[a.stat(b, h) + i] = top[m][half] * rsqrtf((float)HD) + logf(sum[m][half]);
+        }
+    store_rows<HD>(a.out + a.output(b, h) + row0 * a.out_row(), a.out_row(), a.T - row0, o, attention_shared + warp * MT * 16 * ROW,
+                   [&](int m, int half) { return 1.f / sum[m][half]; });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Tensor-core path: backward
+
+// s: scores in, P out. dp: dP in, dS = P (dP - delta) out. lse2(m, n, e), delta(m, n, e): those of element s[m][n][e]'s query
+template <int MT, int NT, class F> __device__ inline void probabilities(float (&s)[MT][NT][4], float c, F lse2) {
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) s[m][n][e] = exp2_fast(fmaf(s[m][n][e], c, -lse2(m, n, e)));
+}
+template <int MT, int NT, class F> __device__ inline void score_gradients(float (&dp)[MT][NT][4], const float (&p)[MT][NT][4], F delta) {
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) dp[m][n][e] = p[m][n][e] * (dp[m][n][e] - delta(m, n, e));
+}
+
+template <int HD, int WARPS, int MT, int BM> constexpr int backward_keys_shared() { return (2 * WARPS * MT * 16 + 4 * BM) * HD * 2 + 4 * BM * 4; }
+
+// A block owns BN = 16 WARPS MT keys of one group and goes over the group's query heads and their tiles of BM queries. Scores
+// are formed transposed (keys as rows), so that P^T and dS^T are register operands. DK, DV: which of the two to compute;
+// head_dim 256 needs a launch for each, its sums fill the registers.
+template <int HD, int WARPS, int MT, int BM, bool DK, bool DV> __global__ void __launch_bounds__(WARPS* WARP) backward_keys_mma(const Args<bf16> a) {
+    constexpr int BN = WARPS * MT * 16, ROW = HD * 2, THREADS = WARPS * WARP, STAGE = 2 * BM * ROW;
+    static_assert(2 * BM <= THREADS);
+    const Work work = block_work(a.T, BN, a.G, false);
+    const int b = work.b, g = work.head, heads = a.H / a.G, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const int n0 = work.tile * BN, first = n0 / BM, last = min(a.T - 1, n0 + BN - 1 + a.window - 1) / BM;
+    const int count = last - first + 1, steps = heads * count;
+    const float scale = rsqrtf((float)HD), c = scale * LOG2E;
+    const uint32_t k_tile = shared_address(attention_shared), v_tile = k_tile + BN * ROW, stages = v_tile + BN * ROW;
+    float* statistics = reinterpret_cast<float*>(attention_shared + 2 * BN * ROW + 2 * STAGE);         // (2 stages, lse2 | delta, BM)
+    auto load_queries = [&](int step) {
+        const int h = g * heads + step / count, stage = step % 2, t = threadIdx.x;
+        const int i0 = (first + step % count) * BM;
+        load_tile<BM, HD, THREADS>(stages + stage * STAGE, lane_source<HD>(a.qkv + a.query(b, h) + i0 * a.row(), a.row()), a.row(), a.T - i0);
+        load_tile<BM, HD, THREADS>(stages + stage * STAGE + BM * ROW, lane_source<HD>(a.dout + a.output(b, h) + i0 * a.out_row(), a.out_row()), a.out_row(), a.T - i0);
+        if (t < 2 * BM) {                                               // rows past T get zeros, and so add nothing
+            const bool real = i0 + t % BM < a.T;
+            copy_async_4(shared_address(statistics + stage * 2 * BM + t), (t < BM ? a.lse2 : a.delta) + a.stat(b, h) + (real ? i0 + t % BM : 0), real);
+        }
+        copy_async_commit();
+    };
+    float dk[MT][HD / 8][4], dv[MT][HD / 8][4];
+    if (DK) clear(dk);
+    if (DV) clear(dv);
+    const bf16* keys = lane_source<HD>(a.qkv + a.key(b, g) + n0 * a.row(), a.row());
+    load_tile<BN, HD, THREADS>(k_tile, keys, a.row(), a.T - n0);
+    if (DK) load_tile<BN, HD, THREADS>(v_tile, keys + HD, a.row(), a.T - n0);
+    load_queries(0);
+    for (int step = 0; step < steps; step++) {
+        copy_async_wait();
+        __syncthreads();                                                // this stage is here; the other one's readers are done
+        if (step + 1 < steps) load_queries(step + 1);
+        const int i0 = (first + step % count) * BM;
+        const uint32_t q_tile = stages + step % 2 * STAGE, do_tile = q_tile + BM * ROW;
+        const float *lse2 = statistics + step % 2 * 2 * BM + lane % 4 * 2, *delta = lse2 + BM;
+        float s[MT][BM / 8][4];
+        uint32_t operand[MT][BM / 16][4];
+        product_rows<HD>(s, k_tile + warp * MT * 16 * ROW, q_tile);
+        if (i0 < n0 + BN - 1 || i0 + BM - 1 >= n0 + a.window)
+            mask(s, warp * MT * 16 + lane / 4, n0 - i0, n0 - i0 + a.window - 1, 0);
+        probabilities(s, c, [&](int, int n, int e) { return lse2[n * 8 + e % 2]; });
+        if (DV) {
+            pack_operand(operand, s);
+            product_columns<HD>(dv, operand, do_tile);
+        }
+        if (DK) {
+            float dp[MT][BM / 8][4];
+            product_rows<HD>(dp, v_tile + warp * MT * 16 * ROW, do_tile);
+            score_gradients(dp, s, [&](int, int n, int e) { return delta[n * 8 + e % 2]; });
+            pack_operand(operand, dp);
+            product_columns<HD>(dk, operand, q_tile);
+        }
+    }
+    const int row0 = n0 + warp * MT * 16;
+    unsigned char* rows = attention_shared + warp * MT * 16 * ROW;      // the warp's own rows of the key tile
+    if (DK) store_rows<HD>(a.dqkv + a.key(b, g) + row0 * a.row(), a.row(), a.T - row0, dk, rows, [&](int, int) { return scale; });
+    if (DV) store_rows<HD>(a.dqkv + a.value(b, g) + row0 * a.row(), a.row(), a.T - row0, dv, rows, [&](int, int) { return 1.f; });
+}
+
+template <int HD, int WARPS, int MT, int BN> constexpr int backward_queries_shared() { return (2 * WARPS * MT * 16 + 4 * BN) * HD * 2; }
+
+// A block owns BM = 16 WARPS MT queries of one head and goes over the key tiles of their window, two in flight.
+template <int HD, int WARPS, int MT, int BN> __global__ void __launch_bounds__(WARPS* WARP) backward_queries_mma(const Args<bf16> a) {
+    constexpr int BM = WARPS * MT * 16, ROW = HD * 2, THREADS = WARPS * WARP, STAGE = 2 * BN * ROW;
+    const Work work = block_work(a.T, BM, a.H, true);
+    const int b = work.b, h = work.head, g = h / (a.H / a.G), warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const int i0 = work.tile * BM, row0 = i0 + warp * MT * 16;
+    const int first = max(0, i0 - a.window + 1) & -BN, last = (min(i0 + BM, a.T) - 1) & -BN;
+    const float scale = rsqrtf((float)HD), c = scale * LOG2E;
+    const uint32_t q_tile = shared_address(attention_shared), do_tile = q_tile + BM * ROW, stages = do_tile + BM * ROW;
+    const uint32_t q_at = q_tile + warp * MT * 16 * ROW, do_at = q_at + BM * ROW;
+    const bf16* keys = lane_source<HD>(a.qkv + a.key(b, g), a.row());
+    auto load_keys = [&](int n0) {
+        const uint32_t tile = stages + (n0 / BN % 2) * STAGE;
+        load_tile<BN, HD, THREADS>(tile, keys + n0 * a.row(), a.row(), a.T - n0);
+        load_tile<BN, HD, THREADS>(tile + BN * ROW, keys + n0 * a.row() + HD, a.row(), a.T - n0);
+        copy_async_commit();
+    };
+    float dq[MT][HD / 8][4], lse2[MT][2], delta[MT][2];
+    clear(dq);
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int i = row0 + m * 16 + half * 8 + lane / 4;
+            lse2[m][half] = i < a.T ? a.lse2[a.stat(b, h) + i] : 0.f;
+            delta[m][half] = i < a.T ? a.delta[a.stat(b, h) + i] : 0.f;
+        }
+    load_tile<BM, HD, THREADS>(q_tile, lane_source<HD>(a.qkv + a.query(b, h) + i0 * a.row(), a.row()), a.row(), a.T - i0);
+    load_tile<BM, HD, THREADS>(do_tile, lane_source<HD>(a.dout + a.output(b, h) + i0 * a.out_row(), a.out_row()), a.out_row(), a.T - i0);
+    load_keys(first);
+    for (int n0 = first; n0 <= last; n0 += BN) {
+        copy_async_wait();
+        __syncthreads();
+        if (n0 < last) load_keys(n0 + BN);
+        const uint32_t k_tile = stages + (n0 / BN % 2) * STAGE, v_tile = k_tile + BN * ROW;
+        float s[MT][BN / 8][4], dp[MT][BN / 8][4];
+        product_rows<HD>(s, q_at, k_tile);
+        if (n0 + BN - 1 > i0 || n0 <= i0 + BM - 1 - a.window)
+            mask(s, warp * MT * 16 + lane / 4, i0 - a.window + 1 - n0, i0 - n0, 0);
+        probabilities(s, c, [&](int m, int, int e) { return lse2[m][e / 2]; });
+        product_rows<HD>(dp, do_at, v_tile);
+        score_gradients(dp, s, [&](int m, int, int e) { return delta[m][e / 2]; });
+        uint32_t operand[MT][BN / 16][4];
+        pack_operand(operand, dp);
+        product_columns<HD>(dq, operand, k_tile);
+    }
+    store_rows<HD>(a.dqkv + a.query(b, h) + row0 * a.row(), a.row(), a.T - row0, dq, attention_shared + warp * MT * 16 * ROW, [&](int, int) { return scale; });
+}
+
+// lse2 = lse log2(e) and delta = dout . out per row, (B, H, T): eight lanes a row
+template <class X> __global__ void backward_statistics(const Args<X> a) {
+    constexpr int V = 16 / sizeof(X), LANES = 8;
+    const int64_t item = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) / LANES;          // (b, t, h)
+    const bool real = item < (int64_t)a.B * a.T * a.H;                                      // all lanes stay for the shuffles
+    float sum = 0.f;
+    for (int d = threadIdx.x % LANES * V; real && d < a.hd; d += LANES * V) {
+        const Vec<X, V> x = load_vec<V>(a.dout + item * a.hd + d), y = load_vec<V>(a.saved_out + item * a.hd + d);
+#pragma unroll
+        for (int i = 0; i < V; i++) sum += to_float(x[i]) * to_float(y[i]);
+    }
+#pragma unroll
+    for (int o = LANES / 2; o > 0; o /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, o);
+    if (!real || threadIdx.x % LANES != 0) return;
+    const int64_t row = item / a.H, at = a.stat(row / a.T, item % a.H) + row % a.T;
+    a.delta[at] = sum;
+    a.lse2[at] = a.lse[at] * LOG2E;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Plain path: fp32 tiles of 16 R rows in shared memory, padded with zeros to HDP columns. 256 threads as 16 x 16: thread
+// (ty, tx) owns rows ty + 16 r of a result, and columns tx + 16 k of scores or 4 tx + 64 k .. + 3 of head dimensions.
+
+constexpr int PLAIN_THREADS = 256;
+template <int HDP> constexpr int PLAIN_R = HDP <= 128 ? 2 : 1;
+template <int HDP> constexpr int PLAIN_ROW = HDP + 4;                                        // in floats; 16 rows hit different banks
+template <int HDP> constexpr int PLAIN_TILE = 16 * PLAIN_R<HDP> * PLAIN_ROW<HDP>;
+template <int HDP> constexpr int PLAIN_SCORES = 16 * PLAIN_R<HDP> * (16 * PLAIN_R<HDP> + 1);
+
+// tile rows r = row_of(r), a pointer to hd values, or zeros where it is null
+template <int HDP, class X, class F> __device__ inline void plain_load(float* tile, int hd, F row_of) {
+    constexpr int BT = 16 * PLAIN_R<HDP>;
+    for (int i = threadIdx.x; i < BT * (HDP / 4); i += PLAIN_THREADS) {
+        const int r = i / (HDP / 4), d = i % (HDP / 4) * 4;
+        const X* from = row_of(r);
+        Vec<float, 4> v{};
+        if (from && d < hd) {
+            const Vec<X, 4> x = load_vec<4>(from + d);
+#pragma unroll
+            for (int e = 0; e < 4; e++) v[e] = to_float(x[e]);
+        }
+        store_vec(tile + r * PLAIN_ROW<HDP> + d, v);
+    }
+}
+template <int HDP, int R> __device__ inline void plain_product_rows(float (&s)[R][R], const float* x, const float* y) {
+    const int ty = threadIdx.x / 16, tx = threadIdx.x % 16;
+#pragma unroll
+    for (int r = 0; r < R; r++)
+#pragma unroll
+        for (int k = 0; k < R; k++) s[r][k] = 0.f;
+#pragma unroll 4
+    for (int d = 0; d < HDP; d += 4) {
+        Vec<float, 4> a[R], b[R];
+#pragma unroll
+        for (int r = 0; r < R; r++) a[r] = load_vec<4>(x + (ty + 16 * r) * PLAIN_ROW<HDP> + d), b[r] = load_vec<4>(y + (tx + 16 * r) * PLAIN_ROW<HDP> + d);
+#pragma unroll
+        for (int r = 0; r < R; r++)
+#pragma unroll
+            for (int k = 0; k < R; k++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) s[r][k] = fmaf(a[r][e], b[k][e], s[r][k]);
+    }
+}
+// acc += p y: p (BT, BT) of this half-warp's rows goes through shared memory
+template <int HDP, int R> __device__ inline void plain_product_columns(float (&acc)[R][HDP / 16], const float (&p)[R][R], float* scores, const float* y) {
+    constexpr int BT = 16 * R;
+    const int ty = threadIdx.x / 16, tx = threadIdx.x % 16;
+    __syncwarp();
+#pragma unroll
+    for (int r = 0; r < R; r++)
+#pragma unroll
+        for (int k = 0; k < R; k++) scores[(ty + 16 * r) * (BT + 1) + tx + 16 * k] = p[r][k];
+    __syncwarp();
+    for (int j = 0; j < BT; j++)
+#pragma unroll
+        for (int k = 0; k < HDP / 64; k++) {
+            const Vec<float, 4> v = load_vec<4>(y + j * PLAIN_ROW<HDP> + tx * 4 + 64 * k);
+#pragma unroll
+            for (int r = 0; r < R; r++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) acc[r][k * 4 + e] = fmaf(scores[(ty + 16 * r) * (BT + 1) + j], v[e], acc[r][k * 4 + e]);
+        }
+}
+template <int HDP, int R, class X> __device__ inline void plain_store(X* to, const float (&acc)[R][HDP / 16], int r, int hd, float factor) {
+#pragma unroll
+    for (int k = 0; k < HDP / 64; k++) {
+        const int d = threadIdx.x % 16 * 4 + 64 * k;
+        Vec<X, 4> v;
+#pragma unroll
+        for (int e = 0; e < 4; e++) v[e] = from_float<X>(acc[r][k * 4 + e] * factor);
+        if (d < hd) store_vec(to + d, v);
+    }
+}
+template <int R, int N> __device__ inline void plain_clear(float (&acc)[R][N]) {
+#pragma unroll
+    for (int r = 0; r < R; r++)
+#pragma unroll
+        for (int k = 0; k < N; k++) acc[r][k] = 0.f;
+}
+__device__ inline float half_warp_sum(float x) {
+#pragma unroll
+    for (int o = 8; o > 0; o /= 2) x += __shfl_xor_sync(0xffffffffu, x, o);
+    return x;
+}
+__device__ inline float half_warp_max(float x) {
+#pragma unroll
+    for (int o = 8; o > 0; o /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, o));
+    return x;
+}
+
+template <int HDP> constexpr int forward_plain_shared() { return (2 * PLAIN_TILE<HDP> + PLAIN_SCORES<HDP>) * 4; }
+
+template <class X, int HDP> __global__ void __launch_bounds__(PLAIN_THREADS) forward_plain(const Args<X> a) {
+    constexpr int R = PLAIN_R<HDP>, BT = 16 * R;
+    float *queries = reinterpret_cast<float*>(attention_shared), *keys = queries + PLAIN_TILE<HDP>, *scores = keys + PLAIN_TILE<HDP>;
+    const Work work = block_work(a.T, BT, a.H, true);
+    const int b = work.b, h = work.head, g = h / (a.H / a.G), ty = threadIdx.x / 16, tx = threadIdx.x % 16;
+    const int i0 = work.tile * BT, oldest = a.ring ? a.oldest() : 0;
+    const float scale = rsqrtf((float)a.hd);
+    auto key_row = [&](int p, int value) -> const X* {
+        if (p < oldest || p >= a.T) return nullptr;
+        return p < 0 ? a.ring_row(b, g, p, value) : a.qkv + a.key(b, g) + (int64_t)value * a.hd + p * a.row();
+    };
+    float o[R][HDP / 16], top[R], sum[R];
+    plain_clear(o);
+    for (int r = 0; r < R; r++) top[r] = -INFINITY, sum[r] = 0.f;
+    plain_load<HDP, X>(queries, a.hd, [&](int r) { return i0 + r < a.T ? a.qkv + a.query(b, h) + (i0 + r) * a.row() : nullptr; });
+    for (int n0 = max(oldest, i0 - a.window + 1); n0 < min(i0 + BT, a.T); n0 += BT) {
+        float s[R][R];
+        plain_load<HDP, X>(keys, a.hd, [&](int r) { return key_row(n0 + r, 0); });
+        __syncthreads();
+        plain_product_rows<HDP>(s, queries, keys);
+        __syncthreads();
+        plain_load<HDP, X>(keys, a.hd, [&](int r) { return key_row(n0 + r, 1); });
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+            const int i = i0 + ty + 16 * r;
+            float now = top[r], total = 0.f;
+#pragma unroll
+            for (int k = 0; k < R; k++) {
+                const int p = n0 + tx + 16 * k;
+                s[r][k] = p <= i && p > i - a.window ? s[r][k] * scale : -INFINITY;
+                now = fmaxf(now, s[r][k]);
+            }
+            now = half_warp_max(now);
+            const float base = now == -INFINITY ? 0.f : now, shrink = expf(top[r] - base);
+            top[r] = now;
+#pragma unroll
+            for (int k = 0; k < R; k++) total += s[r][k] = expf(s[r][k] - base);
+            sum[r] = sum[r] * shrink + half_warp_sum(total);
+#pragma unroll
+            for (int k = 0; k < HDP / 16; k++) o[r][k] *= shrink;
+        }
+        __syncthreads();
+        plain_product_columns<HDP>(o, s, scores, keys);
+        __syncthreads();
+    }
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+        const int i = i0 + ty + 16 * r;
+        if (i >= a.T) continue;
+        if (tx == 0) a.lse[a.stat(b, h) + i] = top[r] + logf(sum[r]);
+        plain_store<HDP>(a.out + a.output(b, h) + i * a.out_row(), o, r, a.hd, 1.f / sum[r]);
+    }
+}
+
+template <int HDP> constexpr int backward_plain_shared() { return (4 * PLAIN_TILE<HDP> + PLAIN_SCORES<HDP>) * 4; }
+
+// OWNS_KEYS: the block's tile is keys and values (rows of the scores), and it goes over the group's heads and queries;
+// otherwise the tile is queries and dout, and it goes over keys. Both form P and dS of one pair of tiles at a time.
+template <class X, int HDP, bool OWNS_KEYS> __global__ void __launch_bounds__(PLAIN_THREADS) backward_plain(const Args<X> a) {
+    constexpr int R = PLAIN_R<HDP>, BT = 16 * R;
+    float *own_a = reinterpret_cast<float*>(attention_shared), *own_b = own_a + PLAIN_TILE<HDP>, *other_a = own_b + PLAIN_TILE<HDP>,
+          *other_b = other_a + PLAIN_TILE<HDP>, *scores = other_b + PLAIN_TILE<HDP>;
+    const int heads = a.H / a.G, ty = threadIdx.x / 16, tx = threadIdx.x % 16;
+    const Work work = block_work(a.T, BT, OWNS_KEYS ? a.G : a.H, !OWNS_KEYS);
+    const int b = work.b, g = OWNS_KEYS ? work.head : work.head / heads;
+    const int own0 = work.tile * BT;
+    const float scale = rsqrtf((float)a.hd);
+    auto load_keys = [&](float* k, float* v, int p0) {
+        plain_load<HDP, X>(k, a.hd, [&](int r) { return p0 + r < a.T ? a.qkv + a.key(b, g) + (p0 + r) * a.row() : nullptr; });
+        plain_load<HDP, X>(v, a.hd, [&](int r) { return p0 + r < a.T ? a.qkv + a.value(b, g) + (p0 + r) * a.row() : nullptr; });
+    };
+    auto load_queries = [&](float* q, float* d, int h, int i0) {
+        plain_load<HDP, X>(q, a.hd, [&](int r) { return i0 + r < a.T ? a.qkv + a.query(b, h) + (i0 + r) * a.row() : nullptr; });
+        plain_load<HDP, X>(d, a.hd, [&](int r) { return i0 + r < a.T ? a.dout + a.output(b, h) + (i0 + r) * a.out_row() : nullptr; });
+    };
+    float first[R][HDP / 16], second[R][HDP / 16];                       // dk and dv, or dq and nothing
+    plain_clear(first);
+    plain_clear(second);
+    if (OWNS_KEYS) load_keys(own_a, own_b, own0);
+    else load_queries(own_a, own_b, work.head, own0);
+    const int begin = OWNS_KEYS ? own0 : max(0, own0 - a.window + 1);
+    const int end = OWNS_KEYS ? min(a.T, own0 + BT - 1 + a.window) : min(a.T, own0 + BT);
+    for (int h = OWNS_KEYS ? g * heads : work.head; h < (OWNS_KEYS ? (g + 1) * heads : work.head + 1); h++)
+        for (int other0 = begin; other0 < end; other0 += BT) {
+            __syncthreads();                                            // the last round's readers are done
+            if (OWNS_KEYS) load_queries(other_a, other_b, h, other0);
+            else load_keys(other_a, other_b, other0);
+            __syncthreads();
+            float p[R][R], ds[R][R];
+            plain_product_rows<HDP>(p, own_a, other_a);
+            plain_product_rows<HDP>(ds, own_b, other_b);
+#pragma unroll
+            for (int r = 0; r < R; r++)
+#pragma unroll
+                for (int k = 0; k < R; k++) {
+                    const int row = own0 + ty + 16 * r, column = other0 + tx + 16 * k;
+                    const int i = OWNS_KEYS ? column : row, key = OWNS_KEYS ? row : column;
+                    const bool seen = i < a.T && key <= i && key > i - a.window;
+                    const int64_t at = a.stat(b, h) + (seen ? i : 0);
+                    p[r][k] = seen ? expf(p[r][k] * scale - a.lse[at]) : 0.f;
+                    ds[r][k] = p[r][k] * (ds[r][k] - a.delta[at]);
+                }
+            plain_product_columns<HDP>(first, ds, scores, other_a);
+            if (OWNS_KEYS) plain_product_columns<HDP>(second, p, scores, other_b);
+        }
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+        const int t = own0 + ty + 16 * r;
+        if (t >= a.T) continue;
+        plain_store<HDP>(a.dqkv + (OWNS_KEYS ? a.key(b, g) : a.query(b, work.head)) + t * a.row(), first, r, a.hd, scale);
+        if (OWNS_KEYS) plain_store<HDP>(a.dqkv + a.value(b, g) + t * a.row(), second, r, a.hd, 1.f);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Launches
+
+// One block for each of `tiles` x `owners` (heads or groups, times the batch)
+template <class X> inline void launch(void (*kernel)(const Args<X>), const Args<X>& a, int64_t tiles, int64_t owners, int threads, int shared, Stream stream) {
+    if (tiles * owners > INT32_MAX) fail("attention: B %d, T %d, %d heads need more than 2^31 blocks; use a smaller batch", a.B, a.T, a.H);
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+    kernel<<<(unsigned)(tiles * owners), threads, shared, stream>>>(a);
+    LAUNCH_CHECK();
+}
+inline int shared_limit() {                                              // bytes a block may have: 99 KB on sm_86/89/120, 163 on sm_80, 227 on sm_90
+    int device = 0, bytes = 0;
+    CUDA_CHECK(cudaGetDevice(&device));
+    CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    return bytes;
+}
+
+template <int HD, int WARPS, int MT> inline void launch_forward_mma(const Args<bf16>& a, Stream stream) {
+    constexpr int BN = 64;
+    launch(a.ring ? forward_mma<HD, WARPS, MT, BN, true> : forward_mma<HD, WARPS, MT, BN, false>, a, ceil_div(a.T, WARPS * MT * 16), (int64_t)a.B * a.H,
+           WARPS * WARP, forward_shared<HD, WARPS, MT, BN>(), stream);
+}
+template <int HD, int WARPS, int MT, int BM, bool DK, bool DV> inline void launch_backward_keys_mma(const Args<bf16>& a, Stream stream) {
+    launch(backward_keys_mma<HD, WARPS, MT, BM, DK, DV>, a, ceil_div(a.T, WARPS * MT * 16), (int64_t)a.B * a.G, WARPS * WARP,
+           backward_keys_shared<HD, WARPS, MT, BM>(), stream);
+}
+template <int HD, int WARPS, int MT, int BN> inline void launch_backward_queries_mma(const Args<bf16>& a, Stream stream) {
+    launch(backward_queries_mma<HD, WARPS, MT, BN>, a, ceil_div(a.T, WARPS * MT * 16), (int64_t)a.B * a.H, WARPS * WARP,
+           backward_queries_shared<HD, WARPS, MT, BN>(), stream);
+}
+template <class X, int HDP> inline void launch_forward_plain(const Args<X>& a, Stream stream) {
+    launch(forward_plain<X, HDP>, a, ceil_div(a.T, 16 * PLAIN_R<HDP>), (int64_t)a.B * a.H, PLAIN_THREADS, forward_plain_shared<HDP>(), stream);
+}
+template <class X, int HDP> inline void launch_backward_plain(const Args<X>& a, Stream stream) {
+    const int64_t tiles = ceil_div(a.T, 16 * PLAIN_R<HDP>);
+    launch(backward_plain<X, HDP, true>, a, tiles, (int64_t)a.B * a.G, PLAIN_THREADS, backward_plain_shared<HDP>(), stream);
+    launch(backward_plain<X, HDP, false>, a, tiles, (int64_t)a.B * a.H, PLAIN_THREADS, backward_plain_shared<HDP>(), stream);
+}
+
+// Both return false where the tensor-core path has no kernel for this shape on this device
+inline bool forward_on_tensor_cores(const Args<bf16>& a, Stream stream) {
+    if (a.hd == 64) launch_forward_mma<64, 4, 2>(a, stream);
+    else if (a.hd == 128) launch_forward_mma<128, 4, 2>(a, stream);
+    else if (a.hd == 256) launch_forward_mma<256, 4, 1>(a, stream);
+    else return false;
+    return true;
+}
+inline bool backward_on_tensor_cores(const Args<bf16>& a, Stream stream) {
+    const int limit = shared_limit();
+    if (a.hd == 64) {
+        launch_backward_keys_mma<64, 4, 2, 32, true, true>(a, stream);
+        launch_backward_queries_mma<64, 4, 2, 64>(a, stream);
+    } else if (a.hd == 128) {                                            // more keys a block: half the L2 traffic, where they fit
+        if (limit >= backward_keys_shared<128, 8, 1, 64>()) launch_backward_keys_mma<128, 8, 1, 64, true, true>(a, stream);
+        else launch_backward_keys_mma<128, 4, 1, 64, true, true>(a, stream);
+        launch_backward_queries_mma<128, 4, 2, 32>(a, stream);
+    } else if (a.hd == 256 && limit >= backward_keys_shared<256, 4, 1, 32>()) {
+        launch_backward_keys_mma<256, 4, 1, 32, true, false>(a, stream);
+        launch_backward_keys_mma<256, 4, 1, 32, false, true>(a, stream);
+        launch_backward_queries_mma<256, 4, 1, 32>(a, stream);
+    } else
+        return false;
+    return true;
+}
+
+template <class X> inline void forward(const Args<X>& a, Stream stream) {
+    if constexpr (std::is_same_v<X, bf16>)
+        if (forward_on_tensor_cores(a, stream)) return;
+    if (a.hd <= 64) launch_forward_plain<X, 64>(a, stream);
+    else if (a.hd <= 128) launch_forward_plain<X, 128>(a, stream);
+    else launch_forward_plain<X, 256>(a, stream);
+}
+template <class X> inline void backward(const Args<X>& a, Stream stream) {
+    backward_statistics<X><<<ceil_div((int64_t)a.B * a.T * a.H * 8, 256), 256, 0, stream>>>(a);
+    LAUNCH_CHECK();
+    if constexpr (std::is_same_v<X, bf16>)
+        if (backward_on_tensor_cores(a, stream)) return;
+    if (a.hd <= 64) launch_backward_plain<X, 64>(a, stream);
+    else if (a.hd <= 128) launch_backward_plain<X, 128>(a, stream);
+    else launch_backward_plain<X, 256>(a, stream);
+}
+
+inline void check(int64_t T, int64_t capacity, int H, int G, int hd) {
+    if (G < 1 || H < 1 || H % G != 0) fail("attention: %d query heads in %d groups: heads must be a positive multiple of groups", H, G);
+    if (hd < 8 || hd > 256 || hd % 8 != 0) fail("attention: head_dim %d: the GPU kernels need a multiple of 8 up to 256", hd);
+    if (T > 1 << 29 || capacity > 1 << 29) fail("attention: T %lld, ring of %lld: at most 2^29 positions a call", (long long)T, (long long)capacity);
+}
+
+// An item is four values of one key or value: (b, t, group, key | value, part)
+template <class X> __global__ void ring_update_kernel(X* ring, const Args<X> a, int first) {
+    const int parts = a.hd / 4;
+    const int64_t item = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, rows = a.T - first;
+    const int part = item % parts, value = item / parts % 2, g = item / (2 * parts) % a.G;
+    const int64_t row = item / ((int64_t)2 * parts * a.G), b = row / rows, t = first + row % rows;
+    if (b >= a.B) return;
+    X* to = ring + (((b * a.capacity + (a.position + t) % a.capacity) * 2 + value) * a.G + g) * a.hd;
+    store_vec(to + part * 4, load_vec<4>(a.qkv + a.key(b, g) + value * a.hd + t * a.row() + part * 4));
+}
+
+} // namespace attn
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+inline void attention_forward(floatX* out, float* lse, const floatX* qkv, const floatX* ring, int64_t capacity, int64_t position, int B, int64_t T, int H, int G,
+                              int hd, int64_t window, Stream stream = {}) {
+    attn::check(T, capacity, H, G, hd);
+    if (B * T == 0) return;
+    attn::Args<floatX> a{};
+    a.out = out, a.lse = lse, a.qkv = qkv, a.capacity = capacity, a.position = position, a.B = B, a.T = (int)T, a.H = H, a.G = G, a.hd = hd;
+    a.ring = position > 0 && capacity > 0 ? ring : nullptr;
+    const int64_t visible = T + (a.ring ? std::min(position, capacity) : 0);
+    a.window = (int)(window <= 0 ? visible : std::min(window, visible));
+    attn::forward(a, stream);
+}
+
+// lse log2(e) and delta, (B, H, T) each
+inline size_t attention_backward_workspace(int B, int64_t T, int H, int, int) { return (size_t)B * H * T * 2 * sizeof(float); }
+
+// Training only: no ring, t = 0 is position 0. Every element of dqkv is written.
+inline void attention_backward(floatX* dqkv, const floatX* dout, const floatX* out, const floatX* qkv, const float* lse, void* workspace, int B, int64_t T, int H,
+                               int G, int hd, int64_t window, Stream stream = {}) {
+    attn::check(T, 0, H, G, hd);
+    if (B * T == 0) return;
+    attn::Args<floatX> a{};
+    a.dqkv = dqkv, a.dout = dout, a.saved_out = out, a.qkv = qkv, a.lse = const_cast<float*>(lse), a.B = B, a.T = (int)T, a.H = H, a.G = G, a.hd = hd;
+    a.lse2 = (float*)workspace, a.delta = a.lse2 + (int64_t)B * H * T;
+    a.window = (int)(window <= 0 ? T : std::min(window, T));
+    attn::backward(a, stream);
+}
+
+// The chunk's last min(T, capacity) keys and values into the ring (B, capacity, 2, G, hd), for the calls that follow
+inline void ring_update(floatX* ring, const floatX* qkv, int64_t capacity, int64_t position, int B, int64_t T, int H, int G, int hd, Stream stream = {}) {
+    attn::check(T, capacity, H, G, hd);
+    const int64_t rows = std::min(T, capacity), items = B * rows * G * 2 * (hd / 4);
+    if (items == 0) return;
+    attn::Args<floatX> a{};
+    a.qkv = qkv, a.capacity = capacity, a.position = position, a.B = B, a.T = (int)T, a.H = H, a.G = G, a.hd = hd;
+    attn::ring_update_kernel<<<ceil_div(items, 256), 256, 0, stream>>>(ring, a, (int)(T - rows));
+    LAUNCH_CHECK();
+}
+
+} // namespace gpu

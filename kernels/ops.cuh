@@ -1,0 +1,34 @@
+// Every operation of the model, under one name: `ops::` is gpu:: in a CUDA build and cpu:: in a CPU build. The cpu::
+// twins are plain C++ templates, the definition of each operation; GPU builds see them too, as the tests' oracle.
+// A new operation: a header here, its twin in cpu/, a line in both lists below, a test in dev/test/.
+#pragma once
+#include "device.cuh"
+
+#include "cpu/adamw.h"
+#include "cpu/attention.h"
+#include "cpu/conv1d.h"
+#include "cpu/cross_entropy.h"
+#include "cpu/embedding.h"
+#include "cpu/global_norm.h"
+#include "cpu/matmul.h"
+#include "cpu/rmsnorm.h"
+#include "cpu/rope.h"
+#include "cpu/selective_scan.h"
+#include "cpu/swiglu.h"
+
+#ifdef SAMBA_CPU
+namespace ops = cpu;
+#else
+#include "adamw.cuh"
+#include "attention.cuh"
+#include "conv1d.cuh"
+#include "cross_entropy.cuh"
+#include "embedding.cuh"
+#include "global_norm.cuh"
+#include "matmul.cuh"
+#include "rmsnorm.cuh"
+#include "rope.cuh"
+#include "selective_scan.cuh"
+#include "swiglu.cuh"
+namespace ops = gpu;
+#endif

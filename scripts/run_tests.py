@@ -1,0 +1,133 @@
+"""Builds and runs every test that this machine can run, and says what was skipped and why.
+
+Variants: the CPU build always; with nvcc also the GPU builds in bf16 and float, which without a GPU are compiled and whose
+GPU tests skip themselves by name; then pytest for the Python side and the command line. The last line is
+"N passed, N failed, N skipped"; the exit status is 1 if anything failed or did not build.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from collections import defaultdict
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+class Totals:
+    def __init__(self):
+        self.passed = self.failed = 0
+        self.skipped = []   # (suite, test, reason)
+        self.failures = []  # (suite, test)
+
+    def fail(self, suite, test):
+        self.failed += 1
+        self.failures.append((suite, test))
+
+
+def variants():
+    """(name, make variables) of the builds to test"""
+    builds = [("cpu", ["CPU=1"])]
+    if shutil.which("nvcc") or os.path.exists("/usr/local/cuda/bin/nvcc"):
+        builds += [("gpu-bf16", ["PRECISION=BF16"]), ("gpu-fp32", ["PRECISION=FP32"])]
+    return builds
+
+
+def build(name, arguments, targets, totals):
+    print(f"== {name}: build", flush=True)
+    started = time.time()
+    command = ["make", "--no-print-directory", f"-j{os.cpu_count() or 1}", *arguments, *[f"build/{name}/{t}" for t in targets]]
+    if subprocess.run(command, cwd=ROOT).returncode != 0:
+        totals.fail(name, "build")
+        return False
+    print(f"   {time.time() - started:.0f} s", flush=True)
+    return True
+
+
+def run_googletest(name, totals):
+    """Runs build/NAME/test_samba. A crash counts as one failure, named after the test that was running."""
+    report = os.path.join(ROOT, "build", name, "tests.json")
+    if os.path.exists(report):
+        os.remove(report)
+    print(f"== {name}: tests", flush=True)
+    command = [os.path.join(ROOT, "build", name, "test_samba"), f"--gtest_output=json:{report}", "--gtest_brief=1"]
+    code = subprocess.run(command, cwd=ROOT).returncode
+    if not os.path.exists(report):
+        totals.fail(name, f"the test program ended with status {code} and no report")
+        return
+    with open(report, encoding="utf-8") as file:
+        suites = json.load(file)["testsuites"]
+    for suite in suites:
+        for test in suite["testsuite"]:
+            full = f"{suite['name']}.{test['name']}"
+            if test.get("failures"):
+                totals.fail(name, full)
+            elif test.get("result") == "SKIPPED":
+                reason = skip_reason(test)
+                totals.skipped.append((name, full, reason))
+            else:
+                totals.passed += 1
+
+
+def skip_reason(test):
+    """GoogleTest gives a skip's message only in newer versions."""
+    for skipped in test.get("skipped", []):
+        lines = skipped.get("message", "").strip().splitlines()
+        if lines:
+            return lines[-1]
+    return "see its message above"
+
+
+def run_pytest(totals):
+    print("== python: tests", flush=True)
+    report = os.path.join(ROOT, "build", "pytest.xml")
+    os.makedirs(os.path.dirname(report), exist_ok=True)
+    if os.path.exists(report):
+        os.remove(report)
+    code = subprocess.run([sys.executable, "-m", "pytest", "-q", "dev/test", f"--junitxml={report}"], cwd=ROOT).returncode
+    if not os.path.exists(report):
+        totals.fail("python", f"pytest ended with status {code} and no report")
+        return
+    for case in ET.parse(report).getroot().iter("testcase"):
+        full = f"{case.get('classname')}.{case.get('name')}"
+        skipped = case.find("skipped")
+        if case.find("failure") is not None or case.find("error") is not None:
+            totals.fail("python", full)
+        elif skipped is not None:
+            totals.skipped.append(("python", full, skipped.get("message", "")))
+        else:
+            totals.passed += 1
+    if code not in (0, 1):
+        totals.fail("python", f"pytest ended with status {code}")
+
+
+def print_skipped(skipped):
+    groups = defaultdict(list)
+    for suite, test, reason in skipped:
+        groups[(suite, reason)].append(test)
+    for (suite, reason), tests in sorted(groups.items()):
+        print(f"skipped in {suite} ({reason}):")
+        for test in tests:
+            print(f"   {re.sub('^Model/', '', test)}")
+
+
+def main():
+    totals = Totals()
+    for name, arguments in variants():
+        targets = ["test_samba", "train_samba"] if name == "cpu" else ["test_samba"]
+        if build(name, arguments, targets, totals):
+            run_googletest(name, totals)
+    run_pytest(totals)
+    print_skipped(totals.skipped)
+    for suite, test in totals.failures:
+        print(f"FAILED in {suite}: {test}")
+    print(f"{totals.passed} passed, {totals.failed} failed, {len(totals.skipped)} skipped", flush=True)
+    return 1 if totals.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

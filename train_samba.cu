@@ -1,0 +1,751 @@
+// train_samba: trains a Samba language model, evaluates it, and writes with it. The file reads in the order of a run:
+// options, set-up, the training loop with its checkpoints and validation, then the other subcommands.
+//
+//   train_samba [train] --model samba-421m --data 'data/slim/train_*.bin' --val 'data/slim/val_*.bin' --out out/421m
+//   train_samba eval     --checkpoint out/421m --data 'data/slim/val_*.bin'
+//   train_samba generate --checkpoint out/421m --prompt "import os"
+//   train_samba info     --model samba-421m
+#include <csignal>
+#include <cstdlib>
+#include <numeric>
+
+#include <CLI/CLI.hpp>
+
+#include "samba.cuh"
+
+#include "data/checkpoint.h"
+#include "data/loader.h"
+#include "data/model_io.h"
+#include "data/run_log.h"
+#include "data/tokenizer.h"
+
+#ifndef SAMBA_COMMIT
+#define SAMBA_COMMIT "unknown"
+#endif
+
+using json = nlohmann::ordered_json;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Options. Help, command line and --config all come from the one table in add_train_options().
+
+struct TrainOptions {
+    std::string model = "tiny", preset;
+    std::vector<std::string> data, val;
+    std::string out = "out/run";
+    int64_t micro_batch = 8, seq_len = 0, global_batch = 0, steps = 0, tokens = 0, warmup_steps = -1;
+    double lr = 4e-4, min_lr = -1;
+    std::string schedule = "cosine", decay = "all", recompute = "auto", tokenizer, resume, init_from;
+    double decay_fraction = 0.1, weight_decay = 0.1, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, clip = 1.0;
+    uint64_t seed = 3407;
+    int64_t val_every = 0, val_batches = 10, checkpoint_every = 1000, keep = 3, log_every = 1, max_skips = 10;
+    std::vector<std::string> val_lengths = {"1x", "2x", "3x", "4x"};
+    int gpu = 0;
+    bool resuming = false;                 // --resume was given, with or without a directory
+};
+
+// "20b" -> 20000000000: numbers take k, m, b suffixes, powers of a thousand (k = 1024 for nobody: 4k tokens is 4000).
+inline std::string expand_count(std::string text) {
+    const std::string given = text;
+    double factor = 1;
+    if (!text.empty()) {
+        const char unit = (char)std::tolower(text.back());
+        if (unit == 'k' || unit == 'm' || unit == 'b') {
+            factor = unit == 'k' ? 1e3 : unit == 'm' ? 1e6 : 1e9;
+            text.pop_back();
+        }
+    }
+    size_t used = 0;
+    double value = 0;
+    try { value = std::stod(text, &used); } catch (const std::exception&) {}
+    value *= factor;
+    if (used == 0 || used != text.size() || value != std::floor(value) || std::abs(value) > 9e15)
+        throw CLI::ValidationError(given + " is not a whole number (suffixes k, m, b are allowed)");
+    return std::to_string((int64_t)value);
+}
+
+inline CLI::Option* add_count(CLI::App& app, const std::string& name, int64_t& value, const std::string& help) {
+    return app.add_option(name, value, help)->transform(CLI::Validator([](std::string& s) { s = expand_count(s); return std::string(); }, "COUNT"))->capture_default_str();
+}
+
+inline void add_train_options(CLI::App& app, TrainOptions& o) {
+    app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);      // given twice, the later counts
+    app.set_config("--config", "", "Read options from this file: lines of  name = value");
+    app.add_option("--model", o.model, "A named configuration (train_samba info lists them) or a .json file")->capture_default_str();
+    app.add_option("--preset", o.preset, "The reference's recipe; options given beside it win: 20b or 100b tokens at 2,097,152 tokens a step")
+        ->check(CLI::IsMember({"20b", "100b"}));
+    app.add_option("--data", o.data, "Token shards to train on (paths or quoted patterns)");
+    app.add_option("--val", o.val, "Token shards to validate on");
+    app.add_option("--out", o.out, "Directory of this run: checkpoints and log.jsonl")->capture_default_str();
+    add_count(app, "--micro-batch", o.micro_batch, "Sequences in one forward and backward pass");
+    add_count(app, "--seq-len", o.seq_len, "Tokens in a sequence; 0: the model's training length");
+    add_count(app, "--global-batch", o.global_batch, "Tokens in one optimizer step; 0: one micro-batch");
+    add_count(app, "--steps", o.steps, "Optimizer steps to train");
+    add_count(app, "--tokens", o.tokens, "Tokens to train on, instead of --steps");
+    app.add_option("--lr", o.lr, "Peak learning rate")->check(CLI::NonNegativeNumber)->capture_default_str();
+    app.add_option("--min-lr", o.min_lr, "Learning rate at the end; below 0: a tenth of --lr")->capture_default_str();
+    add_count(app, "--warmup-steps", o.warmup_steps, "Steps of linear warm-up; -1: one in a hundred");
+    app.add_option("--schedule", o.schedule, "Learning rate after the warm-up; wsd is constant, then linear to --min-lr")
+        ->check(CLI::IsMember({"cosine", "linear", "constant", "wsd"}))->capture_default_str();
+    app.add_option("--decay-fraction", o.decay_fraction, "Last part of the steps in which wsd decays")->check(CLI::Range(0.0, 1.0))->capture_default_str();
+    app.add_option("--weight-decay", o.weight_decay, "AdamW weight decay")->check(CLI::NonNegativeNumber)->capture_default_str();
+    app.add_option("--decay", o.decay, "Decay every parameter, as the reference does, or only matrices")->check(CLI::IsMember({"all", "matrices"}))->capture_default_str();
+    app.add_option("--beta1", o.beta1, "AdamW first moment")->check(CLI::Range(0.0, 0.999999))->capture_default_str();
+    app.add_option("--beta2", o.beta2, "AdamW second moment")->check(CLI::Range(0.0, 0.99999999))->capture_default_str();
+    app.add_option("--eps", o.eps, "AdamW epsilon")->check(CLI::PositiveNumber)->capture_default_str();
+    app.add_option("--clip", o.clip, "Largest global gradient norm; 0: no clipping")->check(CLI::NonNegativeNumber)->capture_default_str();
+    app.add_option("--seed", o.seed, "Of the initial weights and the data order")->capture_default_str();
+    add_count(app, "--val-every", o.val_every, "Steps between validations; 0: only at the end");
+    add_count(app, "--val-batches", o.val_batches, "Batches of --micro-batch sequences in a validation");
+    app.add_option("--val-lengths", o.val_lengths, "Context lengths to validate at, as multiples of --seq-len")->delimiter(',')->capture_default_str();
+    add_count(app, "--checkpoint-every", o.checkpoint_every, "Steps between checkpoints; one is always written at the end");
+    add_count(app, "--keep", o.keep, "Checkpoints to keep, the newest; 0: all");
+    app.add_option("--resume", o.resume, "Continue from the newest whole checkpoint of --out, or of this directory")->expected(0, 1)->default_str("");
+    app.add_option("--init-from", o.init_from, "Start from this checkpoint's weights, with a fresh optimizer and data order");
+    app.add_option("--recompute", o.recompute, "What backward computes again to save memory; auto: as little as fits")
+        ->check(CLI::IsMember({"auto", "none", "light", "full"}))->capture_default_str();
+    app.add_option("--tokenizer", o.tokenizer, "tokenizer.model to keep with the checkpoints; default: the one beside the data, if there is one");
+    add_count(app, "--log-every", o.log_every, "Steps between lines on the screen; the log has every step");
+    add_count(app, "--max-skips", o.max_skips, "Steps in a row with a gradient that is not finite before the run stops");
+    app.add_option("--gpu", o.gpu, "Index of the GPU to use")->capture_default_str();
+}
+
+// The resolved options, as the table has them: for the log and the checkpoints.
+inline json options_to_json(const CLI::App& app) {
+    json all = json::object();
+    for (const CLI::Option* option : app.get_options()) {
+        const std::string name = option->get_single_name();
+        if (name == "help" || name == "config") continue;
+        std::string value;
+        if (option->count() == 0) value = option->get_default_str();
+        else for (const std::string& part : option->reduced_results()) value += (value.empty() ? "" : " ") + part;
+        all[name] = value;
+    }
+    return all;
+}
+
+// A named configuration or a .json file
+inline Config load_config(const std::string& model) {
+    if (!model.ends_with(".json")) return config_from_name(model);
+    const nlohmann::json j = nlohmann::json::parse(MappedFile(model).text(), nullptr, false);
+    if (j.is_discarded()) fail("%s is not JSON", model.c_str());
+    return config_from_json(j, model);
+}
+
+// Sets what the command line left open and checks what no single option can check.
+inline void resolve(TrainOptions& o, const CLI::App& app, Config& config) {
+    config = load_config(o.model);
+    if (o.seq_len == 0) o.seq_len = config.seq_len;
+    config.seq_len = o.seq_len;
+    const auto open = [&](const char* name) { return app.get_option(name)->count() == 0; };
+    if (!o.preset.empty()) {
+        if (open("--tokens") && open("--steps")) o.tokens = o.preset == "20b" ? 20000000000 : 100000000000;
+        if (open("--global-batch")) o.global_batch = 2097152;
+    }
+    if (o.micro_batch < 1) fail("--micro-batch %lld: must be at least 1", (long long)o.micro_batch);
+    if (o.seq_len < 1) fail("--seq-len %lld: must be at least 1", (long long)o.seq_len);
+    const int64_t micro_tokens = o.micro_batch * o.seq_len;
+    if (o.global_batch == 0) o.global_batch = micro_tokens;
+    if (o.global_batch < 0 || o.global_batch % micro_tokens)
+        fail("--global-batch %lld: must be a multiple of --micro-batch %lld times --seq-len %lld", (long long)o.global_batch, (long long)o.micro_batch, (long long)o.seq_len);
+    if (o.steps > 0 && o.tokens > 0) fail("--steps and --tokens are both given: leave one out");
+    if (o.tokens > 0) o.steps = o.tokens / o.global_batch;
+    if (o.steps < 1) fail("nothing to do: give --steps N or --tokens N (at least one --global-batch of %lld)", (long long)o.global_batch);
+    if (o.min_lr < 0) o.min_lr = o.lr / 10;
+    if (o.warmup_steps < 0) o.warmup_steps = o.steps / 100;
+    if (o.data.empty()) fail("--data is missing: name token shards, for example --data 'data/stdlib/train_*.bin' (make data writes those)");
+    if (o.val_batches < 1) fail("--val-batches %lld: must be at least 1", (long long)o.val_batches);
+    if (o.log_every < 1) fail("--log-every %lld: must be at least 1", (long long)o.log_every);
+    if (!o.init_from.empty() && o.resuming) fail("--init-from and --resume are both given: leave one out");
+}
+
+// Learning rate of the update numbered `step` from 1. The reference counts micro-batches from 0; this is its value within
+// one micro-batch, and never 0.
+inline double learning_rate(const TrainOptions& o, int64_t step) {
+    if (step <= o.warmup_steps) return o.lr * (double)step / (double)o.warmup_steps;
+    const double part = std::min(1.0, (double)(step - o.warmup_steps) / (double)std::max<int64_t>(1, o.steps - o.warmup_steps));
+    if (o.schedule == "constant") return o.lr;
+    if (o.schedule == "linear") return o.lr + (o.min_lr - o.lr) * part;
+    if (o.schedule == "cosine") return o.min_lr + 0.5 * (1 + std::cos(M_PI * part)) * (o.lr - o.min_lr);
+    const double decay_from = (double)o.steps * (1 - o.decay_fraction);                                    // wsd
+    return (double)step <= decay_from ? o.lr : o.lr + (o.min_lr - o.lr) * ((double)step - decay_from) / ((double)o.steps - decay_from);
+}
+
+// "1x","4x" -> {1,4}, sorted
+inline std::vector<int64_t> length_multiples(const std::vector<std::string>& texts) {
+    std::vector<int64_t> multiples;
+    for (const std::string& text : texts) {
+        char* end = nullptr;
+        const long n = std::strtol(text.c_str(), &end, 10);
+        if (n < 1 || n > 1000000 || std::string(end) != "x") fail("--val-lengths %s: write multiples of --seq-len as 1x,2x,4x", text.c_str());
+        multiples.push_back(n);
+    }
+    std::sort(multiples.begin(), multiples.end());
+    multiples.erase(std::unique(multiples.begin(), multiples.end()), multiples.end());
+    return multiples;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Signals: the first asks to finish the step, save and leave; a second leaves at once.
+
+inline volatile std::sig_atomic_t stop_requested = 0;
+inline void on_stop_signal(int) {
+    if (stop_requested) _exit(130);
+    stop_requested = 1;
+}
+inline void catch_stop_signals() {
+    struct sigaction action{};
+    action.sa_handler = on_stop_signal;
+    sigaction(SIGINT, &action, nullptr);
+    sigaction(SIGTERM, &action, nullptr);
+    std::signal(SIGXFSZ, SIG_IGN);         // a file over the size limit is a failed write with an error line, not a death
+}
+
+inline void select_gpu(int index) {
+    if (!ON_GPU) return;
+    const int count = device_count();
+    if (count == 0) fail("this build needs an NVIDIA GPU and none is visible; build for the CPU with: make CPU=1");
+    if (index < 0 || index >= count) fail("--gpu %d: this machine has GPUs 0 to %d", index, count - 1);
+    device_select(index);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Validation: mean loss over the first k*T tokens, for several k, in one pass over the longest. The sequence is read in
+// chunks of T with the state carried along, so that memory does not depend on k.
+
+struct Validation {
+    Model& m;
+    const int64_t T;
+    std::vector<int64_t> multiples;
+    int64_t B = 0, batches = 0;
+    std::unique_ptr<DataLoader> loader;
+    SequenceState state;
+    std::vector<int> tokens, targets;      // (B,T) of one chunk
+    std::vector<float> losses;             // (B,T)
+
+    // Lengths that the data is too short for are dropped with a line that says so.
+    Validation(Model& m, const Shards& shards, std::vector<int64_t> wanted, int64_t max_B, int64_t T, int64_t max_batches) : m(m), T(T), multiples(std::move(wanted)) {
+        while (!multiples.empty() && shards.samples(multiples.back() * T) == 0) {
+            fprintf(stderr, "validation at %lld tokens is left out: no validation shard is that long\n", (long long)(multiples.back() * T));
+            multiples.pop_back();
+        }
+        if (multiples.empty()) fail("%s: too short to validate on: a sequence of %lld + 1 tokens is needed", shards.info()[0].path.c_str(), (long long)T);
+        const int64_t samples = shards.samples(multiples.back() * T);
+        B = std::min(max_B, samples);
+        batches = std::min(max_batches, samples / B);
+        loader = std::make_unique<DataLoader>(shards, B, multiples.back() * T, B, 0, 1, 0, false);
+        tokens.resize(B * T);
+        targets.resize(B * T);
+        losses.resize(B * T);
+        state.create(m.layout, B, multiples.back() * T, m.stream);
+    }
+
+    // (length in tokens, mean loss) for each multiple
+    std::vector<std::pair<int64_t, double>> run() {
+        const int64_t chunks = multiples.back();
+        std::vector<double> sums(chunks, 0.0);
+        ProgressBar bar("validation", (double)(batches * chunks));
+        loader->seek(0);
+        for (int64_t i = 0; i < batches; i++) {
+            const Batch batch = loader->next();                                                            // (B,chunks*T)
+            state.reset(m.layout, m.stream);
+            for (int64_t k = 0; k < chunks; k++) {
+                for (int64_t b = 0; b < B; b++) {
+                    std::copy_n(batch.tokens + (b * chunks + k) * T, T, tokens.data() + b * T);
+                    std::copy_n(batch.targets + (b * chunks + k) * T, T, targets.data() + b * T);
+                }
+                upload_tokens(m, tokens.data(), targets.data(), B * T);
+                evaluate(m, (int)B, T, &state);
+                copy_to_host(losses.data(), m.acts.losses, B * T * sizeof(float), m.stream);
+                stream_sync(m.stream);
+                sums[k] += std::accumulate(losses.begin(), losses.end(), 0.0);
+                bar.add(1);
+            }
+        }
+        std::vector<std::pair<int64_t, double>> result;
+        for (int64_t k : multiples)
+            result.emplace_back(k * T, std::accumulate(sums.begin(), sums.begin() + k, 0.0) / (double)(batches * B * T * k));
+        return result;
+    }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// A run and its checkpoints
+
+struct RunState {
+    int64_t step = 0;                      // optimizer steps made
+    int64_t updates = 0;                   // of them, those not skipped: AdamW's bias correction counts these
+    int64_t tokens = 0;
+    int64_t sample = 0;                    // global index of the next sample: the whole state of the data
+    int64_t skipped = 0;                   // steps skipped because a gradient was not finite
+};
+
+// Names and lengths of the shards: resuming on other data must not go unnoticed.
+inline uint64_t data_identity(const Shards& shards) {
+    uint64_t h = fnv1a64("", 0);
+    for (const ShardInfo& s : shards.info()) {
+        const std::string line = std::filesystem::path(s.path).filename().string() + " " + std::to_string(s.tokens) + " " + std::to_string(s.fingerprint) + "\n";
+        h = fnv1a64(line.data(), line.size(), h);
+    }
+    return h;
+}
+
+inline std::string save_checkpoint(const Model& m, const RunState& run, const TrainOptions& o, const json& options, uint64_t identity) {
+    CheckpointWriter writer(o.out, run.step);
+    const double bytes = 4.0 * (double)m.layout.parameters();
+    ProgressBar bar("checkpoint", 3 * bytes);
+    save_parameters(m, writer.path("model.safetensors"), [&](int64_t done) { bar.set((double)done); });
+    save_moments(m, writer.path("optimizer.safetensors"), [&](int64_t done) { bar.set(bytes + (double)done); });
+    if (!o.tokenizer.empty()) write_file_durably(writer.path("tokenizer.model"), MappedFile(o.tokenizer).text());
+    writer.commit({{"step", run.step}, {"updates", run.updates}, {"tokens", run.tokens}, {"sample", run.sample}, {"skipped", run.skipped},
+                   {"seq_len", o.seq_len}, {"seed", o.seed}, {"data_identity", std::to_string(identity)}, {"build", BUILD_NAME},
+                   {"commit", SAMBA_COMMIT}, {"options", options}});
+    prune_checkpoints(o.out, (int)o.keep);
+    return o.out + "/" + checkpoint_name(run.step);
+}
+
+inline nlohmann::json read_state(const std::string& dir) {
+    const nlohmann::json state = nlohmann::json::parse(MappedFile(dir + "/state.json").text(), nullptr, false);
+    if (state.is_discarded()) fail("%s/state.json is not JSON; remove this checkpoint to resume from an older one", dir.c_str());
+    return state;
+}
+
+inline RunState load_checkpoint(Model& m, const std::string& dir, const TrainOptions& o, uint64_t identity) {
+    const nlohmann::json state = read_state(dir);
+    RunState run;
+    try {
+        if (state.at("seq_len") != o.seq_len)
+            fail("%s was trained with --seq-len %lld, which fixes its data order; resume with that, or start anew with --init-from", dir.c_str(), (long long)state.at("seq_len"));
+        if (state.at("seed") != o.seed)
+            fail("%s was trained with --seed %lld, which fixes its data order; resume with that, or start anew with --init-from", dir.c_str(), (long long)state.at("seed"));
+        if (state.at("data_identity") != std::to_string(identity))
+            fail("%s was trained on other data than --data names now; resume with the same shards, or start anew with --init-from", dir.c_str());
+        run = {state.at("step"), state.at("updates"), state.at("tokens"), state.at("sample"), state.at("skipped")};
+    } catch (const nlohmann::json::exception& e) {
+        fail("%s/state.json: %s; remove this checkpoint to resume from an older one", dir.c_str(), e.what());
+    }
+    load_parameters(m, dir + "/model.safetensors");
+    load_moments(m, dir + "/optimizer.safetensors");
+    return run;
+}
+
+inline bool has_checkpoint(const std::string& out) {
+    if (!std::filesystem::is_directory(out)) return false;
+    for (const std::string& name : list_checkpoints(out))
+        if (checkpoint_defect(out + "/" + name).empty()) return true;
+    return false;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Set-up
+
+// Bytes of activations at a recompute level, by a dry run of the plan
+inline size_t activation_bytes(const Layout& layout, int64_t B, int64_t T, bool training, Recompute level) {
+    Activations dry;
+    dry.B = B; dry.T = T; dry.training = training; dry.recompute = level;
+    dry.plan(layout);
+    return dry.bytes();
+}
+inline size_t state_bytes(const Layout& layout, int64_t B, int64_t max_context) {
+    SequenceState dry;
+    dry.B = B;
+    dry.plan(layout, max_context);
+    return dry.arena.bytes();
+}
+inline int64_t parameter_bytes(const Layout& layout, bool training) {
+    return layout.matrix_elements * (int64_t)sizeof(floatX) + layout.vector_elements * 4 + (training ? layout.elements() * 16 : 0);
+}
+
+constexpr size_t MEMORY_RESERVE = (size_t)768 << 20;       // for the driver, cuBLASLt and fragmentation
+
+inline Recompute choose_recompute(const std::string& wanted, const Layout& layout, int64_t B, int64_t T, size_t other_bytes) {
+    for (Recompute level : {Recompute::none, Recompute::light, Recompute::full}) {
+        if (wanted == recompute_name(level)) return level;
+        if (wanted == "auto" && activation_bytes(layout, B, T, true, level) + other_bytes + MEMORY_RESERVE <= device_free_bytes()) return level;
+    }
+    fail("--micro-batch %lld with --seq-len %lld needs %s even with --recompute full, and %s are free; use a smaller --micro-batch", (long long)B, (long long)T,
+         human_bytes((double)(activation_bytes(layout, B, T, true, Recompute::full) + other_bytes)).c_str(), human_bytes((double)device_free_bytes()).c_str());
+}
+
+inline void print_run(const TrainOptions& o, const Model& m, const DeviceInfo& device, const Shards& data, int64_t accumulate) {
+    const Config& c = m.config();
+    printf("%s on %s (%s)\n", c.name.c_str(), device.name.c_str(), BUILD_NAME);
+    printf("  model    %s parameters, blocks %s, d_model %d, window %lld\n", human((double)m.layout.parameters()).c_str(), c.blocks.c_str(), c.d_model, (long long)c.window);
+    printf("  data     %s tokens in %zu shards, %.2f epochs\n", human((double)data.total_tokens()).c_str(), data.info().size(), (double)o.steps * (double)o.global_batch / (double)data.total_tokens());
+    printf("  step     %s tokens = %lld x %lld x %lld (sequences, tokens, micro-batches); %lld steps, %s tokens\n", human((double)o.global_batch).c_str(), (long long)o.micro_batch,
+           (long long)o.seq_len, (long long)accumulate, (long long)o.steps, human((double)o.steps * (double)o.global_batch).c_str());
+    printf("  memory   %s parameters and optimizer, %s activations (recompute %s)\n", human_bytes((double)m.w.arena.bytes()).c_str(),
+           human_bytes((double)m.acts.bytes()).c_str(), recompute_name(m.acts.recompute));
+    fflush(stdout);
+}
+
+// The tokenizer that the data was made with lies beside it.
+inline std::string find_tokenizer(const TrainOptions& o, const Shards& data) {
+    if (!o.tokenizer.empty()) return o.tokenizer;
+    const std::string beside = parent_directory(data.info()[0].path) + "/tokenizer.model";
+    return access(beside.c_str(), R_OK) == 0 ? beside : "";
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The training loop
+
+struct StepResult { float loss, norm; bool applied; };
+
+inline StepResult train_step(Model& m, DataLoader& loader, const TrainOptions& o, int64_t accumulate, RunState& run, double lr) {
+    for (int64_t micro = 0; micro < accumulate; micro++) {
+        const Batch batch = loader.next();
+        upload_tokens(m, batch.tokens, batch.targets, o.micro_batch * o.seq_len);
+        forward_backward(m, (int)o.micro_batch, o.seq_len, 1.0f / (float)accumulate, micro == 0);
+    }
+    update(m, AdamW{(float)lr, (float)o.beta1, (float)o.beta2, (float)o.eps, (float)o.weight_decay, run.updates + 1}, (float)o.clip, o.decay == "all");
+    StepResult result;
+    float norm[2];
+    copy_to_host(&result.loss, m.acts.loss, sizeof(float), m.stream);
+    copy_to_host(norm, m.acts.norm, sizeof norm, m.stream);
+    stream_sync(m.stream);
+    result.norm = norm[0];
+    result.applied = norm[1] != 0;
+    run.step++;
+    run.updates += result.applied;
+    run.tokens += o.global_batch;
+    run.sample = loader.position();
+    return result;
+}
+
+inline void print_step(const TrainOptions& o, const RunState& run, const StepResult& r, double lr, double ms, double tok_s, double mfu, double eta) {
+    char peak[32] = "";
+    if (mfu > 0) snprintf(peak, sizeof peak, " | %4.1f%% of bf16 peak", 100 * mfu);
+    printf("step %*lld/%lld | %s tokens | loss %.4f | norm %.3f | lr %.2e | %.1f ms | %s tok/s%s | ETA %s%s\n", (int)std::to_string(o.steps).size(), (long long)run.step,
+           (long long)o.steps, human((double)run.tokens).c_str(), r.loss, r.norm, lr, ms, human(tok_s).c_str(), peak, human_time(eta).c_str(), r.applied ? "" : " | SKIPPED: not finite");
+    fflush(stdout);
+}
+
+inline void validate_and_log(Validation& validation, RunLog& log, int64_t step) {
+    std::string line;
+    for (auto [length, loss] : validation.run()) {
+        log.write({{"type", "val"}, {"step", step}, {"length", length}, {"loss", loss}, {"ppl", std::exp(loss)}});
+        char text[96];
+        snprintf(text, sizeof text, "  %lld: %.4f (ppl %.2f)", (long long)length, loss, std::exp(loss));
+        line += text;
+    }
+    printf("validation loss by context length%s\n", line.c_str());
+    fflush(stdout);
+}
+
+// What a run consists of besides the model
+struct Trainer {
+    TrainOptions o;
+    json options;
+    Config config;
+    DeviceInfo device;
+    std::unique_ptr<Shards> data, val;
+    std::unique_ptr<Model> m;
+    std::unique_ptr<DataLoader> loader;
+    std::unique_ptr<Validation> validation;
+    std::unique_ptr<RunLog> log;
+    RunState run;
+    uint64_t identity = 0;
+    int64_t accumulate = 1;
+
+    // Everything is allocated here: after this the loop only computes.
+    void set_up() {
+        select_gpu(o.gpu);
+        device = device_info();
+        data = std::make_unique<Shards>(o.data, config.vocab_size);
+        if (!o.val.empty()) val = std::make_unique<Shards>(o.val, config.vocab_size);
+        identity = data_identity(*data);
+        o.tokenizer = find_tokenizer(o, *data);
+        const std::string from = start_point();
+
+        m = std::make_unique<Model>(config);
+        accumulate = o.global_batch / (o.micro_batch * o.seq_len);
+        const std::vector<int64_t> multiples = length_multiples(o.val_lengths);
+        const size_t val_bytes = val ? state_bytes(m->layout, o.micro_batch, multiples.back() * o.seq_len) : 0;
+        const Recompute level = choose_recompute(o.recompute, m->layout, o.micro_batch, o.seq_len, val_bytes + (size_t)parameter_bytes(m->layout, true));
+        m->w.create(m->layout, true);
+        m->acts.create(m->layout, o.micro_batch, o.seq_len, true, level);
+        if (val) validation = std::make_unique<Validation>(*m, *val, multiples, o.micro_batch, o.seq_len, o.val_batches);
+        initialise(*m, o.seed);
+        if (o.resuming && !from.empty()) run = load_checkpoint(*m, from, o, identity);
+        else if (!from.empty()) load_parameters(*m, from + "/model.safetensors");
+        loader = std::make_unique<DataLoader>(*data, o.micro_batch, o.seq_len, o.global_batch / o.seq_len, 0, 1, o.seed, true);
+        loader->seek(run.sample);
+
+        std::filesystem::create_directories(o.out);
+        log = std::make_unique<RunLog>(o.out + "/log.jsonl");
+        log->write({{"type", "run"}, {"options", options}, {"config", config_to_json(config)}, {"commit", SAMBA_COMMIT}, {"build", BUILD_NAME}, {"gpu", device.name},
+                    {"parameters", m->layout.parameters()}, {"flops_per_token", flops_per_token(m->layout, o.seq_len)}, {"step", run.step}});
+        print_run(o, *m, device, *data, accumulate);
+        if (!from.empty()) printf("  %s %s at step %lld\n", o.resuming ? "resumed " : "weights of", from.c_str(), (long long)run.step);
+    }
+
+    // The checkpoint directory to load before the first step; "" for none. Refuses to mix two runs in one directory.
+    std::string start_point() const {
+        if (!o.init_from.empty()) {
+            const std::string dir = find_checkpoint(o.init_from);
+            return dir;
+        }
+        const bool some = has_checkpoint(o.out);
+        if (o.resuming) return !o.resume.empty() ? find_checkpoint(o.resume) : some ? find_checkpoint(o.out) : "";
+        if (some) fail("--out %s already holds checkpoints; add --resume to continue that run, or choose another directory", o.out.c_str());
+        return "";
+    }
+
+    void checkpoint() {
+        const std::string dir = save_checkpoint(*m, run, o, options, identity);
+        log->write({{"type", "checkpoint"}, {"step", run.step}, {"dir", dir}});
+        printf("checkpoint %s\n", dir.c_str());
+        fflush(stdout);
+    }
+
+    void loop() {
+        const double flops = flops_per_token(m->layout, o.seq_len), start = now_seconds();
+        const int64_t start_step = run.step;
+        int64_t saved_at = run.step, skips = 0;
+        while (run.step < o.steps && !stop_requested) {
+            const double before = now_seconds(), lr = learning_rate(o, run.step + 1);
+            const StepResult r = train_step(*m, *loader, o, accumulate, run, lr);
+            const double seconds = now_seconds() - before, tok_s = (double)o.global_batch / seconds;
+            const double mfu = device.peak_bf16 > 0 ? tok_s * flops / device.peak_bf16 : 0;
+            log->write({{"type", "train"}, {"step", run.step}, {"tokens", run.tokens}, {"loss", r.loss}, {"grad_norm", r.norm}, {"lr", lr}, {"ms", seconds * 1e3},
+                        {"tok_s", tok_s}, {"mfu", mfu}, {"skipped", !r.applied}});
+            const double eta = (now_seconds() - start) / (double)(run.step - start_step) * (double)(o.steps - run.step);
+            if (run.step % o.log_every == 0 || run.step == o.steps || !r.applied) print_step(o, run, r, lr, seconds * 1e3, tok_s, mfu, eta);
+            skips = r.applied ? 0 : skips + 1;
+            run.skipped += !r.applied;
+            if (skips >= o.max_skips && o.max_skips > 0)
+                fail("%lld steps in a row had a gradient that is not finite (loss %f at step %lld); lower --lr, or resume from an older checkpoint", (long long)skips, r.loss, (long long)run.step);
+            if (validation && o.val_every > 0 && run.step % o.val_every == 0 && run.step < o.steps) validate_and_log(*validation, *log, run.step);
+            if (o.checkpoint_every > 0 && run.step % o.checkpoint_every == 0 && run.step < o.steps) {
+                checkpoint();
+                saved_at = run.step;
+            }
+        }
+        if (validation && run.step >= o.steps && run.step > start_step) validate_and_log(*validation, *log, run.step);
+        if (run.step > saved_at) checkpoint();
+        if (stop_requested) printf("stopped by a signal after step %lld; continue with --resume\n", (long long)run.step);
+        if (ON_GPU) printf("GPU memory in use: %s\n", human_bytes((double)device.total_bytes - (double)device_free_bytes()).c_str());
+    }
+};
+
+inline void run_train(TrainOptions options, const CLI::App& app) {
+    Trainer t;
+    t.o = std::move(options);
+    t.o.resuming = app.get_option("--resume")->count() > 0;
+    t.options = options_to_json(app);
+    resolve(t.o, app, t.config);
+    catch_stop_signals();
+    t.set_up();
+    t.loop();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The other subcommands
+
+// A model for inference from a checkpoint directory, with room for B sequences in chunks of T tokens.
+inline std::unique_ptr<Model> load_for_inference(const std::string& dir, int64_t B, int64_t T) {
+    const std::string path = dir + "/model.safetensors";
+    auto m = std::make_unique<Model>(read_config(path));
+    m->w.create(m->layout, false);
+    m->acts.create(m->layout, B, T, false, Recompute::full);
+    initialise(*m, 0);
+    load_parameters(*m, path);
+    return m;
+}
+
+struct EvalOptions {
+    std::string checkpoint;
+    std::vector<std::string> data, val_lengths = {"1x", "2x", "3x", "4x"};
+    int64_t micro_batch = 4, seq_len = 0, batches = 10;
+    int gpu = 0;
+};
+
+inline void run_eval(const EvalOptions& o) {
+    select_gpu(o.gpu);
+    const std::string dir = find_checkpoint(o.checkpoint);
+    const int64_t T = o.seq_len > 0 ? o.seq_len : read_config(dir + "/model.safetensors").seq_len;
+    auto m = load_for_inference(dir, o.micro_batch, T);
+    const Shards shards(o.data, m->config().vocab_size);
+    Validation validation(*m, shards, length_multiples(o.val_lengths), o.micro_batch, T, o.batches);
+    for (auto [length, loss] : validation.run()) printf("length %lld | loss %.4f | perplexity %.3f\n", (long long)length, loss, std::exp(loss));
+}
+
+struct GenerateOptions {
+    std::string checkpoint, prompt, tokenizer;
+    int64_t max_tokens = 200, top_k = 0;
+    double temperature = 0.8, top_p = 1.0;
+    uint64_t seed = 1;
+    int gpu = 0;
+};
+
+// Draws from softmax(logits / temperature) cut to the top_k most likely and to the smallest set of probability top_p;
+// temperature 0 takes the most likely. `uniform` in (0,1).
+inline int sample_token(const float* logits, int V, const GenerateOptions& o, double uniform) {
+    std::vector<int> order(V);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return logits[a] > logits[b]; });
+    if (o.temperature <= 0) return order[0];
+    const int k = o.top_k > 0 ? (int)std::min<int64_t>(o.top_k, V) : V;
+    std::vector<double> p(k);
+    double total = 0, kept = 0;
+    for (int i = 0; i < k; i++) total += p[i] = std::exp(((double)logits[order[i]] - logits[order[0]]) / o.temperature);
+    int count = 0;
+    while (count < k && (count == 0 || kept < o.top_p * total)) kept += p[count++];
+    double left = uniform * kept;
+    for (int i = 0; i < count; i++)
+        if ((left -= p[i]) < 0) return order[i];
+    return order[count - 1];
+}
+
+inline void run_generate(const GenerateOptions& o) {
+    select_gpu(o.gpu);
+    const std::string dir = find_checkpoint(o.checkpoint);
+    Tokenizer tokenizer(!o.tokenizer.empty() ? o.tokenizer : dir + "/tokenizer.model");
+    std::vector<int> prompt = tokenizer.encode(o.prompt);
+    if (prompt.empty()) prompt.push_back(tokenizer.eos());         // documents begin after an EOS
+    const int64_t chunk = std::min<int64_t>((int64_t)prompt.size(), 1024), context = (int64_t)prompt.size() + o.max_tokens;
+    auto m = load_for_inference(dir, 1, chunk);
+    const int V = m->config().vocab_size;
+    for (int id : prompt)
+        if (id < 0 || id >= V) fail("the tokenizer gave token %d and the model's vocabulary has %d; use the tokenizer that the data was prepared with", id, V);
+    SequenceState state;
+    state.create(m->layout, 1, context, m->stream);
+
+    int64_t last = 0;
+    for (size_t at = 0; at < prompt.size(); at += (size_t)chunk) {
+        const int64_t T = std::min<int64_t>(chunk, (int64_t)(prompt.size() - at));
+        upload_tokens(*m, prompt.data() + at, nullptr, T);
+        forward_layers(*m, 1, T, &state);
+        last = T - 1;
+    }
+    printf("%s", o.prompt.c_str());
+    std::vector<float> logits(V);
+    const uint64_t key = stream_key(o.seed, "generate");
+    for (int64_t i = 0; i < o.max_tokens; i++) {
+        read_logits(*m, logits.data(), last, 1);
+        const int id = sample_token(logits.data(), std::min(V, tokenizer.vocab_size()), o, counter_uniform(key, (uint64_t)i));
+        if (id == tokenizer.eos()) break;
+        printf("%s", tokenizer.decode_next(id).c_str());
+        fflush(stdout);
+        upload_tokens(*m, &id, nullptr, 1);
+        forward_layers(*m, 1, 1, &state);
+        last = 0;
+    }
+    printf("%s\n", tokenizer.decode_end().c_str());
+}
+
+struct InfoOptions {
+    std::string model;
+    int64_t micro_batch = 8, seq_len = 0;
+    bool device = false;
+};
+
+// "gpu NVIDIA H100 80GB HBM3" or "cpu CPU, 8 threads": what this build would run on, for scripts
+inline void print_device() {
+    select_gpu(0);
+    printf("%s %s\n", ON_GPU ? "gpu" : "cpu", device_info().name.c_str());
+}
+
+inline void print_models() {
+    printf("%-28s %15s  %-6s %7s %6s %9s %7s %7s\n", "model", "parameters", "blocks", "d_model", "d_ff", "heads", "window", "length");
+    for (const NamedConfig& n : named_configs()) {
+        const Config c = config_from_name(n.name);
+        char heads[32] = "-";
+        if (n.n_head) snprintf(heads, sizeof heads, "%d/%dx%d", n.n_head, n.n_kv_head, n.head_dim);
+        printf("%-28s %15lld  %-6d %7d %6d %9s %7s %7d\n", n.name, (long long)Layout(c).parameters(), n.n_block, n.d_model, n.d_ff, heads,
+               n.window ? std::to_string(n.window).c_str() : "-", n.seq_len);
+    }
+}
+
+inline void run_info(const InfoOptions& o) {
+    if (o.device) return print_device();
+    if (o.model.empty()) return print_models();
+    const Config c = load_config(o.model);
+    const Layout layout(c);
+    const int64_t T = o.seq_len > 0 ? o.seq_len : c.seq_len, B = o.micro_batch;
+    printf("%s: %lld parameters, blocks %s\n", c.name.c_str(), (long long)layout.parameters(), c.blocks.c_str());
+    printf("  d_model %d, d_inner %d, d_state %d, dt_rank %d, d_ff %d, heads %d/%dx%d, window %lld, %s, vocabulary %d%s\n\n", c.d_model, c.d_inner(), c.d_state, c.dt_rank(),
+           c.d_ff, c.n_head, c.n_kv_head, c.head_dim, (long long)c.window, c.rope ? "RoPE" : "NoPE", c.vocab_size, c.tied ? " (tied)" : "");
+    std::map<std::string, int64_t> by_kind;
+    for (const Layer& layer : layout.layers) by_kind[kind_name(layer.kind)]++;
+    for (auto& [kind, count] : by_kind) printf("  %-10s %4lld layers\n", kind.c_str(), (long long)count);
+    std::map<std::string, std::pair<int64_t, int64_t>> by_name;        // last two parts of the name -> count, elements
+    for (const Tensor& t : layout.tensors) {
+        std::string name = t.name;
+        if (name.rfind("transformer.h.", 0) == 0) name = name.substr(name.find('.', 14) + 1);
+        by_name[name].first++;
+        by_name[name].second += t.size;
+    }
+    printf("\n  parameters\n");
+    for (auto& [name, n] : by_name) printf("    %-28s x%-4lld %15lld\n", name.c_str(), (long long)n.first, (long long)n.second);
+    printf("\n  memory at micro-batch %lld, %lld tokens a sequence (%s)\n", (long long)B, (long long)T, BUILD_NAME);
+    printf("    parameters, gradients, moments   %s\n", human_bytes((double)parameter_bytes(layout, true)).c_str());
+    for (Recompute level : {Recompute::none, Recompute::light, Recompute::full})
+        printf("    activations, recompute %-6s    %s\n", recompute_name(level), human_bytes((double)activation_bytes(layout, B, T, true, level)).c_str());
+    printf("    sequence state of generation     %s\n", human_bytes((double)state_bytes(layout, 1, T)).c_str());
+    printf("\n  training flops a token at length %lld: %s\n", (long long)T, human(flops_per_token(layout, T)).c_str());
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+inline int run_main(int argc, char** argv) {
+    // `train` is what the program does; the word may be written or not
+    std::vector<char*> args(argv, argv + argc);
+    if (args.size() > 1 && std::string(args[1]) == "train") args.erase(args.begin() + 1);
+
+    CLI::App app{"Trains Samba language models (Mamba + sliding-window attention) in pure C++/CUDA."};
+    app.failure_message(CLI::FailureMessage::simple);
+    TrainOptions train;
+    add_train_options(app, train);
+
+    EvalOptions eval;
+    CLI::App* eval_app = app.add_subcommand("eval", "Loss and perplexity of a checkpoint at several context lengths");
+    eval_app->add_option("--checkpoint", eval.checkpoint, "A checkpoint, or a run's directory")->required();
+    eval_app->add_option("--data", eval.data, "Token shards")->required();
+    eval_app->add_option("--val-lengths", eval.val_lengths, "Context lengths as multiples of --seq-len")->delimiter(',')->capture_default_str();
+    add_count(*eval_app, "--micro-batch", eval.micro_batch, "Sequences at a time");
+    add_count(*eval_app, "--seq-len", eval.seq_len, "Tokens in a chunk; 0: the training length");
+    add_count(*eval_app, "--batches", eval.batches, "Batches to average over");
+    eval_app->add_option("--gpu", eval.gpu, "Index of the GPU to use")->capture_default_str();
+
+    GenerateOptions generate;
+    CLI::App* generate_app = app.add_subcommand("generate", "Continue a prompt");
+    generate_app->add_option("--checkpoint", generate.checkpoint, "A checkpoint, or a run's directory")->required();
+    generate_app->add_option("--prompt", generate.prompt, "Text to continue");
+    generate_app->add_option("--tokenizer", generate.tokenizer, "tokenizer.model; default: the checkpoint's own");
+    add_count(*generate_app, "--max-tokens", generate.max_tokens, "Tokens to generate at the most");
+    generate_app->add_option("--temperature", generate.temperature, "Softmax temperature; 0: always the most likely token")->check(CLI::NonNegativeNumber)->capture_default_str();
+    add_count(*generate_app, "--top-k", generate.top_k, "Choose among the k most likely tokens; 0: all");
+    generate_app->add_option("--top-p", generate.top_p, "Choose among the most likely tokens that reach this probability")->check(CLI::Range(0.0, 1.0))->capture_default_str();
+    generate_app->add_option("--seed", generate.seed, "Of the random draws")->capture_default_str();
+    generate_app->add_option("--gpu", generate.gpu, "Index of the GPU to use")->capture_default_str();
+
+    InfoOptions info;
+    CLI::App* info_app = app.add_subcommand("info", "What a model consists of and costs; without --model, the list of models");
+    info_app->add_option("--model", info.model, "A named configuration or a .json file");
+    add_count(*info_app, "--micro-batch", info.micro_batch, "Sequences in a pass");
+    add_count(*info_app, "--seq-len", info.seq_len, "Tokens in a sequence; 0: the model's training length");
+    info_app->add_flag("--device", info.device, "Only name the device that this build runs on");
+    app.require_subcommand(0, 1);
+
+    try {
+        app.parse((int)args.size(), args.data());
+    } catch (const CLI::ParseError& e) {
+        if (e.get_exit_code() == 0) return app.exit(e);
+        fprintf(stderr, "error: %s; train_samba --help lists the options\n", e.what());
+        return 1;
+    }
+    if (*eval_app) run_eval(eval);
+    else if (*generate_app) run_generate(generate);
+    else if (*info_app) run_info(info);
+    else run_train(train, app);
+    return 0;
+}
+
+int main(int argc, char** argv) {
+    try {
+        return run_main(argc, argv);
+    } catch (const std::exception& e) {
+        fprintf(stderr, "error: %s\n", e.what());
+        return 1;
+    }
+}
