@@ -165,12 +165,13 @@ template <int HD, int MT, int NT> __device__ inline void product_rows(float (&c)
         }
     }
 }
-// c (16 MT, HD) += p b: p (16 MT, 16 KT) in registers, b a tile of 16 KT rows.
-template <int HD, int MT, int KT> __device__ inline void product_columns(float (&c)[MT][HD / 8][4], const uint32_t (&p)[MT][KT][4], uint32_t b_tile) {
+// c (16 MT, N) += p b: p (16 MT, 16 KT) in registers, b N columns of a tile of 16 KT rows of HD.
+template <int HD, int N, int MT, int KT>
+__device__ inline void product_columns(float (&c)[MT][N / 8][4], const uint32_t (&p)[MT][KT][4], uint32_t b_tile) {
 #pragma unroll
     for (int k = 0; k < KT; k++)
 #pragma unroll
-        for (int n = 0; n < HD / 8; n += 2) {
+        for (int n = 0; n < N / 8; n += 2) {
             uint32_t b[4];
             load_matrices_transposed(b, b_tile + at_column(lane_a<HD>(), n * 8) + k * 16 * HD * 2);
 #pragma unroll
@@ -305,7 +306,7 @@ template <int HD, int WARPS, int MT, int BN, bool RING> __global__ void __launch
         online_softmax(s, o, top, sum, c);
         uint32_t p[MT][BN / 16][4];
         pack_operand(p, s);
-        product_columns<HD>(o, p, v_tile);
+        product_columns<HD, HD>(o, p, v_tile);
     }
 
     const int row0 = i0 + warp * MT * 16;
@@ -345,6 +346,21 @@ template <int MT, int NT, class F> __device__ inline void score_gradients(float 
 
 template <int HD, int WARPS, int MT, int BM> constexpr int backward_keys_shared() { return (2 * WARPS * MT * 16 + 4 * BM) * HD * 2 + 4 * BM * 4; }
 
+// Queries i0 .. i0 + BM - 1 of a head, their dout and their statistics into a stage; one group of copies
+template <int HD, int BM, int THREADS>
+__device__ inline void load_query_stage(const Args<bf16>& a, int b, int h, int i0, uint32_t stages, float* statistics, int stage) {
+    constexpr int TILE = BM * HD * 2;
+    const int t = threadIdx.x;
+    const bf16 *queries = a.qkv + a.query(b, h) + i0 * a.row(), *douts = a.dout + a.output(b, h) + i0 * a.out_row();
+    load_tile<BM, HD, THREADS>(stages + stage * 2 * TILE, lane_source<HD>(queries, a.row()), a.row(), a.T - i0);
+    load_tile<BM, HD, THREADS>(stages + stage * 2 * TILE + TILE, lane_source<HD>(douts, a.out_row()), a.out_row(), a.T - i0);
+    if (t < 2 * BM) {                                                   // rows past T get zeros, and so add nothing
+        const bool real = i0 + t % BM < a.T;
+        copy_async_4(shared_address(statistics + stage * 2 * BM + t), (t < BM ? a.lse2 : a.delta) + a.stat(b, h) + (real ? i0 + t % BM : 0), real);
+    }
+    copy_async_commit();
+}
+
 // A block owns BN = 16 WARPS MT keys of one group and goes over the group's query heads and their tiles of BM queries. Scores
 // are formed transposed (keys as rows), so that P^T and dS^T are register operands. DK, DV: which of the two to compute;
 // head_dim 256 needs a launch for each, its sums fill the registers.
@@ -359,15 +375,7 @@ template <int HD, int WARPS, int MT, int BM, bool DK, bool DV> __global__ void _
     const uint32_t k_tile = shared_address(attention_shared), v_tile = k_tile + BN * ROW, stages = v_tile + BN * ROW;
     float* statistics = reinterpret_cast<float*>(attention_shared + 2 * BN * ROW + 2 * STAGE);         // (2 stages, lse2 | delta, BM)
     auto load_queries = [&](int step) {
-        const int h = g * heads + step / count, stage = step % 2, t = threadIdx.x;
-        const int i0 = (first + step % count) * BM;
-        load_tile<BM, HD, THREADS>(stages + stage * STAGE, lane_source<HD>(a.qkv + a.query(b, h) + i0 * a.row(), a.row()), a.row(), a.T - i0);
-        load_tile<BM, HD, THREADS>(stages + stage * STAGE + BM * ROW, lane_source<HD>(a.dout + a.output(b, h) + i0 * a.out_row(), a.out_row()), a.out_row(), a.T - i0);
-        if (t < 2 * BM) {                                               // rows past T get zeros, and so add nothing
-            const bool real = i0 + t % BM < a.T;
-            copy_async_4(shared_address(statistics + stage * 2 * BM + t), (t < BM ? a.lse2 : a.delta) + a.stat(b, h) + (real ? i0 + t % BM : 0), real);
-        }
-        copy_async_commit();
+        load_query_stage<HD, BM, THREADS>(a, b, g * heads + step / count, (first + step % count) * BM, stages, statistics, step % 2);
     };
     float dk[MT][HD / 8][4], dv[MT][HD / 8][4];
     if (DK) clear(dk);
@@ -391,20 +399,104 @@ template <int HD, int WARPS, int MT, int BM, bool DK, bool DV> __global__ void _
         probabilities(s, c, [&](int, int n, int e) { return lse2[n * 8 + e % 2]; });
         if (DV) {
             pack_operand(operand, s);
-            product_columns<HD>(dv, operand, do_tile);
+            product_columns<HD, HD>(dv, operand, do_tile);
         }
         if (DK) {
             float dp[MT][BM / 8][4];
             product_rows<HD>(dp, v_tile + warp * MT * 16 * ROW, do_tile);
             score_gradients(dp, s, [&](int, int n, int e) { return delta[n * 8 + e % 2]; });
             pack_operand(operand, dp);
-            product_columns<HD>(dk, operand, q_tile);
+            product_columns<HD, HD>(dk, operand, q_tile);
         }
     }
     const int row0 = n0 + warp * MT * 16;
     unsigned char* rows = attention_shared + warp * MT * 16 * ROW;      // the warp's own rows of the key tile
     if (DK) store_rows<HD>(a.dqkv + a.key(b, g) + row0 * a.row(), a.row(), a.T - row0, dk, rows, [&](int, int) { return scale; });
     if (DV) store_rows<HD>(a.dqkv + a.value(b, g) + row0 * a.row(), a.row(), a.T - row0, dv, rows, [&](int, int) { return 1.f; });
+}
+
+// The same with two warps for each 32 keys: each forms P^T and dS^T for 32 of the 64 queries, they exchange these, and each sums
+// half of the columns of dk and dv. Less is read from shared memory per product (tiles of 32 x 32 and 32 x 64 instead of 16 x 64
+// and 16 x 128), which is what bounds the kernel above at one block per SM.
+constexpr int PAIRS = 4, PAIR_KEYS = 32, PAIR_QUERIES = 64, PAIR_PART = 2 * 2 * WARP * 16;             // bytes a warp hands over
+template <int HD> constexpr int backward_pairs_shared() {
+    return (2 * PAIRS * PAIR_KEYS + 4 * PAIR_QUERIES) * HD * 2 + 4 * PAIR_QUERIES * 4 + 2 * 2 * PAIRS * PAIR_PART;
+}
+__device__ inline void pair_sync(int pair) { asm volatile("bar.sync %0, 64;" ::"r"(1 + pair) : "memory"); }
+__device__ inline void pair_write(uint4* part, const uint32_t (&p)[2][2][4]) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const uint32_t(&v)[4] = p[i / 2][i % 2];
+        part[i * WARP + threadIdx.x % WARP] = make_uint4(v[0], v[1], v[2], v[3]);
+    }
+}
+__device__ inline void pair_read(uint32_t (&p)[2][2][4], const uint4* part) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const uint4 v = part[i * WARP + threadIdx.x % WARP];
+        p[i / 2][i % 2][0] = v.x, p[i / 2][i % 2][1] = v.y, p[i / 2][i % 2][2] = v.z, p[i / 2][i % 2][3] = v.w;
+    }
+}
+// c (32, HD / 2) += operand b over all 64 queries: our 32 from registers, the other warp's by way of parts
+template <int HD>
+__device__ inline void pair_product(float (&c)[2][HD / 16][4], uint32_t (&operand)[2][2][4], uint32_t b_tile, uint4* parts, int pair, int side) {
+    constexpr int HALF_TILE = PAIR_QUERIES / 2 * HD * 2, WORDS = PAIR_PART / 16;
+    pair_write(parts + side * WORDS, operand);
+    product_columns<HD, HD / 2>(c, operand, b_tile + side * HALF_TILE);
+    pair_sync(pair);
+    pair_read(operand, parts + (1 - side) * WORDS);
+    product_columns<HD, HD / 2>(c, operand, b_tile + (1 - side) * HALF_TILE);
+}
+
+template <int HD> __global__ void __launch_bounds__(2 * PAIRS * WARP) backward_pairs_mma(const Args<bf16> a) {
+    constexpr int BN = PAIRS * PAIR_KEYS, BM = PAIR_QUERIES, ROW = HD * 2, THREADS = 2 * PAIRS * WARP, STAGE = 2 * BM * ROW;
+    static_assert(HD == 128, "a warp's half of the columns is 64: a whole number of swizzle periods");
+    const Work work = block_work(a.T, BN, a.G, false);
+    const int b = work.b, g = work.head, heads = a.H / a.G;
+    const int lane = threadIdx.x % WARP, side = threadIdx.x / WARP % 2, pair = threadIdx.x / (2 * WARP);
+    const int n0 = work.tile * BN, first = n0 / BM, last = min(a.T - 1, n0 + BN - 1 + a.window - 1) / BM;
+    const int count = last - first + 1, steps = heads * count;
+    const float scale = rsqrtf((float)HD), c = scale * LOG2E;
+    const uint32_t k_tile = shared_address(attention_shared), v_tile = k_tile + BN * ROW, stages = v_tile + BN * ROW;
+    const uint32_t k_at = k_tile + pair * PAIR_KEYS * ROW, v_at = k_at + BN * ROW;
+    float* statistics = reinterpret_cast<float*>(attention_shared + 2 * BN * ROW + 2 * STAGE);         // (2 stages, lse2 | delta, BM)
+    uint4* parts = reinterpret_cast<uint4*>(attention_shared + 2 * BN * ROW + 2 * STAGE + 4 * BM * 4) + pair * 2 * (PAIR_PART / 16);
+    uint4* gradient_parts = parts + 2 * PAIRS * (PAIR_PART / 16);
+    auto load_queries = [&](int step) {
+        load_query_stage<HD, BM, THREADS>(a, b, g * heads + step / count, (first + step % count) * BM, stages, statistics, step % 2);
+    };
+    float dk[2][HD / 16][4], dv[2][HD / 16][4];
+    clear(dk);
+    clear(dv);
+    const bf16* keys = lane_source<HD>(a.qkv + a.key(b, g) + n0 * a.row(), a.row());
+    load_tile<BN, HD, THREADS>(k_tile, keys, a.row(), a.T - n0);
+    load_tile<BN, HD, THREADS>(v_tile, keys + HD, a.row(), a.T - n0);
+    load_queries(0);
+    for (int step = 0; step < steps; step++) {
+        copy_async_wait();
+        __syncthreads();                                                // this stage is here; the other one's readers are done
+        if (step + 1 < steps) load_queries(step + 1);
+        const int i0 = (first + step % count) * BM + side * 32;         // of this warp's queries
+        const uint32_t q_tile = stages + step % 2 * STAGE, do_tile = q_tile + BM * ROW;
+        const float *lse2 = statistics + step % 2 * 2 * BM + side * 32 + lane % 4 * 2, *delta = lse2 + BM;
+        float s[2][4][4], dp[2][4][4];
+        uint32_t operand[2][2][4];
+        product_rows<HD>(s, k_at, q_tile + side * 32 * ROW);
+        if (i0 < n0 + BN - 1 || i0 + 31 >= n0 + a.window) mask(s, pair * PAIR_KEYS + lane / 4, n0 - i0, n0 - i0 + a.window - 1, 0);
+        probabilities(s, c, [&](int, int n, int e) { return lse2[n * 8 + e % 2]; });
+        pack_operand(operand, s);
+        pair_product<HD>(dv, operand, do_tile + side * 128, parts, pair, side);                        // + 128 bytes: our columns
+        product_rows<HD>(dp, v_at, do_tile + side * 32 * ROW);
+        score_gradients(dp, s, [&](int, int n, int e) { return delta[n * 8 + e % 2]; });
+        pack_operand(operand, dp);
+        pair_product<HD>(dk, operand, q_tile + side * 128, gradient_parts, pair, side);
+    }
+    const int row0 = n0 + pair * PAIR_KEYS;
+    __syncthreads();                                                    // the tiles' readers are done
+    unsigned char* rows = attention_shared + (pair * 2 + side) * PAIR_KEYS * HD;                       // half rows of this warp
+    bf16* out = a.dqkv + a.key(b, g) + row0 * a.row() + side * HD / 2;
+    store_rows<HD / 2, 2>(out, a.row(), a.T - row0, dk, rows, [&](int, int) { return scale; });
+    store_rows<HD / 2, 2>(out + HD, a.row(), a.T - row0, dv, rows, [&](int, int) { return 1.f; });
 }
 
 template <int HD, int WARPS, int MT, int BN> constexpr int backward_queries_shared() { return (2 * WARPS * MT * 16 + 4 * BN) * HD * 2; }
@@ -453,7 +545,7 @@ template <int HD, int WARPS, int MT, int BN> __global__ void __launch_bounds__(W
         score_gradients(dp, s, [&](int m, int, int e) { return delta[m][e / 2]; });
         uint32_t operand[MT][BN / 16][4];
         pack_operand(operand, dp);
-        product_columns<HD>(dq, operand, k_tile);
+        product_columns<HD, HD>(dq, operand, k_tile);
     }
     store_rows<HD>(a.dqkv + a.query(b, h) + row0 * a.row(), a.row(), a.T - row0, dq, attention_shared + warp * MT * 16 * ROW, [&](int, int) { return scale; });
 }
@@ -709,6 +801,9 @@ template <int HD, int WARPS, int MT> inline void launch_forward_mma(const Args<b
 template <int HD, int WARPS, int MT, int BM, bool DK, bool DV> inline void launch_backward_keys_mma(const Args<bf16>& a, Stream stream) {
     launch(backward_keys_mma<HD, WARPS, MT, BM, DK, DV>, a, ceil_div(a.T, WARPS * MT * 16), (int64_t)a.B * a.G, WARPS * WARP,
            backward_keys_shared<HD, WARPS, MT, BM>(), stream);
+}
+template <int HD> inline void launch_backward_pairs_mma(const Args<bf16>& a, Stream stream) {
+    launch(backward_pairs_mma<HD>, a, ceil_div(a.T, PAIRS * PAIR_KEYS), (int64_t)a.B * a.G, 2 * PAIRS * WARP, backward_pairs_shared<HD>(), stream);
 }
 template <int HD, int WARPS, int MT, int BN> inline void launch_backward_queries_mma(const Args<bf16>& a, Stream stream) {
     launch(backward_queries_mma<HD, WARPS, MT, BN>, a, ceil_div(a.T, WARPS * MT * 16), (int64_t)a.B * a.H, WARPS * WARP,

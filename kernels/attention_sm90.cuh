@@ -330,6 +330,7 @@ template <int STAGES> struct Ring {
     __device__ void wait_full(int n) const { barrier_wait(full_bar(n), n / STAGES % 2); }
     __device__ void wait_empty(int n) const { barrier_wait(empty_bar(n), n / STAGES % 2 ^ 1); }
     __device__ void release(int n) const {                               // by every consumer warp, after its products are done
+        __syncwarp();                                                    // all lanes have read before one of them says so
         if (threadIdx.x % WARP == 0) barrier_arrive(empty_bar(n));
     }
     __device__ void init(int releases = 2 * WARPGROUP / WARP) const {

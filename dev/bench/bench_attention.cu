@@ -128,6 +128,41 @@ void bench_shape(const Shape& c, bool hopper) {
            difference(host(data.dqkv[0], c.qkv()), dqkv));
 }
 
+// Kernels of the portable backward one by one, in every form there is: which should attn::backward_on_tensor_cores take?
+struct Kernel { const char* name; bool keys; void (*run)(const gpu::attn::Args<bf16>&, Stream); };
+const Kernel KERNELS[] = {
+    {"dk dv: 8 warps of 16 keys", true, gpu::attn::launch_backward_keys_mma<128, 8, 1, 64, true, true>},
+    {"dk dv: 4 warps of 16 keys", true, gpu::attn::launch_backward_keys_mma<128, 4, 1, 64, true, true>},
+    {"dk dv: 4 warps of 16, steps of 32", true, gpu::attn::launch_backward_keys_mma<128, 4, 1, 32, true, true>},
+    {"dk dv: 4 pairs of warps", true, gpu::attn::launch_backward_pairs_mma<128>},
+    {"dq: 4 warps of 32, steps of 32", false, gpu::attn::launch_backward_queries_mma<128, 4, 2, 32>},
+    {"dq: 4 warps of 16, steps of 64", false, gpu::attn::launch_backward_queries_mma<128, 4, 1, 64>},
+    {"dq: 4 warps of 16, steps of 32", false, gpu::attn::launch_backward_queries_mma<128, 4, 1, 32>},
+    {"dq: 8 warps of 16, steps of 64", false, gpu::attn::launch_backward_queries_mma<128, 8, 1, 64>},
+};
+void bench_portable_kernels(const Shape& c) {
+    const Data data(c, 3);
+    for (int i = 0; i < 3; i++) portable_forward(c, data[i]);
+    portable_backward(c, data[0]);
+    const std::vector<bf16> want = host(data.dqkv[0], c.qkv());
+    for (const Kernel& kernel : KERNELS) {
+        auto run = [&](int i) {
+            gpu::attn::Args<bf16> a = portable_args(c, data[i].out, data[i].lse, data[i].qkv);
+            a.dqkv = data[i].dqkv, a.dout = data[i].dout, a.lse2 = (float*)data[i].workspace, a.delta = a.lse2 + c.lse();
+            kernel.run(a, 0);
+        };
+        bench::print_row(kernel.name, bench::time_ms(run), 0, (kernel.keys ? 8.0 : 6.0) * c.hd * c.pairs());
+        portable_backward(c, data[0]);                                   // data[0]'s statistics again
+        CUDA_CHECK(cudaMemset(data.dqkv[0], 0xFF, (size_t)c.qkv() * 2));
+        run(0);
+        std::vector<bf16> got = host(data.dqkv[0], c.qkv());
+        const int heads = c.H / c.G;
+        for (size_t i = 0; i < got.size(); i++)
+            if ((i / c.hd % (heads + 2) >= (size_t)heads) != kernel.keys) got[i] = want[i];            // the other kernel's
+        printf("    against the default: %.2e\n", difference(got, want));
+    }
+}
+
 } // namespace
 
 int main() {
@@ -138,5 +173,6 @@ int main() {
     if (hopper) check_small(HOPPER, SMALL);
     bench::print_header();
     for (const Shape& c : SHAPES) bench_shape(c, hopper);
+    bench_portable_kernels(SHAPES[0]);
     return 0;
 }

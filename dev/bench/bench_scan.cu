@@ -444,13 +444,6 @@ __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) warp_backward_kernel(S
 // ---------------------------------------------------------------------------------------------------------------------
 // Convolution: W channels a thread, rows kept as they come (packed), the next BATCH rows loaded before the present ones are used.
 
-template <int W> __device__ inline Vec<bf16, W> conv_row(const ConvInput<bf16>& p, int64_t sequence, int64_t t, int c) {
-    Vec<bf16, W> zero;
-#pragma unroll
-    for (int k = 0; k < W; k++) zero[k] = from_float<bf16>(0.f);
-    if (t >= p.T || (t < 0 && !p.halo)) return zero;
-    return load_vec<W>(t < 0 ? p.halo + (sequence * CONV_HALO + t + CONV_HALO) * p.e + c : p.x + (sequence * p.T + t) * p.ldx + c);
-}
 template <int W, int ROWS, int BATCH, int THREADS, int MIN_BLOCKS>
 __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_forward_variant(bf16* u, ConvInput<bf16> p) {
     const int c = (blockIdx.x * THREADS + threadIdx.x) * W;
