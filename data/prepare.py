@@ -40,6 +40,7 @@ except ImportError as error:
 
 RECIPE = 3  # raise it when the same options begin to give other bytes
 STAMP = ".prepared.json"
+WORK, DONE = ".partial", ".partial.done"
 
 # ------------------------------------------------------------------------------------------------------------- options
 
@@ -392,7 +393,8 @@ def publish(work: Path, out: Path, inputs: str) -> None:
     for name in old.keys() - new.keys():
         (out / name).unlink(missing_ok=True)
     write_stamp(out, inputs, new)
-    shutil.rmtree(work)
+    os.replace(work, out / DONE)  # renamed, so that nobody goes on with half of it
+    shutil.rmtree(out / DONE)
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -401,13 +403,17 @@ def prepare(options: argparse.Namespace) -> None:
     corpus = open_corpus(options)
     inputs = describe_inputs(corpus, options)
     if is_done(out, inputs if not corpus.stream or corpus.stream.can_reread else None):
+        for left in (out / WORK, out / DONE):  # by a run that died in its last moment
+            if left.name == DONE or ((left / "inputs").exists() and (left / "inputs").read_text() == inputs):
+                shutil.rmtree(left, ignore_errors=True)
         print(f"{out}: already prepared from {corpus.description} with these options, nothing to do")
         return
     out.mkdir(parents=True, exist_ok=True)
     descriptor = lock(out)
-    work = out / ".partial"
+    work = out / WORK
     try:
         refuse_foreign_shards(out, work)
+        shutil.rmtree(out / DONE, ignore_errors=True)
         begin(work, inputs)
         if not (work / "publish.json").exists():
             meta = make_result(corpus, options, work)
