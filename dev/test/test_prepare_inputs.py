@@ -300,11 +300,11 @@ def test_llama_style_tokenizer_is_used_as_the_reference_does(tmp_path, monkeypat
         sentence_iterator=(line for text, _ in zip(stdlib().texts(), range(20)) for line in text.splitlines()), model_writer=model, model_type="bpe", vocab_size=500, byte_fallback=True, split_digits=True,
         normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2)  # fmt: skip
     (tmp_path / "llama.model").write_bytes(model.getvalue())
-    monkeypatch.setattr(tokenizer_module, "BLOCK", 50)
+    monkeypatch.setattr(tokenizer_module, "SMALL_BLOCK", 50)
     ours = load_tokenizer(str(tmp_path / "llama.model"))
-    assert ours.has_prefix and (ours.vocab_size, ours.eos_id) == (500, 2)
+    assert ours.has_prefix and ours.block == 50 and (ours.vocab_size, ours.eos_id) == (500, 2)
     plain = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    texts = [*TEXTS, "".join(TEXTS), "\n\n  x\n" * 100]
+    texts = [*TEXTS, "".join(TEXTS), "\n\n  x\n" * 100, "\n", " \n ", "long line " * 1000, *(text for text, _ in zip(stdlib().texts(), range(40)))]
     for text, tokens in zip(texts, ours.encode(texts)):
         assert tokens.tolist() == plain.encode(text) + [2]
 
