@@ -19,7 +19,7 @@ from typing import BinaryIO, NamedTuple
 
 from data.shards import PrepareError
 
-MAX_DOCUMENT = 64 << 20  # bytes of one line or file; what is longer is left out by name, so that memory is bounded
+MAX_DOCUMENT = 32 << 20  # bytes of one line or file; what is longer is left out by name, so that memory is bounded
 
 
 class Piece(NamedTuple):

@@ -11,7 +11,7 @@ import re
 import struct
 import sys
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -50,13 +50,21 @@ class Tokenizer:
             raise PrepareError(f"{name}: has no end-of-text token (eos); use a tokenizer that has one, or name it with --eos TOKEN")
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        arrays = []
-        for ids in self.encode_ids(texts):
+        """A text of over BLOCK characters goes in blocks, so that memory is bounded; there a token at a cut may be two."""
+        short, arrays = iter(self.encode_ids([text for text in texts if len(text) <= BLOCK], False)), []
+        for text in texts:
+            if len(text) <= BLOCK:
+                ids = array("H", next(short))
+            else:
+                ids = array("H")
+                for i, block in enumerate(blocks(text, BLOCK, 2 * BLOCK)):
+                    ids.extend(array("H", self.encode_ids([block], i > 0)[0]))
             ids.append(self.eos_id)
-            arrays.append(np.frombuffer(array("H", ids), dtype="<u2"))  # far quicker than np.array of a list
+            arrays.append(np.frombuffer(ids, dtype="<u2"))
         return arrays
 
-    def encode_ids(self, texts: list[str]) -> Iterable[list[int]]:
+    def encode_ids(self, texts: list[str], goes_on: bool) -> list[list[int]]:
+        """Without EOS. goes_on: the texts are not the beginnings of their documents."""
         raise NotImplementedError
 
     def decode(self, ids: list[int]) -> str:
@@ -90,14 +98,14 @@ class SentencePieceTokenizer(Tokenizer):
         escape = [self.processor.piece_to_id(piece) for piece in ("<0xE2>", "<0x96>", "<0x81>")]
         self.escape = escape if not self.has_prefix and self.processor.unk_id() not in escape else None
 
-    def encode_ids(self, texts: list[str]) -> Iterable[list[int]]:
+    def encode_ids(self, texts: list[str], goes_on: bool) -> list[list[int]]:
         heads, tails, counts = [], [], []  # of each text its first block, the others, and how many these are
         for text in texts:
-            first, *others = blocks(text, self.block, 8 * BLOCK) if text else [""]
+            first, *others = blocks(text, self.block, 2 * BLOCK) if text else [""]
             heads.append(first)
             tails += others
             counts.append(len(others))
-        result, rest = self._encode(self.processor, heads), iter(self._encode(self.tail, tails))
+        result, rest = self._encode(self.tail if goes_on else self.processor, heads), iter(self._encode(self.tail, tails))
         for ids, count in zip(result, counts):
             for more in itertools.islice(rest, count):
                 ids += more
@@ -155,7 +163,7 @@ class HuggingFaceTokenizer(Tokenizer):
         # The largest id counts: some files have holes
         super().__init__(model, name, max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1, eos_id)
 
-    def encode_ids(self, texts: list[str]) -> Iterable[list[int]]:
+    def encode_ids(self, texts: list[str], goes_on: bool) -> list[list[int]]:
         return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: list[int]) -> str:
@@ -204,7 +212,7 @@ class TiktokenTokenizer(Tokenizer):
         )  # fmt: skip
         super().__init__(model, name, len(ranks) + 1, len(ranks))
 
-    def encode_ids(self, texts: list[str]) -> Iterable[list[int]]:
+    def encode_ids(self, texts: list[str], goes_on: bool) -> list[list[int]]:
         return [self.encoding.encode_ordinary(text) for text in texts]
 
     def decode(self, ids: list[int]) -> str:

@@ -305,8 +305,11 @@ def test_llama_style_tokenizer_is_used_as_the_reference_does(tmp_path, monkeypat
     assert ours.has_prefix and ours.block == 50 and (ours.vocab_size, ours.eos_id) == (500, 2)
     plain = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     texts = [*TEXTS, "".join(TEXTS), "\n\n  x\n" * 100, "\n", " \n ", "long line " * 1000, *(text for text, _ in zip(stdlib().texts(), range(40)))]
-    for text, tokens in zip(texts, ours.encode(texts)):
-        assert tokens.tolist() == plain.encode(text) + [2]
+    for block in (1 << 20, 100):
+        monkeypatch.setattr(tokenizer_module, "BLOCK", block)
+        for text, tokens in zip(texts, ours.encode(texts)):
+            if block > 100 or "\n" in text:  # a line of over 200 characters would be cut
+                assert tokens.tolist() == plain.encode(text) + [2]
 
 
 def test_tokenizers_that_cannot_be_used(tmp_path, byte_level, capsys, monkeypatch):
