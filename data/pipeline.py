@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.shards import PrepareError, ResumableError, ShardWriter, sync_folder, write_synced
+from data.shards import ResumableError, ShardWriter, sync_folder, write_synced
 from data.sources import Piece, Tally, read_piece
 from data.tokenizer import Tokenizer, tokenizer_of
 

@@ -15,8 +15,6 @@ remembers what DIR was made from, so that asking again costs nothing.
 """
 
 import argparse
-import fcntl
-import glob
 import hashlib
 import json
 import os
@@ -32,15 +30,14 @@ try:
 
     from data.corpus import RECIPES, Corpus, Stream, hub, open_recipe, standard_input, stdlib, text_files
     from data.pipeline import SPLITS, Settings, is_held_out, named_problems, uniform_hash, write_shards
-    from data.shards import LITPKDS_CHUNK, MAX_VOCAB_SIZE, WRITERS, Journal, PrepareError, ResumableError, fingerprint, sync_folder, write_synced
+    from data.result_folder import WORK, begin, is_done, is_ready, lock, publish, ready, refuse_foreign_shards, remove_leftovers
+    from data.shards import LITPKDS_CHUNK, MAX_VOCAB_SIZE, WRITERS, Journal, PrepareError, ResumableError, fingerprint, write_synced
     from data.sources import FORMS, Tally
     from data.tokenizer import Tokenizer, blocks, id_bytes_file, load_tokenizer, tokenizer_of, train_tokenizer
 except ImportError as error:
     sys.exit(f"prepare: Python module '{error.name}' is missing; run scripts/setup.sh and then .venv/bin/python -m data.prepare")
 
 RECIPE = 3  # raise it when the same options begin to give other bytes
-STAMP = ".prepared.json"
-WORK, DONE = ".partial", ".partial.done"
 
 # ------------------------------------------------------------------------------------------------------------- options
 
@@ -319,21 +316,7 @@ def unigram_statistics(train: np.ndarray, val: np.ndarray) -> tuple[float, float
     return float(-(p * np.log(p)).sum()), float(-(val * log_q).sum() / val.sum()) if val.any() else None
 
 
-# -------------------------------------------------------------------------------------------------------------- output
-
-
-def read_stamp(out: Path) -> dict:
-    """What DIR was made from and which files (name: size) this program put there."""
-    try:
-        return json.loads((out / STAMP).read_bytes())
-    except (FileNotFoundError, ValueError):
-        return {"inputs": None, "files": {}}
-
-
-def write_stamp(out: Path, inputs: str | None, files: dict) -> None:
-    write_synced(out / (STAMP + ".new"), json.dumps({"inputs": inputs, "files": files}, indent=1).encode())
-    os.replace(out / (STAMP + ".new"), out / STAMP)
-    sync_folder(out)
+# ----------------------------------------------------------------------------------------------------------------- run
 
 
 def describe_inputs(corpus: Corpus | Stream, options: argparse.Namespace) -> str:
@@ -344,68 +327,13 @@ def describe_inputs(corpus: Corpus | Stream, options: argparse.Namespace) -> str
     return hashlib.sha256(json.dumps([RECIPE, relevant, corpus.description, corpus.identity()]).encode()).hexdigest()
 
 
-def is_done(out: Path, inputs: str) -> bool:
-    stamp = read_stamp(out)
-    return inputs is not None and stamp["inputs"] == inputs and all(
-        (out / name).is_file() and (out / name).stat().st_size == size for name, size in stamp["files"].items())  # fmt: skip
-
-
-def refuse_foreign_shards(out: Path, work: Path) -> None:
-    """Shards that this program did not write are neither replaced nor left to be trained on by mistake."""
-    own = read_stamp(out)["files"]
-    if (work / "publish.json").exists():  # a run that died while renaming
-        own |= json.loads((work / "publish.json").read_bytes())
-    for split in SPLITS:
-        for path in sorted(glob.glob(f"{glob.escape(str(out))}/{split}*_*.bin")):
-            if os.path.basename(path) not in own:
-                raise PrepareError(f"{path}: exists, and data.prepare did not write it; move it away or choose another --out")
-
-
-def lock(out: Path) -> int:
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise PrepareError(f"--out {out}: another data.prepare is writing there; wait for it or choose another folder") from None
-    except OSError:
-        pass  # a file system without locks
-    return descriptor
-
-
-def begin(work: Path, inputs: str) -> None:
-    """An empty folder, or what an unfinished run of the same inputs and options left in it."""
-    if (work / "inputs").exists() and (work / "inputs").read_text() == inputs:
-        print(f"{work.parent}: going on with an unfinished run", file=sys.stderr)
-        return
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    write_synced(work / "inputs.new", inputs.encode())
-    os.replace(work / "inputs.new", work / "inputs")
-
-
-def publish(work: Path, out: Path, inputs: str) -> None:
-    """Renames everything into place. The stamp owns old and new files meanwhile, so a crash leaves nothing unaccounted for."""
-    old, new = read_stamp(out)["files"], json.loads((work / "publish.json").read_bytes())
-    write_stamp(out, None, old | new)
-    for name in new:
-        if (work / name).exists():  # else an earlier run came this far
-            os.replace(work / name, out / name)
-    for name in old.keys() - new.keys():
-        (out / name).unlink(missing_ok=True)
-    write_stamp(out, inputs, new)
-    os.replace(work, out / DONE)  # renamed, so that nobody goes on with half of it
-    shutil.rmtree(out / DONE)
-
-
 def prepare(options: argparse.Namespace) -> None:
     started = time.monotonic()
     out = Path(options.out)
     corpus = open_corpus(options)
     inputs = describe_inputs(corpus, options)
     if is_done(out, inputs if not corpus.stream or corpus.stream.can_reread else None):
-        for left in (out / WORK, out / DONE):  # by a run that died in its last moment
-            if left.name == DONE or ((left / "inputs").exists() and (left / "inputs").read_text() == inputs):
-                shutil.rmtree(left, ignore_errors=True)
+        remove_leftovers(out, inputs)
         print(f"{out}: already prepared from {corpus.description} with these options, nothing to do")
         return
     out.mkdir(parents=True, exist_ok=True)
@@ -413,14 +341,10 @@ def prepare(options: argparse.Namespace) -> None:
     work = out / WORK
     try:
         refuse_foreign_shards(out, work)
-        shutil.rmtree(out / DONE, ignore_errors=True)
-        begin(work, inputs)
-        if not (work / "publish.json").exists():
+        begin(out, work, inputs)
+        if not is_ready(work):
             meta = make_result(corpus, options, work)
-            sizes = {path.name: path.stat().st_size for path in sorted(work.iterdir()) if path.name in published(meta)}
-            sync_folder(work)
-            write_synced(work / "publish.new", json.dumps(sizes).encode())
-            os.replace(work / "publish.new", work / "publish.json")
+            ready(work, published(meta))
         publish(work, out, inputs)
     except ResumableError:
         raise

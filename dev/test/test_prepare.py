@@ -1,6 +1,5 @@
 """data/prepare.py: what comes out is exactly what went in, the same every time, or a line that says why not."""
 
-import hashlib
 import json
 import math
 import subprocess
