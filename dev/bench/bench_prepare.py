@@ -2,9 +2,9 @@
 
 Makes a synthetic corpus (documents of lines drawn from the standard library's text, about 4 KB each, as .jsonl), prepares it
 with one process a core, and compares with a plain loop: json.loads, SentencePiece encode, count. Without --tokenizer a model of
-Llama 2's form is trained: 32,000 BPE pieces, byte fallback, split digits, dummy prefix. The loop is timed before and after, in
-one process and in as many at once as data.prepare has, which meet the same competition for the cores as it does. CPU seconds
-are stated too, because they do not feel who else uses the cores.
+Llama 2's form is trained: 32,000 BPE pieces, byte fallback, split digits, dummy prefix. On a machine that others use too, wall
+clock alone says little. So the corpus is prepared twice: once alone, and once beside as many plain loops as it has processes,
+on the same cores at the same time, which meet the same competition; and tokens per CPU second are stated.
 """
 
 import argparse
@@ -46,24 +46,28 @@ def synthetic(path: Path, size: int) -> None:
             written += file.write(json.dumps({"text": text, "meta": {"set": "synthetic"}}).encode() + b"\n")
 
 
-def plain_loop(corpus: Path, model: Path, limit: int) -> tuple[float, float]:
-    """Tokens per second and per CPU second"""
+def plain_loop(corpus: Path, model: Path, stop=None, limit: int = 1 << 62) -> tuple[float, float]:
+    """Tokens per second and per CPU second, over `limit` bytes or until told to stop"""
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     tokens = read = 0
     start, cpu = time.time(), time.process_time()
-    with open(corpus, "rb") as file:
-        for line in file:
-            tokens += len(processor.encode(json.loads(line)["text"])) + 1
-            read += len(line)
-            if read >= limit:
-                break
+    while read < limit and not (stop and stop.is_set()):
+        with open(corpus, "rb") as file:
+            for number, line in enumerate(file):
+                tokens += len(processor.encode(json.loads(line)["text"])) + 1
+                read += len(line)
+                if read >= limit or (stop and number % 64 == 0 and stop.is_set()):
+                    break
     return tokens / (time.time() - start), tokens / (time.process_time() - cpu)
 
 
-def loops_at_once(corpus: Path, model: Path, limit: int, processes: int) -> float:
-    """Tokens per second of all together"""
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        return sum(rate for rate, _ in pool.starmap(plain_loop, [(corpus, model, limit)] * processes))
+def beside_loops(corpus: Path, model: Path, out: Path, processes: int) -> tuple[dict, list]:
+    with multiprocessing.get_context("spawn").Manager() as manager, multiprocessing.get_context("spawn").Pool(processes) as pool:
+        stop = manager.Event()
+        loops = pool.starmap_async(plain_loop, [(corpus, model, stop)] * processes)
+        result = prepare(corpus, model, out, processes)
+        stop.set()
+        return result, loops.get()
 
 
 def watch(mark: str, stop: threading.Event) -> dict[int, tuple[int, float]]:
@@ -112,19 +116,19 @@ def main() -> None:
         llama_form(model)
     if not corpus.exists():
         synthetic(corpus, int(options.gb * 1e9))
-    shutil.rmtree(options.work / "out", ignore_errors=True)
+    for name in ("alone", "beside"):
+        shutil.rmtree(options.work / name, ignore_errors=True)
     load = os.getloadavg()[0]
-    loops, together = [plain_loop(corpus, model, options.loop_mb << 20)], [loops_at_once(corpus, model, options.loop_mb << 20, options.processes)]
-    result = prepare(corpus, model, options.work / "out", options.processes)
-    together.append(loops_at_once(corpus, model, options.loop_mb << 20, options.processes))
-    loops.append(plain_loop(corpus, model, options.loop_mb << 20))
-    wall, cpu = (sum(loop[i] for loop in loops) / 2 for i in (0, 1))
+    single = plain_loop(corpus, model, None, options.loop_mb << 20)
+    alone = prepare(corpus, model, options.work / "alone", options.processes)
+    beside, loops = beside_loops(corpus, model, options.work / "beside", options.processes)
     print(json.dumps({
-        "corpus_bytes": corpus.stat().st_size, "processes": options.processes, "load_before": load, "prepare": result,
-        "plain_loop_tokens_per_second": [loop[0] for loop in loops], "plain_loop_tokens_per_cpu_second": [loop[1] for loop in loops],
-        "plain_loops_at_once_tokens_per_second": together,
-        "speed_in_single_loops": result["tokens_per_second"] / wall, "speed_in_loops_at_once": 2 * result["tokens_per_second"] / sum(together),
-        "tokens_per_cpu_second_in_loops": result["tokens_per_cpu_second"] / cpu,
+        "corpus_bytes": corpus.stat().st_size, "processes": options.processes, "load_before": load,
+        "one_plain_loop": {"tokens_per_second": single[0], "tokens_per_cpu_second": single[1]},
+        "prepare_alone": alone, "speed_in_plain_loops": alone["tokens_per_second"] / single[0],
+        "prepare_beside_loops": beside, "loops_beside": {"tokens_per_second": [loop[0] for loop in loops], "tokens_per_cpu_second": [loop[1] for loop in loops]},
+        "speed_of_a_process_in_loops_beside": beside["tokens_per_second"] / sum(loop[0] for loop in loops),
+        "tokens_per_cpu_second_in_loops_beside": beside["tokens_per_cpu_second"] / (sum(loop[1] for loop in loops) / len(loops)),
     }, indent=1))  # fmt: skip
 
 
