@@ -109,16 +109,14 @@ inline void add_train_options(CLI::App& app, TrainOptions& o) {
     app.add_option("--gpu", o.gpu, "Index of the GPU to use")->capture_default_str();
 }
 
-// The resolved options, as the table has them: for the log and the checkpoints.
-inline json options_to_json(const CLI::App& app) {
+// The options as the table has them, with the values that their variables hold now: for the log and the checkpoints.
+inline json options_to_json(CLI::App& app) {
     json all = json::object();
-    for (const CLI::Option* option : app.get_options()) {
+    for (CLI::Option* option : app.get_options()) {
         const std::string name = option->get_single_name();
         if (name == "help" || name == "config") continue;
-        std::string value;
-        if (option->count() == 0) value = option->get_default_str();
-        else for (const std::string& part : option->reduced_results()) value += (value.empty() ? "" : " ") + part;
-        all[name] = value;
+        option->capture_default_str();                     // reads the variable
+        all[name] = option->get_default_str();
     }
     return all;
 }
@@ -459,7 +457,8 @@ inline void validate_and_log(Validation& validation, RunLog& log, int64_t step) 
 
 // What a run consists of besides the model
 struct Trainer {
-    TrainOptions o;
+    TrainOptions& o;
+    CLI::App& app;                         // the table of the options
     json options;
     Config config;
     DeviceInfo device;
@@ -472,6 +471,8 @@ struct Trainer {
     RunState run;
     uint64_t identity = 0, fingerprint = 0; // of the data, of its tokenizer
     int64_t accumulate = 1;
+
+    Trainer(TrainOptions& o, CLI::App& app) : o(o), app(app) {}
 
     // Everything is allocated here: after this the loop only computes.
     void set_up() {
@@ -489,6 +490,8 @@ struct Trainer {
         const std::vector<int64_t> multiples = length_multiples(o.val_lengths);
         const size_t val_bytes = val ? state_bytes(m->layout, o.micro_batch, multiples.back() * o.seq_len) : 0;
         const Recompute level = choose_recompute(o.recompute, m->layout, o.micro_batch, o.seq_len, val_bytes + (size_t)parameter_bytes(m->layout, true));
+        o.recompute = recompute_name(level);
+        options = options_to_json(app);
         m->w.create(m->layout, true);
         m->acts.create(m->layout, o.micro_batch, o.seq_len, true, level);
         if (val) validation = std::make_unique<Validation>(*m, *val, multiples, o.micro_batch, o.seq_len, o.val_batches);
@@ -565,12 +568,10 @@ struct Trainer {
     }
 };
 
-inline void run_train(TrainOptions options, const CLI::App& app) {
-    Trainer t;
-    t.o = std::move(options);
-    t.o.resuming = app.get_option("--resume")->count() > 0;
-    t.options = options_to_json(app);
-    resolve(t.o, app, t.config);
+inline void run_train(TrainOptions& o, CLI::App& app) {
+    Trainer t(o, app);
+    o.resuming = app.get_option("--resume")->count() > 0;
+    resolve(o, app, t.config);
     catch_stop_signals();
     t.set_up();
     t.loop();

@@ -7,13 +7,14 @@
 // of sums: no atomics.
 //
 // Forward, per warpgroup and key tile: S' = Q K'^T and then O += P V of the tile before are issued; softmax of S' runs while
-// P V does. The two warpgroups take turns at issuing (order_wait, order_pass), so that one's softmax runs during the other's
-// products. Backward: one kernel whose blocks own queries (dq: S, dP, dS K) and one whose blocks own keys (dk, dv: S^T, dP^T,
-// P^T dO, dS^T Q): 7 products instead of 5, no fp32 dq buffer. Tiles outside the window are never loaded; only tiles on its
-// edges are masked. Precision as in the portable path: fp32 sums and softmax; P and dS rounded to bf16 for their product.
+// P V does, across the ends of items too. The two warpgroups take turns at issuing (order_wait, order_pass), so that one's
+// softmax runs during the other's products. Backward: one kernel whose blocks own queries (dq: S, dP, dS K) and one whose
+// blocks own keys (dk, dv: S^T, dP^T, P^T dO, dS^T Q): 7 products instead of 5, no fp32 dq buffer. Tiles outside the window are
+// never loaded, halves that a warpgroup does not see not multiplied; only tiles on the window's edges are masked. Precision as
+// in the portable path: fp32 sums and softmax; P and dS rounded to bf16 for their product.
 //
 // Flops per visible pair: 4 hd forward, 10 hd backward (14 hd done). Samba-421M (B 8, T 4096, window 2048, 12 heads of 128):
-// 309 and 773 GFLOP a layer, of which 128 x 128 tiles do 329 and 1150: 0.35 and 1.2 ms at the H100's nominal rate.
+// 309 and 773 GFLOP a layer, of which tiles of 64 x 128 do 319 and 1116: 0.32 and 1.13 ms at the H100's nominal rate.
 #pragma once
 #include <algorithm>
 
@@ -87,7 +88,8 @@ inline CUtensorMap tensor_map(const bf16* p, int B, int64_t T, int64_t heads, in
     const CUresult status = encode_tiled()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<bf16*>(p), sizes, strides, box, steps,
                                            CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                                            CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (status != CUDA_SUCCESS) fail("attention: cuTensorMapEncodeTiled says %d for B %d, T %lld, %lld heads of %d", (int)status, B, (long long)T, (long long)heads, hd);
+    if (status != CUDA_SUCCESS)
+        fail("attention: cuTensorMapEncodeTiled says %d for B %d, T %lld, %lld heads of %d", (int)status, B, (long long)T, (long long)heads, hd);
     return map;
 }
 
@@ -112,7 +114,29 @@ __device__ inline Work work_item(const Schedule& s, int n) {
 // The round-th item of this block: there and back again over the blocks, which evens out the falling amounts of work
 __device__ inline int item_of_round(int round) { return round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x); }
 
+extern __shared__ __align__(1024) unsigned char sm90_shared[];
+
+constexpr int WARPGROUP = 128, BLOCK = 3 * WARPGROUP;                    // producer, two consumers
+constexpr int ROWS = 128;                                                // of every tile: 64 for each consumer
+template <int HD> constexpr int TILE_BYTES = ROWS * HD * 2;
+constexpr int LOWER = 1, UPPER = 2, BOTH = 3;                            // halves of a tile of keys
+
 #ifdef SAMBA_SM90A_CODE
+// A tile of queries: the keys it sees are `count` tiles, of which the first is on the diagonal, each before the last
+struct QueryWork { int owner, b, h, i0, count; };
+__device__ inline QueryWork query_work(const Schedule& s, int item, int H, int window) {
+    const Work work = work_item(s, item);
+    const int i0 = work.tile * ROWS;
+    return {work.owner, work.owner / H, work.owner % H, i0, work.tile - max(0, i0 - window + 1) / ROWS + 1};
+}
+// The halves of key tile j that a consumer's 64 queries may see: not the diagonal tile's upper one, if theirs is the lower; not
+// one before the first query's window. Half a tile is worked on like a smaller tile.
+__device__ inline int parts_of(int consumer, int j, int window) {
+    if (j == 0) return consumer == 0 ? LOWER : BOTH;
+    return j * ROWS + 1 - window + consumer * 64 >= 64 ? UPPER : BOTH;
+}
+__device__ inline int half_offset(int parts) { return parts == UPPER ? 64 * 128 : 0; }           // bytes, to its rows in each slab
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Instructions
 
@@ -127,7 +151,10 @@ __device__ inline uint32_t pack(float low, float high) {
     return *reinterpret_cast<const uint32_t*>(&v);
 }
 
-__device__ inline void barrier_init(uint32_t bar, int arrivals) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory"); }
+__device__ inline void barrier_init(uint32_t bar, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
+}
+__device__ inline void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 __device__ inline void barrier_expect(uint32_t bar, int bytes) {        // one arrival, and so many bytes to come
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
 }
@@ -144,8 +171,9 @@ __device__ inline void tma_load(uint32_t to, const CUtensorMap* map, uint32_t ba
     asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
                  ::"r"(to), "l"(map), "r"(bar), "r"(column), "r"(head), "r"(t), "r"(b) : "memory");
 }
-__device__ inline void bulk_load(uint32_t to, const void* from, int bytes, uint32_t bar) {           // plain bytes; addresses and size: multiples of 16
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes), "r"(bar) : "memory");
+__device__ inline void bulk_load(uint32_t to, const void* from, int bytes, uint32_t bar) {           // addresses and size: multiples of 16
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(to), "l"(from), "r"(bytes), "r"(bar) : "memory");
 }
 __device__ inline void tma_store(const CUtensorMap* map, uint32_t from, int column, int head, int t, int b) {
     asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];"
@@ -189,7 +217,8 @@ template <int K> __device__ inline void hold(uint32_t (&p)[K][4]) {
 }
 
 #define SM90_ACC32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define SM90_ACC64 SM90_ACC32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define SM90_ACC64 \
+    SM90_ACC32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 #define SM90_ADD(yes) "{\n.reg .pred add;\nsetp.ne.b32 add, " yes ", 0;\n"
 #define SM90_F8(f, c, i) f(c[i]), f(c[i + 1]), f(c[i + 2]), f(c[i + 3]), f(c[i + 4]), f(c[i + 5]), f(c[i + 6]), f(c[i + 7])
 #define SM90_F32(f, c, i) SM90_F8(f, c, i), SM90_F8(f, c, i + 8), SM90_F8(f, c, i + 16), SM90_F8(f, c, i + 24)
@@ -214,36 +243,41 @@ __device__ inline void wgmma_rows_first(float (&c)[32], uint64_t a, uint64_t b) 
     asm volatile(SM90_ADD("0") "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" SM90_ACC32 "}, %32, %33, add, 1, 1, 0, 0;\n}"
                  : SM90_F32("=f", c, 0) : "l"(a), "l"(b));
 }
-// a from registers, b along columns
-__device__ inline void wgmma_columns(float (&c)[64], const uint32_t (&a)[4], uint64_t b) {
-    asm volatile(SM90_ADD("1") "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" SM90_ACC64 "}, {%64,%65,%66,%67}, %68, add, 1, 1, 1;\n}"
-                 : SM90_F32("+f", c, 0), SM90_F32("+f", c, 32) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+// a from registers, b along columns; c = a b if not add
+__device__ inline void wgmma_columns(float (&c)[64], const uint32_t (&a)[4], uint64_t b, int add) {
+    asm volatile(SM90_ADD("%69") "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" SM90_ACC64 "}, {%64,%65,%66,%67}, %68, add, 1, 1, 1;\n}"
+                 : SM90_F32("+f", c, 0), SM90_F32("+f", c, 32) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
-__device__ inline void wgmma_columns(float (&c)[32], const uint32_t (&a)[4], uint64_t b) {
-    asm volatile(SM90_ADD("1") "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" SM90_ACC32 "}, {%32,%33,%34,%35}, %36, add, 1, 1, 1;\n}"
-                 : SM90_F32("+f", c, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+__device__ inline void wgmma_columns(float (&c)[32], const uint32_t (&a)[4], uint64_t b, int add) {
+    asm volatile(SM90_ADD("%37") "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" SM90_ACC32 "}, {%32,%33,%34,%35}, %36, add, 1, 1, 1;\n}"
+                 : SM90_F32("+f", c, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
 
-// c (64, N) = a b^T over HD columns: 64 rows of a tile of A_ROWS (a: address of the first of them) against a tile of N rows. Issued
-// and committed, not waited for.
-template <int HD, int A_ROWS, int NR> __device__ inline void issue_rows(float (&c)[NR], uint32_t a, uint32_t b) {
-    constexpr int N = NR * 2;
+
+// The registers of a tile of N columns (N rows, as an operand), at the start of those of a larger one
+template <int N, int NR> __device__ inline float (&part_of(float (&c)[NR]))[N / 2] { return *reinterpret_cast<float (*)[N / 2]>(c); }
+template <int N, int K> __device__ inline uint32_t (&part_of(uint32_t (&p)[K][4]))[N / 16][4] {
+    return *reinterpret_cast<uint32_t (*)[N / 16][4]>(p);
+}
+
+// c (64, N) = a b^T over HD columns: 64 rows of a tile of A_ROWS (a: address of the first of them) against N rows of a tile of
+// B_ROWS. Products are issued and committed, not waited for.
+template <int HD, int A_ROWS, int B_ROWS, int NR> __device__ inline void issue_rows(float (&c)[NR], uint32_t a, uint32_t b) {
     const uint64_t da = descriptor(a, 0), db = descriptor(b, 0);
     wgmma_fence();
     wgmma_rows_first(c, da, db);
 #pragma unroll
-    for (int k = 1; k < HD / 16; k++) wgmma_rows(c, da + (k / 4 * A_ROWS * 128 + k % 4 * 32) / 16, db + (k / 4 * N * 128 + k % 4 * 32) / 16);
+    for (int k = 1; k < HD / 16; k++) wgmma_rows(c, da + (k / 4 * A_ROWS * 128 + k % 4 * 32) / 16, db + (k / 4 * B_ROWS * 128 + k % 4 * 32) / 16);
     wgmma_commit();
     hold(c);
 }
-// c (64, HD) += p b: p (64, 16 K) in registers, b a tile of 16 K rows. Issued and committed.
-template <int K, int NR> __device__ inline void issue_columns(float (&c)[NR], uint32_t (&p)[K][4], uint32_t b) {
-    const uint64_t db = descriptor(b, K * 16 * 128);
-    hold(c);
-    hold(p);
+// c (64, HD) += p b, or = p b if not add: p (64, 16 K) in registers, b 16 K rows of a tile of B_ROWS
+template <int B_ROWS, int K, int NR> __device__ inline void issue_columns(float (&c)[NR], uint32_t (&p)[K][4], uint32_t b, int add = 1) {
+    const uint64_t db = descriptor(b, B_ROWS * 128);
+    hold(c), hold(p);
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < K; k++) wgmma_columns(c, p[k], db + k * 2048 / 16);
+    for (int k = 0; k < K; k++) wgmma_columns(c, p[k], db + k * 2048 / 16, k == 0 ? add : 1);
     wgmma_commit();
     hold(c);
 }
@@ -269,57 +303,37 @@ template <int NR> __device__ inline void mask(float (&s)[NR], int row, int first
     }
 }
 
-// The warpgroup's 64 rows, rounded, into a tile of 64 rows x 2 NR columns in the form TMA stores. factor: per half
-template <int NR> __device__ inline void stage_rows(unsigned char* tile, const float (&c)[NR], const float (&factor)[2]) {
+// The warpgroup's 64 rows, rounded, into rows of a tile of TILE_ROWS in the form TMA stores; `rows`: its first row. factor: per half
+template <int TILE_ROWS, int NR> __device__ inline void stage_rows(unsigned char* rows, const float (&c)[NR], const float (&factor)[2]) {
     const int lane = threadIdx.x % WARP, row0 = threadIdx.x / WARP % 4 * 16 + lane / 4;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        unsigned char* row = tile + (row0 + half * 8) * 128 + lane % 4 * 4;
+        unsigned char* row = rows + (row0 + half * 8) * 128 + lane % 4 * 4;
 #pragma unroll
         for (int n = 0; n < NR / 4; n++)
-            *reinterpret_cast<uint32_t*>(row + n / 8 * 64 * 128 + (n % 8 ^ lane / 4) * 16) =
+            *reinterpret_cast<uint32_t*>(row + n / 8 * TILE_ROWS * 128 + (n % 8 ^ lane / 4) * 16) =
                 pack(c[n * 4 + half * 2] * factor[half], c[n * 4 + half * 2 + 1] * factor[half]);
     }
 }
 // The staged 64 rows to positions t .. of a head, as far as they exist. By one thread; committed by the caller
-template <int HD> __device__ inline void store_tile(const CUtensorMap* map, const unsigned char* tile, int head, int t, int b) {
-    for (int slab = 0; slab < HD / 64; slab++) tma_store(map, shared_address(tile) + slab * 64 * 128, slab * 64, head, t, b);
+template <int HD, int TILE_ROWS> __device__ inline void store_tile(const CUtensorMap* map, const unsigned char* rows, int head, int t, int b) {
+    for (int slab = 0; slab < HD / 64; slab++) tma_store(map, shared_address(rows) + slab * TILE_ROWS * 128, slab * 64, head, t, b);
 }
-#endif // SAMBA_SM90A_CODE
 
-extern __shared__ __align__(1024) unsigned char sm90_shared[];
-
-constexpr int WARPGROUP = 128, BLOCK = 3 * WARPGROUP;                    // producer, two consumers
-constexpr int ROWS = 128;                                                // of every tile: 64 for each consumer
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Forward
-
-struct ForwardArgs {
-    float* lse;                                                          // (B, H, T)
-    int T, H, G, window;
-    Schedule schedule;
-};
-
-template <int HD> constexpr int TILE_BYTES = ROWS * HD * 2;
-template <int HD> constexpr int FORWARD_STAGES = HD == 64 ? 4 : 2;
-// Q | O | K ring | V ring | barriers
-template <int HD> constexpr int forward_shared() { return (2 + 2 * FORWARD_STAGES<HD>) * TILE_BYTES<HD> + 16 + 32 * FORWARD_STAGES<HD>; }
-
-#ifdef SAMBA_SM90A_CODE
 // A ring of tiles: position n of the sequence of loads lies in stage n % STAGES, for the (n / STAGES)-th time
 template <int STAGES> struct Ring {
-    uint32_t tiles, full, empty;                                         // addresses of stage 0; barriers are 8 bytes apart
+    uint32_t tiles, bars;                                                // addresses: of stage 0; of STAGES barriers "full", then STAGES "empty"
     int bytes;
     __device__ uint32_t tile(int n) const { return tiles + n % STAGES * bytes; }
-    __device__ uint32_t full_bar(int n) const { return full + n % STAGES * 8; }
-    __device__ void wait_full(int n) const { barrier_wait(full + n % STAGES * 8, n / STAGES % 2); }
-    __device__ void wait_empty(int n) const { barrier_wait(empty + n % STAGES * 8, n / STAGES % 2 ^ 1); }
+    __device__ uint32_t full_bar(int n) const { return bars + n % STAGES * 8; }
+    __device__ uint32_t empty_bar(int n) const { return bars + (STAGES + n % STAGES) * 8; }
+    __device__ void wait_full(int n) const { barrier_wait(full_bar(n), n / STAGES % 2); }
+    __device__ void wait_empty(int n) const { barrier_wait(empty_bar(n), n / STAGES % 2 ^ 1); }
     __device__ void release(int n) const {                               // by every consumer warp, after its products are done
-        if (threadIdx.x % WARP == 0) barrier_arrive(empty + n % STAGES * 8);
+        if (threadIdx.x % WARP == 0) barrier_arrive(empty_bar(n));
     }
-    __device__ void init() const {
-        for (int i = 0; i < STAGES; i++) barrier_init(full + i * 8, 1), barrier_init(empty + i * 8, 2 * WARPGROUP / WARP);
+    __device__ void init(int releases = 2 * WARPGROUP / WARP) const {
+        for (int i = 0; i < STAGES; i++) barrier_init(full_bar(i), 1), barrier_init(empty_bar(i), releases);
     }
 };
 // A tile of N positions from t on, by a map whose boxes have BOX rows
@@ -340,7 +354,7 @@ template <int HD, int STAGES> __device__ inline void load_stage(const Ring<STAGE
 __device__ inline void order_wait(int consumer) { named_sync(1 + consumer, 2 * WARPGROUP); }
 __device__ inline void order_pass(int consumer) { named_arrive(2 - consumer, 2 * WARPGROUP); }
 
-struct Statistics { float top[2], sum[2]; };                             // of a lane's two rows; sums are its own part
+struct Statistics { float top[2] = {-INFINITY, -INFINITY}, sum[2] = {}; };                             // of a lane's two rows; sums are its own part
 
 // s becomes exp2(c s - c max); returns in `shrink` what earlier sums and outputs must be multiplied with
 template <int NR> __device__ inline void online_softmax(float (&s)[NR], Statistics& stat, float (&shrink)[2], float c) {
@@ -372,120 +386,175 @@ template <int NR> __device__ inline void rescale(float (&o)[NR], const float (&f
 }
 #endif // SAMBA_SM90A_CODE
 
-template <int HD> __global__ void __launch_bounds__(BLOCK, 1)
-forward(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__ CUtensorMap out_map, const ForwardArgs a) {
+// ---------------------------------------------------------------------------------------------------------------------
+// Forward
+
+struct ForwardArgs {
+    float* lse;                                                          // (B, H, T)
+    int T, H, G, window;
+    Schedule schedule;
+};
+template <int HD> constexpr int FORWARD_STAGES = HD == 64 ? 4 : 2;
+// Q ring | K ring | V ring | O staging | barriers
+template <int HD> constexpr int forward_shared() { return (3 + 2 * FORWARD_STAGES<HD>) * TILE_BYTES<HD> + 32 + 32 * FORWARD_STAGES<HD>; }
+
 #ifdef SAMBA_SM90A_CODE
-    constexpr int STAGES = FORWARD_STAGES<HD>, TILE = TILE_BYTES<HD>;
-    const uint32_t shared = shared_address(sm90_shared), bars = shared + (2 + 2 * STAGES) * TILE;
-    const Ring<1> queries{shared, bars, bars + 8, TILE};
-    const Ring<STAGES> keys{shared + 2 * TILE, bars + 16, bars + 16 + 8 * STAGES, TILE};
-    const Ring<STAGES> values{shared + (2 + STAGES) * TILE, bars + 16 + 16 * STAGES, bars + 16 + 24 * STAGES, TILE};
+template <int HD> struct ForwardRings {
+    static constexpr int STAGES = FORWARD_STAGES<HD>, TILE = TILE_BYTES<HD>, STAGING = (2 + 2 * STAGES) * TILE;
+    Ring<2> queries;
+    Ring<STAGES> keys, values;
+    __device__ ForwardRings(uint32_t shared, uint32_t bars)
+        : queries{shared, bars, TILE}, keys{shared + 2 * TILE, bars + 32, TILE},
+          values{shared + (2 + STAGES) * TILE, bars + 32 + 16 * STAGES, TILE} {}
+};
+
+// The order in which the consumers want tiles: an item's queries and first keys, then the last values of the item before.
+template <int HD> __device__ inline void forward_produce(const ForwardRings<HD>& rings, const CUtensorMap* qkv_map, const ForwardArgs& a) {
     const int heads = a.H / a.G;
-    if (threadIdx.x == 0) {
-        queries.init(), keys.init(), values.init();
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    }
-    __syncthreads();
-
-    int n = 0;                                                           // key tiles of earlier items
-    if (threadIdx.x < WARPGROUP) {
-        registers_down<24>();
-        if (threadIdx.x != 0) return;
-        for (int round = 0, item; (item = item_of_round(round)) < a.schedule.items; round++) {
-            const Work work = work_item(a.schedule, item);
-            const int b = work.owner / a.H, h = work.owner % a.H, slot = h / heads * (heads + 2), i0 = work.tile * ROWS;
-            const int count = work.tile - max(0, i0 - a.window + 1) / ROWS + 1;
-            load_stage<HD>(queries, round, &qkv_map, slot + h % heads, i0, b);
-            for (int j = 0; j <= count; j++) {                           // the diagonal tile first; keys one ahead of values
-                if (j < count) load_stage<HD>(keys, n + j, &qkv_map, slot + heads, i0 - j * ROWS, b);
-                if (j > 0) load_stage<HD>(values, n + j - 1, &qkv_map, slot + heads + 1, i0 - (j - 1) * ROWS, b);
-            }
-            n += count;
-        }
-        return;
-    }
-
-    registers_up<240>();
-    const int consumer = threadIdx.x / WARPGROUP - 1, lane = threadIdx.x % WARP;
-    const int row = consumer * 64 + threadIdx.x / WARP % 4 * 16 + lane / 4;                  // of the tile: this lane's first
-    const float scale = rsqrtf((float)HD), c = scale * 1.44269504f;
-    const uint32_t q_at = queries.tile(0) + consumer * 64 * 128;
-    unsigned char* staging = sm90_shared + TILE + consumer * TILE / 2;
-    float s[ROWS / 2], o[HD / 2], shrink[2];
-    uint32_t p[ROWS / 16][4];
-    if (consumer == 1) order_pass(1);
+    int n = 0, value_slot = 0, value_t = 0, value_b = 0;
     for (int round = 0, item; (item = item_of_round(round)) < a.schedule.items; round++) {
-        const Work work = work_item(a.schedule, item);
-        const int b = work.owner / a.H, h = work.owner % a.H, i0 = work.tile * ROWS;
-        const int count = work.tile - max(0, i0 - a.window + 1) / ROWS + 1;
-        Statistics stat{{-INFINITY, -INFINITY}, {0.f, 0.f}};
-#pragma unroll
-        for (int i = 0; i < HD / 2; i++) o[i] = 0.f;
+        const QueryWork work = query_work(a.schedule, item, a.H, a.window);
+        const int slot = work.h / heads * (heads + 2);
+        load_stage<HD>(rings.queries, round, qkv_map, slot + work.h % heads, work.i0, work.b);
+        for (int j = 0; j < work.count; j++, n++) {                      // the diagonal tile first; keys one ahead of values
+            load_stage<HD>(rings.keys, n, qkv_map, slot + heads, work.i0 - j * ROWS, work.b);
+            if (n > 0) load_stage<HD>(rings.values, n - 1, qkv_map, value_slot, value_t, value_b);
+            value_slot = slot + heads + 1, value_t = work.i0 - j * ROWS, value_b = work.b;
+        }
+    }
+    load_stage<HD>(rings.values, n - 1, qkv_map, value_slot, value_t, value_b);
+}
 
-        queries.wait_full(round);
-        keys.wait_full(n);
-        issue_rows<HD, ROWS>(s, q_at, keys.tile(n));
-        wgmma_wait<0>();
+// One warpgroup's 64 rows. Key tiles of all its items form one sequence: step n issues the scores of tile n and the product with
+// the values of tile n - 1, then does softmax n while the second runs; an item's results are stored in the next one's first step.
+template <int HD> struct ForwardConsumer {
+    const ForwardRings<HD>& rings;
+    const CUtensorMap* out_map;
+    const ForwardArgs& a;
+    const int consumer = __shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP, 0) - 1;     // the compiler must see it is one for a warp
+    const int row = consumer * 64 + threadIdx.x / WARP % 4 * 16 + threadIdx.x % WARP / 4;   // of the tile: this lane's first
+    const float scale = rsqrtf((float)HD), c = scale * 1.44269504f;
+    float s[ROWS / 2] = {}, o[HD / 2] = {}, shrink[2];
+    uint32_t p[ROWS / 16][4] = {};
+    int parts, add = 0;                                                  // of the tile that p comes from; whether o holds earlier ones of its item
+    Statistics stat;
+
+    // S of tile n: N columns, of one half or both
+    template <int N> __device__ void issue_scores(int n, int round, int now) {
+        issue_rows<HD, ROWS, ROWS>(part_of<N>(s), rings.queries.tile(round) + consumer * 64 * 128, rings.keys.tile(n) + half_offset(now));
+    }
+    template <int N> __device__ void issue_output(int n) {
+        rings.values.wait_full(n);
+        issue_columns<ROWS>(o, part_of<N>(p), rings.values.tile(n) + half_offset(parts), add);
+    }
+    // S is there: its tiles may go, what is unseen becomes -infinity
+    template <int N> __device__ void scores_done(int n, int round, int j, int now, const QueryWork& work) {
         hold(s);
-        keys.release(n);
-        mask(s, row, 1 - a.window, 0);
-        online_softmax(s, stat, shrink, c);
-        pack_operand(p, s);
-
-        auto step = [&](int j, auto masked) {
-            keys.wait_full(n + j);
-            order_wait(consumer);
-            issue_rows<HD, ROWS>(s, q_at, keys.tile(n + j));
-            values.wait_full(n + j - 1);
-            issue_columns(o, p, values.tile(n + j - 1));
-            order_pass(consumer);
-            wgmma_wait<1>();
-            hold(s);
-            keys.release(n + j);
-            if constexpr (decltype(masked)::value) mask(s, row, j * ROWS + 1 - a.window, j * ROWS);
-            online_softmax(s, stat, shrink, c);
-            wgmma_wait<0>();
-            hold(o);
-            hold(p);
-            values.release(n + j - 1);
-            rescale(o, shrink);
-            pack_operand(p, s);
-        };
-        const int whole = min(count, (a.window - ROWS) / ROWS + 1);       // tiles before this one lie inside every row's window
-        int j = 1;
-        for (; j < whole; j++) step(j, std::false_type());
-        for (; j < count; j++) step(j, std::true_type());
-        queries.release(round);
-
-        values.wait_full(n + count - 1);
-        issue_columns(o, p, values.tile(n + count - 1));
+        rings.keys.release(n);
+        if (j == work.count - 1) rings.queries.release(round);
+        const int shift = j * ROWS - (now == UPPER ? 64 : 0);
+        if (j == 0 || (j + 1) * ROWS > a.window) mask(part_of<N>(s), row, shift + 1 - a.window, shift);
+    }
+    // The first tile of all: nothing to overlap with
+    template <int N> __device__ void begin(const QueryWork& work) {
+        rings.queries.wait_full(0);
+        rings.keys.wait_full(0);
+        issue_scores<N>(0, 0, parts);
+        wgmma_wait<0>();
+        scores_done<N>(0, 0, 0, parts, work);
+        online_softmax(part_of<N>(s), stat, shrink, c);
+        pack_operand(part_of<N>(p), part_of<N>(s));
+    }
+    // Tile j of item `round`, tile n of all; `before`: the item before this one
+    template <int N, int N_BEFORE> __device__ void step(int n, int round, int j, int now, const QueryWork& work, const QueryWork& before) {
+        if (j == 0) rings.queries.wait_full(round);
+        rings.keys.wait_full(n);
+        order_wait(consumer);
+        issue_scores<N>(n, round, now);
+        issue_output<N_BEFORE>(n - 1);
+        order_pass(consumer);
+        wgmma_wait<1>();
+        scores_done<N>(n, round, j, now, work);
+        const Statistics old = stat;
+        if (j == 0) stat = Statistics{};
+        online_softmax(part_of<N>(s), stat, shrink, c);
+        wgmma_wait<0>();
+        hold(o), hold(p);
+        rings.values.release(n - 1);
+        if (j == 0) store(before, old);
+        else rescale(o, shrink);
+        pack_operand(part_of<N>(p), part_of<N>(s));
+    }
+    __device__ void store(const QueryWork& work, const Statistics& of) {
+        unsigned char* staging = sm90_shared + ForwardRings<HD>::STAGING + consumer * TILE_BYTES<HD> / 2;
         float factor[2];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            float sum = stat.sum[half];
+            float sum = of.sum[half];
             sum += __shfl_xor_sync(0xffffffffu, sum, 1);
             sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-            factor[half] = 1.f / sum;
-            const int i = i0 + row + half * 8;
-            if (lane % 4 == 0 && i < a.T) a.lse[(int64_t)work.owner * a.T + i] = stat.top[half] * scale + logf(sum);
+            factor[half] = __fdividef(1.f, sum);                              // sum >= 1: its largest term
+            const int i = work.i0 + row + half * 8;
+            if (threadIdx.x % 4 == 0 && i < a.T) a.lse[(int64_t)work.owner * a.T + i] = of.top[half] * scale + logf(sum);
         }
         if (threadIdx.x % WARPGROUP == 0) tma_store_wait();
         named_sync(3 + consumer, WARPGROUP);                             // the last item's store has read the staging tile
-        wgmma_wait<0>();
-        hold(o);
-        hold(p);
-        values.release(n + count - 1);
-        stage_rows(staging, o, factor);
+        stage_rows<64>(staging, o, factor);
         fence_async();
         named_sync(3 + consumer, WARPGROUP);
-        if (threadIdx.x % WARPGROUP == 0 && i0 + consumer * 64 < a.T) {
-            store_tile<HD>(&out_map, staging, h, i0 + consumer * 64, b);
+        if (threadIdx.x % WARPGROUP == 0 && work.i0 + consumer * 64 < a.T) {
+            store_tile<HD, 64>(out_map, staging, work.h, work.i0 + consumer * 64, work.b);
             tma_store_commit();
         }
-        n += count;
     }
-    if (consumer == 0) order_wait(0);                                    // takes the other's last pass
-    if (threadIdx.x % WARPGROUP == 0) tma_store_wait();
+    __device__ void run() {
+        QueryWork work = query_work(a.schedule, item_of_round(0), a.H, a.window), before = work;
+        parts = parts_of(consumer, 0, a.window);
+        if (parts == BOTH) begin<128>(work);
+        else begin<64>(work);
+        if (consumer == 1) order_pass(1);
+        int n = 1;
+        for (int round = 0, j = 1;; n++, j++) {
+            if (j == work.count) {
+                const int item = item_of_round(++round);
+                if (item >= a.schedule.items) break;
+                before = work, work = query_work(a.schedule, item, a.H, a.window), j = 0;
+            }
+            const int now = parts_of(consumer, j, a.window);
+            if (now == BOTH && parts == BOTH) step<128, 128>(n, round, j, now, work, before);
+            else if (now == BOTH) step<128, 64>(n, round, j, now, work, before);
+            else if (parts == BOTH) step<64, 128>(n, round, j, now, work, before);
+            else step<64, 64>(n, round, j, now, work, before);
+            parts = now, add = j > 0;
+        }
+        if (parts == BOTH) issue_output<128>(n - 1);
+        else issue_output<64>(n - 1);
+        wgmma_wait<0>();
+        hold(o), hold(p);
+        store(work, stat);
+        if (consumer == 0) order_wait(0);                                // takes the other's last pass
+        if (threadIdx.x % WARPGROUP == 0) tma_store_wait();
+    }
+};
+#endif // SAMBA_SM90A_CODE
+
+template <int HD> __global__ void __launch_bounds__(BLOCK, 1)
+forward(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__ CUtensorMap out_map, const ForwardArgs a) {
+#ifdef SAMBA_SM90A_CODE
+    const uint32_t shared = shared_address(sm90_shared);
+    const ForwardRings<HD> rings(shared, shared + ForwardRings<HD>::STAGING + TILE_BYTES<HD>);
+    if (threadIdx.x == 0) {
+        rings.queries.init(), rings.keys.init(), rings.values.init();
+        barrier_init_done();
+    }
+    __syncthreads();
+    if (threadIdx.x < WARPGROUP) {
+        registers_down<24>();
+        if (threadIdx.x == 0) forward_produce<HD>(rings, &qkv_map, a);
+    } else {
+        registers_up<240>();
+        ForwardConsumer<HD>{rings, &out_map, a}.run();
+    }
 #endif
 }
 
@@ -500,7 +569,8 @@ struct BackwardArgs {
 inline int64_t padded_length(int64_t T) { return round_up(T, ROWS); }
 
 // A block takes ROWS positions of one owner (b, h), eight lanes each.
-template <int HD> __global__ void __launch_bounds__(256) backward_statistics(const BackwardArgs a, const bf16* dout, const bf16* out, const float* lse) {
+template <int HD> __global__ void __launch_bounds__(256)
+backward_statistics(const BackwardArgs a, const bf16* dout, const bf16* out, const float* lse) {
     constexpr int LANES = 8, STEP = 256 / LANES;
     const int tiles = a.padded / ROWS, owner = blockIdx.x / tiles, t0 = blockIdx.x % tiles * ROWS + threadIdx.x / LANES;
     const int64_t first = ((int64_t)(owner / a.H) * a.T * a.H + owner % a.H) * HD + threadIdx.x % LANES * 8, stride = (int64_t)a.H * HD;
@@ -523,221 +593,303 @@ template <int HD> __global__ void __launch_bounds__(256) backward_statistics(con
     }
 }
 
-// dq: a block owns 128 queries of a head and visits the key tiles of their window, as forward does.
+// dq: a block owns 128 queries of a head and visits the key tiles of their window, as forward does. A warpgroup's dq is staged in
+// its rows of the item's query tile, and stored from there during the next item, whose queries have the ring's other stage.
 constexpr int QUERIES_STAGES = 2;
-// Q | dO | K ring | V ring | dQ staging | barriers
+// Q ring | dO | K ring | V ring | barriers
 template <int HD> constexpr int backward_queries_shared() { return (3 + 2 * QUERIES_STAGES) * TILE_BYTES<HD> + 128; }
 
-template <int HD> __global__ void __launch_bounds__(BLOCK, 1)
-backward_queries(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__ CUtensorMap dout_map, const __grid_constant__ CUtensorMap dqkv_map, const BackwardArgs a) {
 #ifdef SAMBA_SM90A_CODE
-    constexpr int STAGES = QUERIES_STAGES, TILE = TILE_BYTES<HD>;
-    const uint32_t shared = shared_address(sm90_shared), bars = shared + (3 + 2 * STAGES) * TILE;
-    const Ring<1> queries{shared, bars, bars + 8, 2 * TILE};             // Q | dO
-    const Ring<STAGES> keys{shared + 2 * TILE, bars + 16, bars + 16 + 8 * STAGES, TILE};
-    const Ring<STAGES> values{shared + (2 + STAGES) * TILE, bars + 16 + 16 * STAGES, bars + 16 + 24 * STAGES, TILE};
+template <int HD> struct QueriesRings {
+    static constexpr int STAGES = QUERIES_STAGES, TILE = TILE_BYTES<HD>, BARRIERS = (3 + 2 * STAGES) * TILE;
+    Ring<2> queries;
+    Ring<1> douts;
+    Ring<STAGES> keys, values;
+    __device__ QueriesRings(uint32_t shared, uint32_t bars)
+        : queries{shared, bars, TILE}, douts{shared + 2 * TILE, bars + 32, TILE}, keys{shared + 3 * TILE, bars + 48, TILE},
+          values{shared + (3 + STAGES) * TILE, bars + 48 + 16 * STAGES, TILE} {}
+};
+
+template <int HD> __device__ inline void
+queries_produce(const QueriesRings<HD>& rings, const CUtensorMap* qkv_map, const CUtensorMap* dout_map, const BackwardArgs& a) {
     const int heads = a.H / a.G;
-    if (threadIdx.x == 0) {
-        queries.init(), keys.init(), values.init();
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    }
-    __syncthreads();
-
-    int n = 0;
-    if (threadIdx.x < WARPGROUP) {
-        registers_down<24>();
-        if (threadIdx.x != 0) return;
-        for (int round = 0, item; (item = item_of_round(round)) < a.schedule.items; round++) {
-            const Work work = work_item(a.schedule, item);
-            const int b = work.owner / a.H, h = work.owner % a.H, slot = h / heads * (heads + 2), i0 = work.tile * ROWS;
-            const int count = work.tile - max(0, i0 - a.window + 1) / ROWS + 1;
-            queries.wait_empty(round);
-            barrier_expect(queries.full_bar(round), 2 * TILE);
-            load_tile<HD, ROWS, ROWS>(queries.tile(0), queries.full_bar(round), &qkv_map, slot + h % heads, i0, b);
-            load_tile<HD, ROWS, ROWS>(queries.tile(0) + TILE, queries.full_bar(round), &dout_map, h, i0, b);
-            for (int j = 0; j < count; j++) {
-                load_stage<HD>(keys, n + j, &qkv_map, slot + heads, i0 - j * ROWS, b);
-                load_stage<HD>(values, n + j, &qkv_map, slot + heads + 1, i0 - j * ROWS, b);
-            }
-            n += count;
+    for (int n = 0, round = 0, item; (item = item_of_round(round)) < a.schedule.items; round++) {
+        const QueryWork work = query_work(a.schedule, item, a.H, a.window);
+        const int slot = work.h / heads * (heads + 2);
+        load_stage<HD>(rings.queries, round, qkv_map, slot + work.h % heads, work.i0, work.b);
+        for (int j = 0; j < work.count; j++, n++) {
+            load_stage<HD>(rings.keys, n, qkv_map, slot + heads, work.i0 - j * ROWS, work.b);
+            load_stage<HD>(rings.values, n, qkv_map, slot + heads + 1, work.i0 - j * ROWS, work.b);
+            if (j == 0) load_stage<HD>(rings.douts, round, dout_map, work.h, work.i0, work.b);
         }
-        return;
     }
+}
 
-    registers_up<240>();
-    const int consumer = threadIdx.x / WARPGROUP - 1, lane = threadIdx.x % WARP;
-    const int row = consumer * 64 + threadIdx.x / WARP % 4 * 16 + lane / 4;
+template <int HD> struct QueriesConsumer {
+    const QueriesRings<HD>& rings;
+    const CUtensorMap* dqkv_map;
+    const BackwardArgs& a;
+    const int consumer = __shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP, 0) - 1;     // the compiler must see it is one for a warp
+    const int row = consumer * 64 + threadIdx.x / WARP % 4 * 16 + threadIdx.x % WARP / 4;
     const float scale = rsqrtf((float)HD), c = scale * 1.44269504f;
-    const uint32_t q_at = queries.tile(0) + consumer * 64 * 128, do_at = q_at + TILE;
-    unsigned char* staging = sm90_shared + (2 + 2 * STAGES) * TILE + consumer * TILE / 2;
-    float s[ROWS / 2], dp[ROWS / 2], dq[HD / 2];
-    uint32_t ds[ROWS / 16][4];
-    for (int round = 0, item; (item = item_of_round(round)) < a.schedule.items; round++) {
-        const Work work = work_item(a.schedule, item);
-        const int b = work.owner / a.H, h = work.owner % a.H, i0 = work.tile * ROWS;
-        const int count = work.tile - max(0, i0 - a.window + 1) / ROWS + 1, whole = min(count, (a.window - ROWS) / ROWS + 1);
-        float lse2[2], delta[2];
+    float s[ROWS / 2] = {}, dp[ROWS / 2] = {}, dq[HD / 2] = {}, lse2[2], delta[2];
+    uint32_t ds[ROWS / 16][4] = {};
+
+    __device__ void load_statistics(const QueryWork& work) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int64_t at = (int64_t)work.owner * a.padded + i0 + row + half * 8;
+            const int64_t at = (int64_t)work.owner * a.padded + work.i0 + row + half * 8;
             lse2[half] = a.lse2[at], delta[half] = a.delta[at];
         }
-#pragma unroll
-        for (int i = 0; i < HD / 2; i++) dq[i] = 0.f;
-        queries.wait_full(round);
-        for (int j = 0; j < count; j++) {
-            keys.wait_full(n + j);
-            issue_rows<HD, ROWS>(s, q_at, keys.tile(n + j));
-            wgmma_wait<1>();                                             // the last step's dq product is done
-            hold(dq), hold(ds);
-            if (j > 0) keys.release(n + j - 1);
-            values.wait_full(n + j);
-            issue_rows<HD, ROWS>(dp, do_at, values.tile(n + j));
-            wgmma_wait<1>();
-            hold(s);
-            if (j == 0 || j >= whole) mask(s, row, j * ROWS + 1 - a.window, j * ROWS);
-#pragma unroll
-            for (int i = 0; i < ROWS / 2; i++) s[i] = exp2_fast(fmaf(s[i], c, -lse2[i / 2 % 2]));
-            wgmma_wait<0>();
-            hold(dp);
-            values.release(n + j);
-#pragma unroll
-            for (int i = 0; i < ROWS / 2; i++) dp[i] = s[i] * (dp[i] - delta[i / 2 % 2]);
-            pack_operand(ds, dp);
-            issue_columns(dq, ds, keys.tile(n + j));
-        }
-        queries.release(round);
-        if (threadIdx.x % WARPGROUP == 0) tma_store_wait();
-        named_sync(3 + consumer, WARPGROUP);
-        wgmma_wait<0>();
+    }
+    // Tile j of item `round`, tile n of all: N columns of it. The product of the step before runs until this step's scores are issued.
+    template <int N> __device__ void step(int n, int round, int j, int now, const QueryWork& work) {
+        auto &st = part_of<N>(s), &dpt = part_of<N>(dp);
+        const uint32_t k_at = rings.keys.tile(n) + half_offset(now), v_at = rings.values.tile(n) + half_offset(now);
+        if (j == 0) rings.queries.wait_full(round);
+        rings.keys.wait_full(n);
+        issue_rows<HD, ROWS, ROWS>(st, rings.queries.tile(round) + consumer * 64 * 128, k_at);
+        wgmma_wait<1>();
         hold(dq), hold(ds);
-        keys.release(n + count - 1);
-        stage_rows(staging, dq, {scale, scale});
+        if (j > 0) rings.keys.release(n - 1);
+        else rings.douts.wait_full(round);
+        rings.values.wait_full(n);
+        issue_rows<HD, ROWS, ROWS>(dpt, rings.douts.tile(0) + consumer * 64 * 128, v_at);
+        wgmma_wait<1>();
+        hold(s);
+        const int shift = j * ROWS - (now == UPPER ? 64 : 0);
+        if (j == 0 || (j + 1) * ROWS > a.window) mask(st, row, shift + 1 - a.window, shift);
+#pragma unroll
+        for (int i = 0; i < N / 2; i++) st[i] = exp2_fast(fmaf(st[i], c, -lse2[i / 2 % 2]));
+        wgmma_wait<0>();
+        hold(dp);
+        rings.values.release(n);
+        if (j == work.count - 1) rings.douts.release(round);
+#pragma unroll
+        for (int i = 0; i < N / 2; i++) dpt[i] = st[i] * (dpt[i] - delta[i / 2 % 2]);
+        pack_operand(part_of<N>(ds), dpt);
+        issue_columns<ROWS>(dq, part_of<N>(ds), k_at, j > 0);
+    }
+    __device__ unsigned char* staging(int round) const { return sm90_shared + round % 2 * TILE_BYTES<HD> + consumer * 64 * 128; }
+    __device__ void store(int round, const QueryWork& work) {
+        named_sync(3 + consumer, WARPGROUP);                             // all our products with these queries are done
+        stage_rows<ROWS>(staging(round), dq, {scale, scale});
         fence_async();
         named_sync(3 + consumer, WARPGROUP);
-        if (threadIdx.x % WARPGROUP == 0 && i0 + consumer * 64 < a.T) {
-            store_tile<HD>(&dqkv_map, staging, h / heads * (heads + 2) + h % heads, i0 + consumer * 64, b);
+        if (threadIdx.x % WARPGROUP == 0 && work.i0 + consumer * 64 < a.T) {
+            const int heads = a.H / a.G;
+            store_tile<HD, ROWS>(dqkv_map, staging(round), work.h / heads * (heads + 2) + work.h % heads, work.i0 + consumer * 64, work.b);
             tma_store_commit();
         }
-        n += count;
     }
-    if (threadIdx.x % WARPGROUP == 0) tma_store_wait();
+    __device__ void stored(int round) {                                  // the store has read its tile: that may be loaded again
+        if (threadIdx.x % WARPGROUP == 0) tma_store_wait(), barrier_arrive(rings.queries.empty_bar(round));
+    }
+    __device__ void run() {
+        int n = 0;
+        for (int round = 0, item; (item = item_of_round(round)) < a.schedule.items; round++) {
+            const QueryWork work = query_work(a.schedule, item, a.H, a.window);
+            load_statistics(work);
+            for (int j = 0; j < work.count; j++, n++) {
+                const int now = parts_of(consumer, j, a.window);
+                if (now == BOTH) step<128>(n, round, j, now, work);
+                else step<64>(n, round, j, now, work);
+                if (j == 0 && round > 0) stored(round - 1);
+            }
+            wgmma_wait<0>();
+            hold(dq), hold(ds);
+            rings.keys.release(n - 1);
+            store(round, work);
+        }
+        if (threadIdx.x % WARPGROUP == 0) tma_store_wait();
+    }
+};
+#endif // SAMBA_SM90A_CODE
+
+template <int HD> __global__ void __launch_bounds__(BLOCK, 1)
+backward_queries(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__ CUtensorMap dout_map,
+              const __grid_constant__ CUtensorMap dqkv_map, const BackwardArgs a) {
+#ifdef SAMBA_SM90A_CODE
+    const uint32_t shared = shared_address(sm90_shared);
+    const QueriesRings<HD> rings(shared, shared + QueriesRings<HD>::BARRIERS);
+    if (threadIdx.x == 0) {
+        rings.queries.init(2), rings.douts.init(), rings.keys.init(), rings.values.init();      // 2: see stored()
+        barrier_init_done();
+    }
+    __syncthreads();
+    if (threadIdx.x < WARPGROUP) {
+        registers_down<24>();
+        if (threadIdx.x == 0) queries_produce<HD>(rings, &qkv_map, &dout_map, a);
+    } else {
+        registers_up<240>();
+        QueriesConsumer<HD>{rings, &dqkv_map, a}.run();
+    }
 #endif
 }
 
 // dk, dv: a block owns 128 keys of a group and goes over the group's query heads and their tiles of 64 queries. Scores are formed
-// transposed (keys as rows), so that P^T and dS^T come from registers.
+// transposed (keys as rows), so that P^T and dS^T come from registers. dk and dv are staged in the key and value tiles, as dq is.
 constexpr int KEYS_STAGES = 3, STEP_ROWS = 64;
 template <int HD> constexpr int STEP_BYTES = 2 * STEP_ROWS * HD * 2;     // Q | dO
-// K | V | ring | dK staging | dV staging | ring of lse2 | delta | barriers
+// ring of K | V | ring of Q | dO | ring of lse2 | delta | barriers
 template <int HD> constexpr int backward_keys_shared() { return 4 * TILE_BYTES<HD> + KEYS_STAGES * (STEP_BYTES<HD> + 2 * STEP_ROWS * 4) + 128; }
 
-template <int HD> __global__ void __launch_bounds__(BLOCK, 1)
-backward_keys(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__ CUtensorMap dout_map, const __grid_constant__ CUtensorMap dqkv_map, const BackwardArgs a) {
 #ifdef SAMBA_SM90A_CODE
-    constexpr int STAGES = KEYS_STAGES, TILE = TILE_BYTES<HD>, STEP = STEP_BYTES<HD>, N = STEP_ROWS;
-    constexpr int STATISTICS = 4 * TILE + STAGES * STEP;
-    const uint32_t shared = shared_address(sm90_shared), bars = shared + STATISTICS + STAGES * 2 * N * 4;
-    const Ring<1> keys{shared, bars, bars + 8, 2 * TILE};                // K | V
-    const Ring<STAGES> steps{shared + 2 * TILE, bars + 16, bars + 16 + 8 * STAGES, STEP};
+template <int HD> struct KeysRings {
+    static constexpr int STAGES = KEYS_STAGES, TILE = TILE_BYTES<HD>, STATISTICS = 4 * TILE + STAGES * STEP_BYTES<HD>,
+                         BARRIERS = STATISTICS + STAGES * 2 * STEP_ROWS * 4;
+    Ring<2> keys;
+    Ring<STAGES> steps;
+    __device__ KeysRings(uint32_t shared)
+        : keys{shared, shared + BARRIERS, 2 * TILE}, steps{shared + 4 * TILE, shared + BARRIERS + 32, STEP_BYTES<HD>} {}
+    __device__ static int statistics(int n) { return STATISTICS + n % STAGES * 2 * STEP_ROWS * 4; }
+};
+// A tile of keys, and the first and last tile of queries that see it
+struct KeyWork { int b, g, n0, first, last; };
+__device__ inline KeyWork key_work(const BackwardArgs& a, int item) {
+    const Work work = work_item(a.schedule, item);
+    const int n0 = work.tile * ROWS;
+    return {work.owner / a.G, work.owner % a.G, n0, n0 / STEP_ROWS, min(a.T - 1, n0 + ROWS - 1 + a.window - 1) / STEP_ROWS};
+}
+
+template <int HD> __device__ inline void
+keys_produce(const KeysRings<HD>& rings, const CUtensorMap* qkv_map, const CUtensorMap* dout_map, const BackwardArgs& a) {
+    constexpr int TILE = TILE_BYTES<HD>, STEP = STEP_BYTES<HD>, N = STEP_ROWS;
     const int heads = a.H / a.G;
-    if (threadIdx.x == 0) {
-        keys.init(), steps.init();
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    for (int n = 0, round = 0, item; (item = item_of_round(round)) < a.schedule.items; round++) {
+        const KeyWork work = key_work(a, item);
+        const int slot = work.g * (heads + 2);
+        const uint32_t keys_bar = rings.keys.full_bar(round);
+        rings.keys.wait_empty(round);
+        barrier_expect(keys_bar, 2 * TILE);
+        load_tile<HD, ROWS, N>(rings.keys.tile(round), keys_bar, qkv_map, slot + heads, work.n0, work.b);
+        load_tile<HD, ROWS, N>(rings.keys.tile(round) + TILE, keys_bar, qkv_map, slot + heads + 1, work.n0, work.b);
+        for (int h = 0; h < heads; h++)
+            for (int tile = work.first; tile <= work.last; tile++, n++) {
+                const uint32_t bar = rings.steps.full_bar(n), statistics = shared_address(sm90_shared) + rings.statistics(n);
+                const int64_t at = ((int64_t)work.b * a.H + work.g * heads + h) * a.padded + tile * N;
+                rings.steps.wait_empty(n);
+                barrier_expect(bar, STEP + 2 * N * 4);
+                load_tile<HD, N, N>(rings.steps.tile(n), bar, qkv_map, slot + h, tile * N, work.b);
+                load_tile<HD, N, N>(rings.steps.tile(n) + STEP / 2, bar, dout_map, work.g * heads + h, tile * N, work.b);
+                bulk_load(statistics, a.lse2 + at, N * 4, bar);
+                bulk_load(statistics + N * 4, a.delta + at, N * 4, bar);
+            }
     }
-    __syncthreads();
+}
 
-    int n = 0;
-    if (threadIdx.x < WARPGROUP) {
-        registers_down<24>();
-        if (threadIdx.x != 0) return;
-        for (int round = 0, item; (item = item_of_round(round)) < a.schedule.items; round++) {
-            const Work work = work_item(a.schedule, item);
-            const int b = work.owner / a.G, g = work.owner % a.G, slot = g * (heads + 2), n0 = work.tile * ROWS;
-            const int first = n0 / N, last = min(a.T - 1, n0 + ROWS - 1 + a.window - 1) / N;
-            keys.wait_empty(round);
-            barrier_expect(keys.full_bar(round), 2 * TILE);
-            load_tile<HD, ROWS, N>(keys.tile(0), keys.full_bar(round), &qkv_map, slot + heads, n0, b);
-            load_tile<HD, ROWS, N>(keys.tile(0) + TILE, keys.full_bar(round), &qkv_map, slot + heads + 1, n0, b);
-            for (int h = 0; h < heads; h++)
-                for (int tile = first; tile <= last; tile++, n++) {
-                    const uint32_t bar = steps.full_bar(n), statistics = shared + STATISTICS + n % STAGES * 2 * N * 4;
-                    const int64_t at = ((int64_t)b * a.H + g * heads + h) * a.padded + tile * N;
-                    steps.wait_empty(n);
-                    barrier_expect(bar, STEP + 2 * N * 4);
-                    load_tile<HD, N, N>(steps.tile(n), bar, &qkv_map, slot + h, tile * N, b);
-                    load_tile<HD, N, N>(steps.tile(n) + STEP / 2, bar, &dout_map, g * heads + h, tile * N, b);
-                    bulk_load(statistics, a.lse2 + at, N * 4, bar);
-                    bulk_load(statistics + N * 4, a.delta + at, N * 4, bar);
-                }
-        }
-        return;
-    }
-
-    registers_up<240>();
-    const int consumer = threadIdx.x / WARPGROUP - 1, lane = threadIdx.x % WARP;
-    const int row = consumer * 64 + threadIdx.x / WARP % 4 * 16 + lane / 4;
+template <int HD> struct KeysConsumer {
+    static constexpr int TILE = TILE_BYTES<HD>, STEP = STEP_BYTES<HD>, N = STEP_ROWS;
+    const KeysRings<HD>& rings;
+    const CUtensorMap* dqkv_map;
+    const BackwardArgs& a;
+    const int consumer = __shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP, 0) - 1;     // the compiler must see it is one for a warp
+    const int row = consumer * 64 + threadIdx.x / WARP % 4 * 16 + threadIdx.x % WARP / 4;
     const float scale = rsqrtf((float)HD), c = scale * 1.44269504f;
-    const uint32_t k_at = keys.tile(0) + consumer * 64 * 128, v_at = k_at + TILE;
-    unsigned char* staging = sm90_shared + 2 * TILE + STAGES * STEP + consumer * TILE / 2;
-    float s[N / 2], dp[N / 2], dk[HD / 2], dv[HD / 2];
-    uint32_t p[N / 16][4], ds[N / 16][4];
-    for (int round = 0, item; (item = item_of_round(round)) < a.schedule.items; round++) {
-        const Work work = work_item(a.schedule, item);
-        const int b = work.owner / a.G, g = work.owner % a.G, n0 = work.tile * ROWS;
-        const int first = n0 / N, last = min(a.T - 1, n0 + ROWS - 1 + a.window - 1) / N, end = n + heads * (last - first + 1);
-#pragma unroll
-        for (int i = 0; i < HD / 2; i++) dk[i] = dv[i] = 0.f;
-        keys.wait_full(round);
-        for (int m = n, tile = first; m < end; m++, tile = tile == last ? first : tile + 1) {
-            const float* lse2 = reinterpret_cast<const float*>(sm90_shared + STATISTICS) + m % STAGES * 2 * N + lane % 4 * 2;
-            const int i0 = tile * N;
-            steps.wait_full(m);
-            issue_rows<HD, ROWS>(s, k_at, steps.tile(m));
-            wgmma_wait<1>();                                             // the last step's dv and dk products are done
-            hold(dk), hold(dv), hold(p), hold(ds);
-            if (m > n) steps.release(m - 1);
-            issue_rows<HD, ROWS>(dp, v_at, steps.tile(m) + STEP / 2);
-            wgmma_wait<1>();
-            hold(s);
-            if (i0 < n0 + ROWS - 1 || i0 + N - 1 >= n0 + a.window) mask(s, row, n0 - i0, n0 - i0 + a.window - 1);
-#pragma unroll
-            for (int i = 0; i < N / 8; i++) {
-                const Vec<float, 2> l = load_vec<2>(lse2 + i * 8);
-#pragma unroll
-                for (int e = 0; e < 4; e++) s[4 * i + e] = exp2_fast(fmaf(s[4 * i + e], c, -l[e % 2]));
-            }
-            pack_operand(p, s);
-            issue_columns(dv, p, steps.tile(m) + STEP / 2);
-            wgmma_wait<1>();
-            hold(dp);
-#pragma unroll
-            for (int i = 0; i < N / 8; i++) {
-                const Vec<float, 2> d = load_vec<2>(lse2 + N + i * 8);
-#pragma unroll
-                for (int e = 0; e < 4; e++) dp[4 * i + e] = s[4 * i + e] * (dp[4 * i + e] - d[e % 2]);
-            }
-            pack_operand(ds, dp);
-            issue_columns(dk, ds, steps.tile(m));
-        }
-        keys.release(round);
-        if (threadIdx.x % WARPGROUP == 0) tma_store_wait();
-        named_sync(3 + consumer, WARPGROUP);
-        wgmma_wait<0>();
+    float s[N / 2], dp[N / 2], dk[HD / 2] = {}, dv[HD / 2] = {};
+    uint32_t p[N / 16][4] = {}, ds[N / 16][4] = {};
+    int unreleased = -1;                                                 // the step whose products may still run
+
+    // One tile of queries, n of all, with the keys of item `round`
+    __device__ void step(int n, int tile, int round, bool first, const KeyWork& work) {
+        const float* lse2 = reinterpret_cast<const float*>(sm90_shared + rings.statistics(n)) + threadIdx.x % 4 * 2;
+        const int i0 = tile * N;
+        const uint32_t k_at = rings.keys.tile(round) + consumer * 64 * 128, q_at = rings.steps.tile(n), do_at = q_at + STEP / 2;
+        if (first) rings.keys.wait_full(round);
+        rings.steps.wait_full(n);
+        issue_rows<HD, ROWS, N>(s, k_at, q_at);
+        wgmma_wait<1>();                                                 // the last step's products are done
         hold(dk), hold(dv), hold(p), hold(ds);
-        steps.release(end - 1);
-        stage_rows(staging, dk, {scale, scale});
-        stage_rows(staging + TILE, dv, {1.f, 1.f});
+        if (unreleased >= 0) rings.steps.release(unreleased);
+        unreleased = n;
+        issue_rows<HD, ROWS, N>(dp, k_at + TILE, do_at);
+        wgmma_wait<1>();
+        hold(s);
+        if (i0 < work.n0 + ROWS - 1 || i0 + N - 1 >= work.n0 + a.window) mask(s, row, work.n0 - i0, work.n0 - i0 + a.window - 1);
+#pragma unroll
+        for (int i = 0; i < N / 8; i++) {
+            const Vec<float, 2> l = load_vec<2>(lse2 + i * 8);
+#pragma unroll
+            for (int e = 0; e < 4; e++) s[4 * i + e] = exp2_fast(fmaf(s[4 * i + e], c, -l[e % 2]));
+        }
+        pack_operand(p, s);
+        issue_columns<N>(dv, p, do_at, !first);
+        wgmma_wait<1>();
+        hold(dp);
+#pragma unroll
+        for (int i = 0; i < N / 8; i++) {
+            const Vec<float, 2> d = load_vec<2>(lse2 + N + i * 8);
+#pragma unroll
+            for (int e = 0; e < 4; e++) dp[4 * i + e] = s[4 * i + e] * (dp[4 * i + e] - d[e % 2]);
+        }
+        pack_operand(ds, dp);
+        issue_columns<N>(dk, ds, q_at, !first);
+    }
+    // A tile of queries that sees none of our 64 keys
+    __device__ void skip(int n) { rings.steps.wait_full(n), rings.steps.release(n); }
+
+    __device__ unsigned char* staging(int round) const { return sm90_shared + round % 2 * 2 * TILE + consumer * 64 * 128; }
+    __device__ void store(int round, const KeyWork& work) {
+        named_sync(3 + consumer, WARPGROUP);                             // all our products with these keys and values are done
+        stage_rows<ROWS>(staging(round), dk, {scale, scale});
+        stage_rows<ROWS>(staging(round) + TILE, dv, {1.f, 1.f});
         fence_async();
         named_sync(3 + consumer, WARPGROUP);
-        if (threadIdx.x % WARPGROUP == 0 && n0 + consumer * 64 < a.T) {
-            store_tile<HD>(&dqkv_map, staging, g * (heads + 2) + heads, n0 + consumer * 64, b);
-            store_tile<HD>(&dqkv_map, staging + TILE, g * (heads + 2) + heads + 1, n0 + consumer * 64, b);
+        if (threadIdx.x % WARPGROUP == 0 && work.n0 + consumer * 64 < a.T) {
+            const int slot = work.g * (a.H / a.G + 2) + a.H / a.G, t = work.n0 + consumer * 64;
+            store_tile<HD, ROWS>(dqkv_map, staging(round), slot, t, work.b);
+            store_tile<HD, ROWS>(dqkv_map, staging(round) + TILE, slot + 1, t, work.b);
             tma_store_commit();
         }
-        n = end;
     }
-    if (threadIdx.x % WARPGROUP == 0) tma_store_wait();
+    __device__ void stored(int round) {                                  // the store has read its tiles: they may be loaded again
+        if (threadIdx.x % WARPGROUP == 0) tma_store_wait(), barrier_arrive(rings.keys.empty_bar(round));
+    }
+    __device__ void run() {
+        const int heads = a.H / a.G;
+        int n = 0;
+        for (int round = 0, item; (item = item_of_round(round)) < a.schedule.items; round++) {
+            const KeyWork work = key_work(a, item);
+            // The second warpgroup's keys come after the first tile of queries; the first's may leave the window before the last tile.
+            const bool several = work.first < work.last, late = several && consumer == 1;
+            const bool early = several && consumer == 0 && work.last * N >= work.n0 + 63 + a.window;
+            for (int h = 0; h < heads; h++) {
+                if (late) skip(n++);
+                for (int tile = work.first + late; tile <= work.last - early; tile++, n++) {
+                    const bool first = h == 0 && tile == work.first + late;
+                    step(n, tile, round, first, work);
+                    if (first && round > 0) stored(round - 1);
+                }
+                if (early) skip(n++);
+            }
+            wgmma_wait<0>();
+            hold(dk), hold(dv), hold(p), hold(ds);
+            rings.steps.release(unreleased);
+            unreleased = -1;
+            store(round, work);
+        }
+        if (threadIdx.x % WARPGROUP == 0) tma_store_wait();
+    }
+};
+#endif // SAMBA_SM90A_CODE
+
+template <int HD> __global__ void __launch_bounds__(BLOCK, 1)
+backward_keys(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__ CUtensorMap dout_map,
+              const __grid_constant__ CUtensorMap dqkv_map, const BackwardArgs a) {
+#ifdef SAMBA_SM90A_CODE
+    const KeysRings<HD> rings(shared_address(sm90_shared));
+    if (threadIdx.x == 0) {
+        rings.keys.init(2), rings.steps.init();                          // 2: see stored()
+        barrier_init_done();
+    }
+    __syncthreads();
+    if (threadIdx.x < WARPGROUP) {
+        registers_down<24>();
+        if (threadIdx.x == 0) keys_produce<HD>(rings, &qkv_map, &dout_map, a);
+    } else {
+        registers_up<240>();
+        KeysConsumer<HD>{rings, &dqkv_map, a}.run();
+    }
 #endif
 }
 
@@ -745,7 +897,8 @@ backward_keys(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant
 // Launches
 
 inline Schedule schedule(int64_t tiles, int64_t owners, int blocks, bool last_first) {
-    if (tiles * owners > INT32_MAX / 2) fail("attention: %lld tiles of %lld heads: more than 2^30 pieces of work; use a smaller batch", (long long)tiles, (long long)owners);
+    if (tiles * owners > INT32_MAX / 2)
+        fail("attention: %lld tiles of %lld heads: more than 2^30 pieces of work; use a smaller batch", (long long)tiles, (long long)owners);
     return {(int)tiles, (int)owners, (int)std::min<int64_t>(owners, std::max(1, blocks / 4)), (int)(tiles * owners), last_first};
 }
 constexpr int SHARED_LIMIT = 227 * 1024;                                  // a block's, on compute capability 9.0
@@ -769,8 +922,8 @@ template <int HD> inline void launch_forward(bf16* out, float* lse, const bf16* 
     LAUNCH_CHECK();
 }
 
-template <int HD> inline void launch_backward(bf16* dqkv, const bf16* dout, const bf16* out, const bf16* qkv, const float* lse, void* workspace, int B, int64_t T, int H, int G,
-                                              int64_t window, Stream stream) {
+template <int HD> inline void launch_backward(bf16* dqkv, const bf16* dout, const bf16* out, const bf16* qkv, const float* lse, void* workspace,
+                                              int B, int64_t T, int H, int G, int64_t window, Stream stream) {
     const int blocks = multiprocessors();
     const int64_t padded = padded_length(T), rows = (int64_t)B * padded * H;
     BackwardArgs a{(float*)workspace, (float*)workspace + rows, (int)T, H, G, (int)(window <= 0 ? T : std::min(window, T)), (int)padded,
@@ -802,8 +955,8 @@ inline bool attention_forward(bf16* out, float* lse, const bf16* qkv, int B, int
 inline size_t attention_backward_workspace(int B, int64_t T, int H, int, int) { return (size_t)B * H * padded_length(T) * 2 * sizeof(float); }
 
 // The arguments of gpu::attention_backward. workspace: at least attention_backward_workspace bytes of this namespace, aligned to 16
-inline bool attention_backward(bf16* dqkv, const bf16* dout, const bf16* out, const bf16* qkv, const float* lse, void* workspace, int B, int64_t T, int H, int G, int hd,
-                               int64_t window, Stream stream = {}) {
+inline bool attention_backward(bf16* dqkv, const bf16* dout, const bf16* out, const bf16* qkv, const float* lse, void* workspace, int B,
+                               int64_t T, int H, int G, int hd, int64_t window, Stream stream = {}) {
     if (!supported(qkv, out, T, H, G, hd) || !supported(dqkv, dout, T, H, G, hd) || (uintptr_t)workspace % 16 != 0) return false;
     if (hd == 64) launch_backward<64>(dqkv, dout, out, qkv, lse, workspace, B, T, H, G, window, stream);
     else launch_backward<128>(dqkv, dout, out, qkv, lse, workspace, B, T, H, G, window, stream);

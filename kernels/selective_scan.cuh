@@ -102,18 +102,24 @@ template <bool VEC, class X> __device__ inline Vec<X, 4> scan_load_bc(const Scan
     return scan_load<VEC>(row, n, t < p.T ? p.N : 0);
 }
 
+// Which channel of the block (c) and which quarter of its states (q) a thread has. MERGE: q is bits 0 and 2 of the lane, so that both
+// neighbours tid ^ 1 (same c) and tid ^ 2 (same q) read the same address in one of the loads of dt and of B or C: shared memory then
+// serves a load of 8 bytes in one pass and of 16 bytes in two, instead of two and four.
+template <bool MERGE> __device__ inline int scan_channel(int tid) { return MERGE ? tid / 32 * 8 + (tid >> 3 & 3) * 2 + (tid >> 1 & 1) : tid / SCAN_LANES; }
+template <bool MERGE> __device__ inline int scan_quarter(int tid) { return MERGE ? (tid & 1) + (tid >> 1 & 2) : tid % SCAN_LANES; }
+
 // v[i]: this lane's part of a sum for step i. Lane q of the four gets the whole sum for step q.
-__device__ inline float scan_sum_lanes(const float (&v)[4], int q) {
+template <bool MERGE> __device__ inline float scan_sum_lanes(const float (&v)[4], int q) {
     const bool odd = q & 1, high = q & 2;
     const float low = (odd ? v[1] : v[0]) + __shfl_xor_sync(0xffffffffu, odd ? v[0] : v[1], 1);     // step 0 or 1
     const float top = (odd ? v[3] : v[2]) + __shfl_xor_sync(0xffffffffu, odd ? v[2] : v[3], 1);     // step 2 or 3
-    return (high ? top : low) + __shfl_xor_sync(0xffffffffu, high ? low : top, 2);
+    return (high ? top : low) + __shfl_xor_sync(0xffffffffu, high ? low : top, MERGE ? 4 : 2);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Forward. Grid (channel blocks, B, segments). h_first (B,S,e,h_stride), or null for zeros.
 
-template <class X, bool VEC, bool MANY /*groups of states*/>
+template <class X, bool VEC, bool MANY /*groups of states*/, bool MERGE = false>
 __global__ void __launch_bounds__(SCAN_CHANNELS * SCAN_LANES, sizeof(X) == 2 && VEC && !MANY ? 6 : 4)
 selective_scan_forward_kernel(X* out, X* saved, float* h_out, const float* h_first, int h_stride, ScanInput<X> p) {
     constexpr int CH = SCAN_CHANNELS, THREADS = CH * SCAN_LANES;
@@ -122,7 +128,7 @@ selective_scan_forward_kernel(X* out, X* saved, float* h_out, const float* h_fir
     __shared__ __align__(16) float s_y[SCAN_TILE][CH + 8];            // + 8: the four lanes' rows lie in different banks
     extern __shared__ float4 s_h[];                                   // MANY: (groups, threads)
 
-    const int tid = threadIdx.x, c = tid / SCAN_LANES, q = tid % SCAN_LANES, channel = blockIdx.x * CH + c;
+    const int tid = threadIdx.x, c = scan_channel<MERGE>(tid), q = scan_quarter<MERGE>(tid), channel = blockIdx.x * CH + c;
     const int row = tid / (CH / 4), column = tid % (CH / 4) * 4, first_channel = blockIdx.x * CH + column;   // for work without states
     const int64_t sequence = blockIdx.y, segment = sequence * gridDim.z + blockIdx.z;
     const int groups = MANY ? (p.N + SCAN_GROUP - 1) / SCAN_GROUP : 1, Np = groups * SCAN_GROUP;
@@ -196,7 +202,7 @@ selective_scan_forward_kernel(X* out, X* saved, float* h_out, const float* h_fir
                         y[i] = fmaf(h[j], C[j], y[i]);
                     }
                 }
-                const float sum = scan_sum_lanes(y, q);
+                const float sum = scan_sum_lanes<MERGE>(y, q);
                 s_y[t4 + q][c] = MANY && g > 0 ? s_y[t4 + q][c] + sum : sum;
             }
             if (MANY) s_h[g * THREADS + tid] = make_float4(h[0], h[1], h[2], h[3]);
@@ -471,7 +477,7 @@ template <class X> struct ScanGradients {
 };
 
 // Forward through a tile from the state in row 0 of stage: fills the other rows and adds to y
-template <class X, int CH, bool MANY>
+template <class X, int CH, bool MANY, bool MERGE>
 __device__ inline void scan_remake(ScanTile<X, CH>& s, const float (&A2)[4], int c, int q, bool add) {
     const auto first = load_vec<4>(&s.stage[0][s.at(c, q)]);
     float h[4] = {to_float(first[0]), to_float(first[1]), to_float(first[2]), to_float(first[3])};
@@ -492,13 +498,13 @@ __device__ inline void scan_remake(ScanTile<X, CH>& s, const float (&A2)[4], int
             }
             store_vec(&s.stage[t4 + i + 1][s.at(c, q)], kept);
         }
-        const float sum = scan_sum_lanes(y, q);
+        const float sum = scan_sum_lanes<MERGE>(y, q);
         s.y[t4 + q][c] = MANY && add ? s.y[t4 + q][c] + sum : sum;
     }
 }
 
 // Back through the tile. carry: a lambda of the step after the tile, then of its first step.
-template <class X, int CH, bool MANY>
+template <class X, int CH, bool MANY, bool MERGE>
 __device__ inline void scan_reverse(ScanTile<X, CH>& s, float (&carry)[4], float (&dA)[4], const float (&A2)[4], int c, int q, bool add) {
 #pragma unroll 1
     for (int t4 = SCAN_TILE - 4; t4 >= 0; t4 -= 4) {
@@ -523,7 +529,7 @@ __device__ inline void scan_reverse(ScanTile<X, CH>& s, float (&carry)[4], float
             }
             store_vec(&s.stage[t + 1][s.at(c, q)], kept);             // h_t has been read, at step t + 1
         }
-        const float sum = scan_sum_lanes(dinput, q), decay_sum = scan_sum_lanes(ddecay, q);
+        const float sum = scan_sum_lanes<MERGE>(dinput, q), decay_sum = scan_sum_lanes<MERGE>(ddecay, q);
         s.dinput[t4 + q][c] = MANY && add ? s.dinput[t4 + q][c] + sum : sum;
         s.ddecay[t4 + q][c] = MANY && add ? s.ddecay[t4 + q][c] + decay_sum : decay_sum;
     }
@@ -570,14 +576,14 @@ __device__ inline void scan_finish_tile(ScanTile<X, CH>& s, const ScanRow<X>& r,
 }
 
 // Grid (channel blocks, B, segments). Shared memory: the tile, then if MANY carry and dA of (groups, threads).
-template <class X, int CH, bool VEC, bool MANY>
+template <class X, int CH, bool VEC, bool MANY, bool MERGE = false>
 __global__ void __launch_bounds__(CH * SCAN_LANES, CH == 64 ? (VEC ? 3 : 2) : 1)
 selective_scan_backward_kernel(ScanGradients<X> out, ScanInput<X> p) {
     constexpr int THREADS = CH * SCAN_LANES;
     extern __shared__ float4 shared_floats[];
     ScanTile<X, CH>& s = *(ScanTile<X, CH>*)shared_floats;
     float4* s_carry = (float4*)(&s + 1);
-    const int tid = threadIdx.x, c = tid / SCAN_LANES, q = tid % SCAN_LANES, channel = blockIdx.x * CH + c;
+    const int tid = threadIdx.x, c = scan_channel<MERGE>(tid), q = scan_quarter<MERGE>(tid), channel = blockIdx.x * CH + c;
     const int row = tid / (CH / 4), column = tid % (CH / 4) * 4, first_channel = blockIdx.x * CH + column;
     const int64_t sequence = blockIdx.y, segment = sequence * gridDim.z + blockIdx.z;
     const int groups = MANY ? (p.N + SCAN_GROUP - 1) / SCAN_GROUP : 1, Np = groups * SCAN_GROUP;
@@ -632,13 +638,13 @@ selective_scan_backward_kernel(ScanGradients<X> out, ScanInput<X> p) {
             store_vec(&s.stage[0][s.at(c, q)], hs);                   // read by this thread alone
             __syncthreads();
             if (g == groups - 1 && tile > first_tile) load_tile(tile - 1);
-            scan_remake<X, CH, MANY>(s, A2, c, q, g > 0);
+            scan_remake<X, CH, MANY, MERGE>(s, A2, c, q, g > 0);
             __syncthreads();                                          // all h are in stage
             float* part = out.dbc + (((int64_t)blockIdx.x * gridDim.y + sequence) * p.T + first_step) * 2 * Np + g * 2 * SCAN_GROUP;
             if constexpr (sizeof(X) == 2) scan_sum_channels<CH>(part + SCAN_GROUP, 2 * Np, p.T - first_step, s, s.dy_X);
             else scan_sum_channels<CH>(part + SCAN_GROUP, 2 * Np, p.T - first_step, s, false);
             __syncthreads();                                          // and may be replaced
-            scan_reverse<X, CH, MANY>(s, carry, dA, A2, c, q, g > 0);
+            scan_reverse<X, CH, MANY, MERGE>(s, carry, dA, A2, c, q, g > 0);
             __syncthreads();                                          // all lambda are in stage
             if constexpr (sizeof(X) == 2) scan_sum_channels<CH>(part, 2 * Np, p.T - first_step, s, s.input_X);
             else scan_sum_channels<CH>(part, 2 * Np, p.T - first_step, s, true);

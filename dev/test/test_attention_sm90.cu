@@ -39,7 +39,7 @@ const HopperCase HOPPER_CASES[] = {
     {1, 300, 3, 1, 128, 1},   {1, 300, 4, 2, 128, 100}, {2, 257, 2, 2, 128, 64},  {1, 513, 2, 1, 128, 0},   {1, 700, 2, 1, 128, 257},
     {1, 700, 2, 2, 64, 300},  {1, 200, 2, 2, 128, 17},  {3, 63, 1, 1, 128, 17},   {2, 65, 1, 1, 64, 1},     {1, 1000, 1, 1, 128, 5000},
     {1, 129, 8, 1, 64, 129},  {1, 640, 1, 1, 128, 128}, {1, 640, 1, 1, 128, 129}, {1, 640, 1, 1, 128, 127}, {1, 640, 2, 1, 64, 255},
-    {1, 640, 1, 1, 128, 256}, {1, 900, 1, 1, 128, 384}, {1, 900, 1, 1, 64, 513},  {5, 127, 3, 3, 128, 40},  {2, 191, 6, 2, 64, 0},
+    {1, 640, 1, 1, 128, 256}, {1, 900, 1, 1, 128, 384}, {1, 900, 1, 1, 64, 513}, {1, 900, 1, 1, 128, 448}, {1, 900, 2, 1, 128, 192},  {5, 127, 3, 3, 128, 40},  {2, 191, 6, 2, 64, 0},
 };
 
 struct HopperOutputs { std::vector<double> out, lse; };
@@ -90,7 +90,8 @@ TEST(AttentionHopper, ForwardWithSharpScores) {
 // More tiles than blocks: rings and barriers pass from item to item, the schedule turns back, sections end.
 TEST(AttentionHopper, ForwardManyRounds) {
     REQUIRE_HOPPER();
-    for (const HopperCase& c : {HopperCase{7, 650, 16, 4, 64, 200}, {5, 390, 24, 24, 128, 150}}) {
+    for (const HopperCase& c : {HopperCase{7, 650, 16, 4, 64, 200}, {5, 390, 24, 24, 128, 150}, {3, 100, 64, 64, 128, 0},
+                                {2, 1500, 30, 10, 128, 512}, {4, 300, 40, 8, 64, 1}}) {
         const std::vector<double> qkv = rounded<bf16>(random_values(c.qkv(), 13, 2.0));
         const HopperOutputs want = twin_forward(qkv, c);
         DeviceBuffer<bf16> x(to_type<bf16>(qkv)), out(c.out());
@@ -138,7 +139,8 @@ TEST(AttentionHopper, BackwardMatchesTwin) {
 
 TEST(AttentionHopper, BackwardManyRounds) {
     REQUIRE_HOPPER();
-    for (const HopperCase& c : {HopperCase{7, 650, 16, 4, 64, 200}, {5, 390, 24, 24, 128, 150}, {2, 1300, 8, 8, 128, 500}}) expect_backward(c);
+    for (const HopperCase& c : {HopperCase{7, 650, 16, 4, 64, 200}, {5, 390, 24, 24, 128, 150}, {2, 1300, 8, 8, 128, 500}, {3, 100, 64, 64, 128, 0},
+                                {2, 1500, 30, 10, 128, 512}, {4, 300, 40, 8, 64, 1}}) expect_backward(c);
 }
 
 TEST(AttentionHopper, LeavesOtherShapesAlone) {
