@@ -139,13 +139,17 @@ clean: ## Remove everything that was built
 ##@ Train
 
 PYTHON := .venv/bin/python
-DATA := data/stdlib
 OUT ?= out/quickstart
 QUICK ?=
 
+# make data DATASET=tinystories ARGS='--tokenizer gpt2' prepares another; python -m data.prepare --help has all
+DATASET ?= stdlib
+DATA := data/$(notdir $(DATASET))
+ARGS ?= --vocab-size 4096
+
 .PHONY: data
-data: setup ## Prepare the built-in corpus: the Python standard library's text
-	@$(PYTHON) -m data.prepare --dataset stdlib --vocab-size 4096 --out $(DATA)
+data: setup ## Prepare a corpus (DATASET=NAME ARGS='...'): by default the Python standard library's text
+	@$(PYTHON) -m data.prepare --dataset $(DATASET) $(ARGS) --out $(DATA)
 
 # A sub-make builds, because what the machine has is looked up when make starts, before setup has installed it. A machine
 # with a CUDA compiler and no GPU trains on its CPU.
@@ -179,6 +183,15 @@ golden: ## The golden files alone (SAMBA_GOLDEN_DIR=DIR: any directory of such f
 bench-ops: ## Every operation of a Samba-421M step alone, on this GPU: ms, GB/s, TFLOP/s
 	@$(MAKE) --no-print-directory $(BUILD)/bench_ops
 	@$(BUILD)/bench_ops
+
+.PHONY: bench-loader
+bench-loader: ## Tokens/s of the DataLoader with a warm page cache
+	@$(MAKE) --no-print-directory $(BUILD)/bench_loader
+	@$(BUILD)/bench_loader
+
+.PHONY: bench-prepare
+bench-prepare: setup ## Tokens/s and memory of data.prepare on 1 GB, beside a plain SentencePiece loop
+	@$(PYTHON) dev/bench/bench_prepare.py
 
 .PHONY: help
 help: ## This list

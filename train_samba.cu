@@ -73,7 +73,7 @@ inline void add_train_options(CLI::App& app, TrainOptions& o) {
     app.add_option("--model", o.model, "A named configuration (train_samba info lists them) or a .json file")->capture_default_str();
     app.add_option("--preset", o.preset, "The reference's recipe; options given beside it win: 20b or 100b tokens at 2,097,152 tokens a step")
         ->check(CLI::IsMember({"20b", "100b"}));
-    app.add_option("--data", o.data, "Token shards to train on (paths or quoted patterns)");
+    app.add_option("--data", o.data, "Token shards to train on: paths, quoted patterns or folders; a mixture with weights: a:0.7 b:0.3");
     app.add_option("--val", o.val, "Token shards to validate on");
     app.add_option("--out", o.out, "Directory of this run: checkpoints and log.jsonl")->capture_default_str();
     add_count(app, "--micro-batch", o.micro_batch, "Sequences in one forward and backward pass");
@@ -278,8 +278,13 @@ struct RunState {
 };
 
 // Names and lengths of the shards: resuming on other data must not go unnoticed.
-inline uint64_t data_identity(const Shards& shards) {
+inline uint64_t data_identity(const Mixture& shards) {
     uint64_t h = fnv1a64("", 0);
+    if (shards.weights().size() > 1)
+        for (size_t i = 0; i < shards.weights().size(); i++) {
+            const std::string line = std::to_string(shards.sets()[i]->info().size()) + " shards of weight " + std::to_string(shards.share(i)) + "\n";
+            h = fnv1a64(line.data(), line.size(), h);
+        }
     for (const ShardInfo& s : shards.info()) {
         const std::string line = std::filesystem::path(s.path).filename().string() + " " + std::to_string(s.tokens) + " " + std::to_string(s.fingerprint) + "\n";
         h = fnv1a64(line.data(), line.size(), h);
@@ -287,7 +292,7 @@ inline uint64_t data_identity(const Shards& shards) {
     return h;
 }
 
-inline std::string save_checkpoint(const Model& m, const RunState& run, const TrainOptions& o, const json& options, uint64_t identity) {
+inline std::string save_checkpoint(const Model& m, const RunState& run, const TrainOptions& o, const json& options, uint64_t identity, uint64_t fingerprint) {
     CheckpointWriter writer(o.out, run.step);
     const double bytes = 4.0 * (double)m.layout.parameters();
     ProgressBar bar("checkpoint", 3 * bytes);
@@ -295,7 +300,7 @@ inline std::string save_checkpoint(const Model& m, const RunState& run, const Tr
     save_moments(m, writer.path("optimizer.safetensors"), [&](int64_t done) { bar.set(bytes + (double)done); });
     if (!o.tokenizer.empty()) write_file_durably(writer.path("tokenizer.model"), MappedFile(o.tokenizer).text());
     writer.commit({{"step", run.step}, {"updates", run.updates}, {"tokens", run.tokens}, {"sample", run.sample}, {"skipped", run.skipped},
-                   {"seq_len", o.seq_len}, {"seed", o.seed}, {"data_identity", std::to_string(identity)}, {"build", BUILD_NAME},
+                   {"seq_len", o.seq_len}, {"seed", o.seed}, {"data_identity", std::to_string(identity)}, {"tokenizer_fingerprint", std::to_string(fingerprint)}, {"build", BUILD_NAME},
                    {"commit", SAMBA_COMMIT}, {"options", options}});
     prune_checkpoints(o.out, (int)o.keep);
     return o.out + "/" + checkpoint_name(run.step);
@@ -305,6 +310,24 @@ inline nlohmann::json read_state(const std::string& dir) {
     const nlohmann::json state = nlohmann::json::parse(MappedFile(dir + "/state.json").text(), nullptr, false);
     if (state.is_discarded()) fail("%s/state.json is not JSON; remove this checkpoint to resume from an older one", dir.c_str());
     return state;
+}
+
+// Fingerprint of the tokenizer that a checkpoint was trained with, 0 where nothing says; that of a file, 0 without one
+inline uint64_t file_fingerprint(const std::string& path) {
+    if (path.empty() || access(path.c_str(), R_OK) != 0) return 0;
+    const MappedFile file(path);
+    return fnv1a64(file.data, file.size);
+}
+inline uint64_t checkpoint_fingerprint(const std::string& dir) {
+    const nlohmann::json state = read_state(dir);
+    const std::string text = state.value("tokenizer_fingerprint", "0");
+    const uint64_t said = std::strtoull(text.c_str(), nullptr, 10);
+    return said ? said : file_fingerprint(dir + "/tokenizer.model");
+}
+// Tokens of another tokenizer mean something else to the model, however well they fit its vocabulary.
+inline void check_same_tokenizer(uint64_t ours, const std::string& who, uint64_t of_data, const std::string& path) {
+    if (ours && of_data && ours != of_data)
+        fail("%s: made with another tokenizer (fingerprint %016llx) than %s (%016llx); prepare it with that tokenizer", path.c_str(), (unsigned long long)of_data, who.c_str(), (unsigned long long)ours);
 }
 
 inline RunState load_checkpoint(Model& m, const std::string& dir, const TrainOptions& o, uint64_t identity) {
@@ -364,11 +387,14 @@ inline Recompute choose_recompute(const std::string& wanted, const Layout& layou
          human_bytes((double)(activation_bytes(layout, B, T, true, Recompute::full) + other_bytes)).c_str(), human_bytes((double)device_free_bytes()).c_str());
 }
 
-inline void print_run(const TrainOptions& o, const Model& m, const DeviceInfo& device, const Shards& data, int64_t accumulate) {
+inline void print_run(const TrainOptions& o, const Model& m, const DeviceInfo& device, const Mixture& data, int64_t accumulate) {
     const Config& c = m.config();
     printf("%s on %s (%s)\n", c.name.c_str(), device.name.c_str(), BUILD_NAME);
     printf("  model    %s parameters, blocks %s, d_model %d, window %lld\n", human((double)m.layout.parameters()).c_str(), c.blocks.c_str(), c.d_model, (long long)c.window);
     printf("  data     %s tokens in %zu shards, %.2f epochs\n", human((double)data.total_tokens()).c_str(), data.info().size(), (double)o.steps * (double)o.global_batch / (double)data.total_tokens());
+    for (size_t i = 0; i < data.sets().size() && data.sets().size() > 1; i++)
+        printf("           %5.1f%% of %s, %s tokens, %.2f epochs\n", 100 * data.share(i), data.names()[i].c_str(), human((double)data.sets()[i]->total_tokens()).c_str(),
+               data.share(i) * (double)o.steps * (double)o.global_batch / (double)data.sets()[i]->total_tokens());
     printf("  step     %s tokens = %lld x %lld x %lld (sequences, tokens, micro-batches); %lld steps, %s tokens\n", human((double)o.global_batch).c_str(), (long long)o.micro_batch,
            (long long)o.seq_len, (long long)accumulate, (long long)o.steps, human((double)o.steps * (double)o.global_batch).c_str());
     printf("  memory   %s parameters and optimizer, %s activations (recompute %s)\n", human_bytes((double)m.w.arena.bytes()).c_str(),
@@ -377,7 +403,7 @@ inline void print_run(const TrainOptions& o, const Model& m, const DeviceInfo& d
 }
 
 // The tokenizer that the data was made with lies beside it.
-inline std::string find_tokenizer(const TrainOptions& o, const Shards& data) {
+inline std::string find_tokenizer(const TrainOptions& o, const Mixture& data) {
     if (!o.tokenizer.empty()) return o.tokenizer;
     const std::string beside = parent_directory(data.info()[0].path) + "/tokenizer.model";
     return access(beside.c_str(), R_OK) == 0 ? beside : "";
@@ -436,13 +462,14 @@ struct Trainer {
     json options;
     Config config;
     DeviceInfo device;
-    std::unique_ptr<Shards> data, val;
+    std::unique_ptr<Mixture> data;
+    std::unique_ptr<Shards> val;
     std::unique_ptr<Model> m;
     std::unique_ptr<DataLoader> loader;
     std::unique_ptr<Validation> validation;
     std::unique_ptr<RunLog> log;
     RunState run;
-    uint64_t identity = 0;
+    uint64_t identity = 0, fingerprint = 0; // of the data, of its tokenizer
     int64_t accumulate = 1;
 
     Trainer(TrainOptions& o, CLI::App& app) : o(o), app(app) {}
@@ -451,11 +478,12 @@ struct Trainer {
     void set_up() {
         select_gpu(o.gpu);
         device = device_info();
-        data = std::make_unique<Shards>(o.data, config.vocab_size);
+        data = std::make_unique<Mixture>(o.data, config.vocab_size);
         if (!o.val.empty()) val = std::make_unique<Shards>(o.val, config.vocab_size);
         identity = data_identity(*data);
         o.tokenizer = find_tokenizer(o, *data);
         const std::string from = start_point();
+        check_tokenizers(from);
 
         m = std::make_unique<Model>(config);
         accumulate = o.global_batch / (o.micro_batch * o.seq_len);
@@ -481,6 +509,16 @@ struct Trainer {
         if (!from.empty()) printf("  %s %s at step %lld\n", o.resuming ? "resumed " : "weights of", from.c_str(), (long long)run.step);
     }
 
+    // One tokenizer for the checkpoint, the data, the validation data and the file that the checkpoints will hold
+    void check_tokenizers(const std::string& from) {
+        fingerprint = data->fingerprint() ? data->fingerprint() : file_fingerprint(o.tokenizer);
+        const std::string first = data->info()[0].path;
+        if (!from.empty()) check_same_tokenizer(checkpoint_fingerprint(from), "the checkpoint " + from, fingerprint, first);
+        if (!o.tokenizer.empty()) check_same_tokenizer(file_fingerprint(o.tokenizer), o.tokenizer, fingerprint, first);
+        if (val) check_same_tokenizer(fingerprint, first, val->fingerprint(), val->info()[0].path);
+        if (!fingerprint && !from.empty()) fingerprint = checkpoint_fingerprint(from);
+    }
+
     // The checkpoint directory to load before the first step; "" for none. Refuses to mix two runs in one directory.
     std::string start_point() const {
         if (!o.init_from.empty()) {
@@ -494,7 +532,7 @@ struct Trainer {
     }
 
     void checkpoint() {
-        const std::string dir = save_checkpoint(*m, run, o, options, identity);
+        const std::string dir = save_checkpoint(*m, run, o, options, identity, fingerprint);
         log->write({{"type", "checkpoint"}, {"step", run.step}, {"dir", dir}});
         printf("checkpoint %s\n", dir.c_str());
         fflush(stdout);
@@ -566,6 +604,7 @@ inline void run_eval(const EvalOptions& o) {
     const int64_t T = o.seq_len > 0 ? o.seq_len : read_config(dir + "/model.safetensors").seq_len;
     auto m = load_for_inference(dir, o.micro_batch, T);
     const Shards shards(o.data, m->config().vocab_size);
+    check_same_tokenizer(checkpoint_fingerprint(dir), "the checkpoint " + dir, shards.fingerprint(), shards.info()[0].path);
     Validation validation(*m, shards, length_multiples(o.val_lengths), o.micro_batch, T, o.batches);
     for (auto [length, loss] : validation.run()) printf("length %lld | loss %.4f | perplexity %.3f\n", (long long)length, loss, std::exp(loss));
 }

@@ -1,112 +1,145 @@
-"""Where text comes from: a Corpus is a list of files and one reader for each, and gives documents in a fixed order.
+"""What to prepare: a Corpus is a list of files in a fixed order, or a stream that can only be read from its start.
 
-To add a kind of file, write a reader and enter it in READERS; to add a built-in corpus, write a function that
-returns a Corpus and enter it in DATASETS.
+To add a named recipe, enter it in RECIPES.
 """
 
 import glob
-import json
+import io
 import os
 import platform
+import sys
 import sysconfig
+import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from data.shards import PrepareError
+from data.shards import PrepareError, ResumableError
+from data.sources import FORMS, MAX_DOCUMENT, Piece, Tally, cut, form_of, json_texts, read_piece
 
 
-class Document(NamedTuple):
-    name: str
-    text: str
-    source_bytes: int  # how much of the input was read for it; these add up to Corpus.size, for progress
+PART_BYTES = 4 << 20  # of input that one process takes at a time; twice that and more for a corpus that would have too many parts
 
 
-class Problems:
-    """Inputs that had to be left out: all are counted, the first few are named."""
-
-    NAMED = 10
-
-    def __init__(self):
-        self.count, self.named = 0, []
-
-    def add(self, where: str, what: str) -> None:
-        self.count += 1
-        if self.count <= self.NAMED:
-            self.named.append(f"{where}: {what}; left out")
-
-    def lines(self) -> list[str]:
-        more = self.count - len(self.named)
-        return self.named + ([f"... and {more} more"] if more else [])
-
-
-Reader = Callable[[Path, str, Problems], Iterator[Document]]
+class Source(NamedTuple):
+    name: str  # relative to the corpus's root
+    form: str
 
 
 @dataclass
 class Corpus:
     description: str
-    root: Path  # names of documents are relative to it
-    files: list[tuple[str, Reader]]  # name, reader
-    problems: Problems = field(default_factory=Problems)
+    root: Path
+    sources: list[Source]
+    field: str = "text"
+    separator: str | None = None
+
+    stream = None
 
     @property
     def size(self) -> int:
-        return sum(os.path.getsize(self.root / name) for name, _ in self.files)
+        return sum(os.path.getsize(self.root / name) for name, _ in self.sources)
 
     def identity(self) -> list:
         """Changes when a file does, without reading any: name, size and time of last change."""
-        stats = [(name, os.stat(self.root / name)) for name, _ in self.files]
-        return [str(self.root), *([name, stat.st_size, stat.st_mtime_ns] for name, stat in stats)]
+        stats = [(name, os.stat(self.root / name)) for name, _ in self.sources]
+        return [str(self.root), self.field, self.separator, *([name, stat.st_size, stat.st_mtime_ns] for name, stat in stats)]
 
-    def documents(self) -> Iterator[Document]:
-        """All documents, from the start; problems holds those of the last pass."""
-        self.problems = Problems()
-        for name, reader in self.files:
-            yield from reader(self.root / name, name, self.problems)
+    def parts(self) -> list[list[Piece]]:
+        """The whole corpus in order, cut for processes to share: pieces of large files, several small files together."""
+        target, size = PART_BYTES, self.size
+        while size // target > 1 << 15:
+            target *= 2
+        parts, filled = [[]], 0
+        for name, form in self.sources:
+            for piece in cut(name, str(self.root / name), form, target, self.field, self.separator):
+                if filled and filled + piece.bytes > target:
+                    parts.append([])
+                    filled = 0
+                parts[-1].append(piece)
+                filled += piece.bytes
+        return parts
+
+    def texts(self, parts: list[list[Piece]] | None = None, tally: Tally | None = None) -> Iterator[str]:
+        for part in self.parts() if parts is None else parts:
+            for piece in part:
+                yield from read_piece(piece, tally or Tally())
 
 
-# ------------------------------------------------------------------------------------------------------------- readers
+# -------------------------------------------------------------------------------------------------------------- streams
 
 
-def read_text(path: Path, name: str, problems: Problems) -> Iterator[Document]:
-    """The whole file is one document, exactly as it stands: no newline is translated."""
-    raw = path.read_bytes()
+@dataclass
+class Stream:
+    """Documents that come one after the other: read(skip) gives texts, or None for one that was left out, from item `skip` on.
+
+    The tally's lines are the items given so far by that call.
+    """
+
+    description: str
+    name: str
+    read: Callable[[int, Tally], Iterator[str | None]]
+    can_reread: bool
+    root: Path = Path(".")
+
+    size = 0
+
+    @property
+    def stream(self) -> "Stream":
+        return self
+
+    def identity(self) -> list:
+        return [self.name]
+
+
+def standard_input(field: str) -> Stream:
+    def read(skip: int, tally: Tally) -> Iterator[str | None]:
+        file = sys.stdin.buffer if hasattr(sys.stdin, "buffer") else io.BufferedReader(io.FileIO(0))
+        for text in json_texts(file, field, tally):
+            yield text
+
+    return Stream("standard input", "standard input", read, can_reread=False)
+
+
+def hub(name: str, config: str | None, split: str, field: str) -> Stream:
+    """A dataset of the Hugging Face hub, or a folder that its client understands, streamed: nothing is kept on disk."""
+
+    def read(skip: int, tally: Tally) -> Iterator[str | None]:
+        try:
+            import datasets
+        except ImportError:
+            raise PrepareError(f"--dataset {name}: Python module 'datasets' is missing; run scripts/setup.sh") from None
+        try:
+            rows = datasets.load_dataset(name, config, split=split, streaming=True)
+            for row in rows.skip(skip) if skip else rows:
+                tally.lines += 1
+                text = row.get(field)
+                problem = problem_of(text, field)
+                if problem:
+                    tally.leave_out(problem)
+                yield None if problem else text
+        except PrepareError:
+            raise
+        except Exception as error:  # the client raises its own, its file systems' and its HTTP library's
+            reason = " ".join(str(error).split())[:300]
+            raise ResumableError(f"--dataset {name}: the hub's client failed ({type(error).__name__}: {reason}); "
+                                 "check name, configuration, split and network, and run again to go on") from None  # fmt: skip
+
+    return Stream(f"{name}{f' ({config})' if config else ''}, split {split}, streamed", f"{name}/{config or ''}/{split}/{field}", read, can_reread=True)
+
+
+def problem_of(text: object, field: str) -> str | None:
+    if not isinstance(text, str):
+        return f'no field "{field}" holding a string'
     try:
-        yield Document(name, raw.decode("utf-8"), len(raw))
-    except UnicodeDecodeError as error:
-        problems.add(name, f"not UTF-8 (byte 0x{raw[error.start]:02x} at offset {error.start})")
+        size = len(text.encode("utf-8"))
+    except UnicodeEncodeError:
+        return f'field "{field}" holds half a surrogate pair'
+    return f"a document of {size} bytes, over {MAX_DOCUMENT}" if size > MAX_DOCUMENT else None
 
 
-def read_jsonl(path: Path, name: str, problems: Problems) -> Iterator[Document]:
-    """One JSON object a line, its field "text" is the document."""
-    with open(path, "rb") as file:
-        for number, raw in enumerate(file, 1):
-            where = f"{name}:{number}"
-            if not raw.strip():
-                continue
-            try:
-                text = json.loads(raw.decode("utf-8-sig"))["text"]
-                text.encode("utf-8")  # "\ud800" is legal JSON but no text
-            except UnicodeDecodeError:
-                problems.add(where, "not UTF-8")
-            except json.JSONDecodeError as error:
-                problems.add(where, f"not JSON ({error.msg} at column {error.colno})")
-            except RecursionError:
-                problems.add(where, "JSON nested too deeply")
-            except UnicodeEncodeError:
-                problems.add(where, 'field "text" holds half a surrogate pair')
-            except (KeyError, TypeError, AttributeError):
-                problems.add(where, 'no field "text" holding a string')
-            else:
-                yield Document(where, text, len(raw))
-
-
-READERS: dict[str, Reader] = {".txt": read_text, ".jsonl": read_jsonl}
-
-
-# ------------------------------------------------------------------------------------------------------------- corpora
+# ---------------------------------------------------------------------------------------------------------------- files
 
 
 def stdlib(with_tests: bool = False) -> Corpus:
@@ -120,23 +153,80 @@ def stdlib(with_tests: bool = False) -> Corpus:
     if not names:
         raise PrepareError(f"{root}: holds no *.py files (a Python without its sources); use --text FILES instead")
     description = f"Python {platform.python_version()} standard library" + (" with its tests" if with_tests else "")
-    return Corpus(description, root, [(name, read_text) for name in sorted(names)])
+    return Corpus(description, root, [Source(name, ".txt") for name in sorted(names)])
 
 
-def text_files(patterns: list[str]) -> Corpus:
+def text_files(patterns: list[str], field: str = "text", separator: str | None = None) -> Corpus:
     """The files that the patterns name, sorted, each once; the ending of a name chooses its reader."""
-    names = set()
+    names, ignored = set(), 0
     for pattern in patterns:
         found = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
         files = [name for name in found if os.path.isfile(name)]
+        for folder in (name for name in found if os.path.isdir(name)):
+            inside = [os.path.join(where, name) for where, _, some in os.walk(folder) for name in some]
+            readable = [name for name in inside if form_of(name)]
+            ignored += len(inside) - len(readable)
+            files += readable
         if not files:
-            reason = "is a folder; write a pattern of files, such as 'FOLDER/*.txt'" if found else "no such file; check the path"
+            reason = f"holds no file ending in {', '.join(FORMS)}" if found else "no such file; check the path"
             raise PrepareError(f"--text {pattern}: {reason}")
         names.update(os.path.normpath(name) for name in files)
     for name in sorted(names):
-        if Path(name).suffix not in READERS:
-            raise PrepareError(f"--text {name}: cannot read '{Path(name).suffix}' files; give one of {', '.join(READERS)}")
-    return Corpus(f"{len(names)} text files", Path("."), [(name, READERS[Path(name).suffix]) for name in sorted(names)])
+        if not form_of(name):
+            raise PrepareError(f"--text {name}: cannot read '{Path(name).suffix}' files; give one of {', '.join(FORMS)}")
+    if ignored:
+        print(f"{ignored} files in folders are not read: their names end in none of {', '.join(FORMS)}", file=sys.stderr)
+    return Corpus(f"{len(names)} text files", Path("."), [Source(name, form_of(name)) for name in sorted(names)], field, separator)
 
 
-DATASETS: dict[str, Callable[..., Corpus]] = {"stdlib": stdlib}
+# -------------------------------------------------------------------------------------------------------------- recipes
+
+
+class Recipe(NamedTuple):
+    what: str
+    hub: str = ""
+    config: str | None = None
+    files: tuple[str, ...] = ()  # in a local clone, {split} and {config} filled in; the first pattern that matches counts
+    field: str = "text"
+    separator: str | None = None
+    url: str = ""
+
+
+RECIPES: dict[str, Recipe] = {
+    "slimpajama": Recipe("SlimPajama-627B, the reference's corpus", "cerebras/SlimPajama-627B", files=("{split}/chunk*/*.jsonl.zst",)),
+    "fineweb-edu": Recipe("FineWeb-Edu, 10B sample (others: --config)", "HuggingFaceFW/fineweb-edu", "sample-10BT",
+                          ("sample/10BT/*.parquet", "data/**/*.parquet", "**/*.parquet")),
+    "tinystories": Recipe("TinyStories", "roneneldan/TinyStories", files=("TinyStories-{split}.txt", "data/{split}-*.parquet", "**/*.parquet"),
+                          separator="<|endoftext|>"),
+    "tinyshakespeare": Recipe("1 MB of Shakespeare, a speech a document", files=("input.txt", "*.txt"), separator="",
+                              url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"),
+    "starcoder": Recipe("StarCoder's source code", "bigcode/starcoderdata", files=("{config}/*.parquet", "**/*.parquet"), field="content"),
+}  # fmt: skip
+
+
+def download(url: str, path: Path) -> None:
+    """Beside its place first, so that a file under its own name is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response, open(f"{path}.part", "wb") as file:
+            while block := response.read(1 << 20):
+                file.write(block)
+    except (OSError, ValueError) as error:
+        raise ResumableError(f"{url}: cannot be downloaded ({error}); check the network, or download it elsewhere and give --from FOLDER") from None
+    os.replace(f"{path}.part", path)
+
+
+def open_recipe(name: str, clone: str | None, config: str | None, split: str, field: str | None, downloads: Path) -> Corpus | Stream:
+    recipe = RECIPES[name]
+    field, config = field or recipe.field, config or recipe.config
+    if not clone and not recipe.url:
+        return hub(recipe.hub, config, split, field)
+    root = Path(clone) if clone else downloads
+    if not clone and not (root / "input.txt").exists():
+        download(recipe.url, root / "input.txt")
+    for pattern in recipe.files:
+        pattern = pattern.format(split=split, config=config or "*")
+        names = sorted(Path(path).relative_to(root).as_posix() for path in glob.glob(f"{glob.escape(str(root))}/{pattern}", recursive=True))
+        if names:
+            return Corpus(f"{name}, split {split}: {len(names)} files", root, [Source(n, form_of(n)) for n in names], field, recipe.separator)
+    raise PrepareError(f"--from {root}: holds none of {', '.join(recipe.files)} for split {split}; give a clone of {recipe.hub or recipe.url}")

@@ -1,6 +1,7 @@
 // DataLoader: the batches of a run, in an order that depends on nothing but (seed, epoch, global sample index).
 //
 //   global sample g      epoch = g / N, index = g % N, sample = permutation_{seed, epoch}(index), N samples in the shards
+//                        (of a mixture: first the set that g draws from and the how-many-th draw from it g is, then that as g)
 //   step                 takes the next samples_per_step global samples
 //   micro-batch a of rank r of world, row b     global sample  step start + a * (world * B) + r * B + b
 //
@@ -10,69 +11,29 @@
 #include <condition_variable>
 #include <exception>
 #include <mutex>
+#include <numeric>
 #include <thread>
 
-#include "shards.h"
-
-// A bijection on [0, n) drawn by (seed, epoch), in O(1) memory: a balanced Feistel network on the smallest even number of bits
-// that holds n, walked along its cycle until it lands inside [0, n) (fewer than 4 steps on average).
-class Permutation {
-public:
-    Permutation(uint64_t n, uint64_t seed, uint64_t epoch) : n_(n) {
-        while (half_bits_ < 32 && (1ull << (2 * half_bits_)) < n) half_bits_++;
-        uint64_t state = mix(seed ^ mix(epoch + 0x9e3779b97f4a7c15ull));
-        for (uint64_t& key : keys_) key = mix(state += 0x9e3779b97f4a7c15ull);
-    }
-    uint64_t operator()(uint64_t index) const {
-        do index = network(index); while (index >= n_);
-        return index;
-    }
-
-private:
-    static constexpr int ROUNDS = 8;
-    static uint64_t mix(uint64_t z) {                       // splitmix64's finaliser
-        z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
-        z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-        return z ^ (z >> 31);
-    }
-    uint64_t network(uint64_t x) const {
-        const uint64_t mask = (1ull << half_bits_) - 1;
-        uint64_t left = x >> half_bits_, right = x & mask;
-        for (uint64_t key : keys_) {
-            const uint64_t next = left ^ (mix(key ^ right) & mask);
-            left = right;
-            right = next;
-        }
-        return left << half_bits_ | right;
-    }
-    uint64_t n_;
-    int half_bits_ = 0;
-    uint64_t keys_[ROUNDS];
-};
+#include "mixture.h"
 
 // One micro-batch in pinned host memory: rows of T inputs and T targets. Valid until next() has been called twice more, so
 // that the copy of one batch to the device may still run while the next one is fetched.
 struct Batch {
     int* tokens = nullptr;       // (B, T)
     int* targets = nullptr;      // (B, T)
+    uint8_t* starts = nullptr;   // (B, T), only if asked for: 1 where a document starts, so that masks and state can be reset there
 };
 
 class DataLoader {
 public:
-    // `shards` must outlive the loader. Starts at global sample 0, prefetching at once.
-    DataLoader(const Shards& shards, int64_t B, int64_t T, int64_t samples_per_step, int rank, int world, uint64_t seed, bool shuffle)
-        : shards_(shards), B_(B), T_(T), samples_per_step_(samples_per_step), rank_(rank), world_(world), seed_(seed), shuffle_(shuffle) {
-        if (B < 1 || T < 1) fail("a micro-batch of %lld samples of %lld tokens is empty; both must be at least 1", (long long)B, (long long)T);
-        if (world < 1 || rank < 0 || rank >= world) fail("rank %d of %d does not exist", rank, world);
-        if (samples_per_step < 1 || samples_per_step % (world * B) != 0)
-            fail("a global batch of %lld samples is not a multiple of %lld (%d ranks x micro-batch %lld); change --global-batch or --micro-batch",
-                 (long long)samples_per_step, (long long)(world * B), world, (long long)B);
-        samples_ = shards.samples(T);
-        if (samples_ == 0) fail_too_short();
-        pinned_ = (int*)pinned_alloc(SLOTS * 2 * slot_ints() * sizeof(int));
-        start();
-    }
-    DataLoader(const Shards&&, int64_t, int64_t, int64_t, int, int, uint64_t, bool) = delete;      // a temporary would not outlive it
+    // The sets must outlive the loader. Starts at global sample 0, prefetching at once. document_eos >= 0 asks for Batch::starts:
+    // documents start after this token (Shards::eos() where the shards know it).
+    DataLoader(const Mixture& mixture, int64_t B, int64_t T, int64_t samples_per_step, int rank, int world, uint64_t seed, bool shuffle, int document_eos = -1)
+        : DataLoader(mixture.sets(), mixture.weights(), B, T, samples_per_step, rank, world, seed, shuffle, document_eos) {}
+    DataLoader(const Shards& shards, int64_t B, int64_t T, int64_t samples_per_step, int rank, int world, uint64_t seed, bool shuffle, int document_eos = -1)
+        : DataLoader({&shards}, {1.0}, B, T, samples_per_step, rank, world, seed, shuffle, document_eos) {}
+    DataLoader(const Shards&&, int64_t, int64_t, int64_t, int, int, uint64_t, bool, int = -1) = delete;      // a temporary would not outlive it
+    DataLoader(const Mixture&&, int64_t, int64_t, int64_t, int, int, uint64_t, bool, int = -1) = delete;
     DataLoader(const DataLoader&) = delete;
     DataLoader& operator=(const DataLoader&) = delete;
     ~DataLoader() {
@@ -80,7 +41,7 @@ public:
         try { pinned_free(pinned_); } catch (...) {}       // the device may be gone already
     }
 
-    int64_t samples_per_epoch() const { return samples_; }
+    int64_t samples_per_epoch() const { return std::accumulate(samples_.begin(), samples_.end(), (int64_t)0); }  // of all sets
     int64_t micro_steps() const { return samples_per_step_ / (world_ * B_); }                       // next() calls per step and rank
 
     // Global index of the first sample of the step that the next call of next() belongs to. After the last micro-batch of a
@@ -114,27 +75,47 @@ public:
         return batch;
     }
 
-    // The sample that a global sample index stands for
-    int64_t sample_at(int64_t global_sample) const {
-        const int64_t epoch = global_sample / samples_, index = global_sample % samples_;
-        return shuffle_ ? (int64_t)Permutation((uint64_t)samples_, seed_, (uint64_t)epoch)((uint64_t)index) : index;
+    // The set and its sample that a global sample index stands for
+    struct Place { int set; int64_t sample; };
+    Place place_at(int64_t global_sample) const {
+        const auto [set, draw] = order_(global_sample);
+        const int64_t N = samples_[(size_t)set], epoch = draw / N, index = draw % N;
+        return {set, shuffle_ ? (int64_t)Permutation((uint64_t)N, seed_ + (uint64_t)set * 0x9e3779b97f4a7c15ull, (uint64_t)epoch)((uint64_t)index) : index};
     }
+    int64_t sample_at(int64_t global_sample) const { return place_at(global_sample).sample; }
 
 private:
     static constexpr int64_t SLOTS = 5;                    // two handed out, two ready, one being filled
 
-    [[noreturn]] void fail_too_short() const {
-        const ShardInfo* longest = &shards_.info()[0];
-        for (const ShardInfo& shard : shards_.info())
+    DataLoader(std::vector<const Shards*> sets, const std::vector<double>& weights, int64_t B, int64_t T, int64_t samples_per_step, int rank, int world,
+               uint64_t seed, bool shuffle, int document_eos)
+        : sets_(std::move(sets)), order_(weights, seed), B_(B), T_(T), samples_per_step_(samples_per_step), rank_(rank), world_(world), seed_(seed), shuffle_(shuffle), eos_(document_eos) {
+        if (B < 1 || T < 1) fail("a micro-batch of %lld samples of %lld tokens is empty; both must be at least 1", (long long)B, (long long)T);
+        if (world < 1 || rank < 0 || rank >= world) fail("rank %d of %d does not exist", rank, world);
+        if (samples_per_step < 1 || samples_per_step % (world * B) != 0)
+            fail("a global batch of %lld samples is not a multiple of %lld (%d ranks x micro-batch %lld); change --global-batch or --micro-batch",
+                 (long long)samples_per_step, (long long)(world * B), world, (long long)B);
+        for (const Shards* set : sets_) {
+            samples_.push_back(set->samples(T));
+            if (samples_.back() == 0) fail_too_short(*set);
+        }
+        pinned_ = (uint8_t*)pinned_alloc(SLOTS * slot_bytes());
+        start();
+    }
+
+    [[noreturn]] void fail_too_short(const Shards& shards) const {
+        const ShardInfo* longest = &shards.info()[0];
+        for (const ShardInfo& shard : shards.info())
             if (shard.tokens > longest->tokens) longest = &shard;
         fail("no shard holds a sample of %lld + 1 tokens; the longest, %s, has %lld: use a smaller --seq-len or more data",
              (long long)T_, longest->path.c_str(), (long long)longest->tokens);
     }
 
     int64_t slot_ints() const { return B_ * T_; }
+    size_t slot_bytes() const { return ((size_t)slot_ints() * (2 * sizeof(int) + (eos_ >= 0)) + 63) / 64 * 64; }
     Batch slot(int64_t batch) const {
-        int* tokens = pinned_ + (batch % SLOTS) * 2 * slot_ints();
-        return {tokens, tokens + slot_ints()};
+        int* tokens = (int*)(pinned_ + (size_t)(batch % SLOTS) * slot_bytes());
+        return {tokens, tokens + slot_ints(), eos_ >= 0 ? (uint8_t*)(tokens + 2 * slot_ints()) : nullptr};
     }
 
     // Batches are numbered from the first of this object's life and never renumbered, so that a seek cannot overwrite one that
@@ -184,16 +165,21 @@ private:
         }
     }
     void fill(const Batch& batch, int64_t first) const {
-        for (int64_t b = 0; b < B_; b++) shards_.read(sample_at(first + b), T_, batch.tokens + b * T_, batch.targets + b * T_);
+        for (int64_t b = 0; b < B_; b++) {
+            const Place place = place_at(first + b);
+            sets_[(size_t)place.set]->read(place.sample, T_, batch.tokens + b * T_, batch.targets + b * T_, batch.starts ? batch.starts + b * T_ : nullptr, eos_);
+        }
     }
 
-    const Shards& shards_;
+    const std::vector<const Shards*> sets_;
+    const MixtureOrder order_;
     const int64_t B_, T_, samples_per_step_;
     const int rank_, world_;
     const uint64_t seed_;
     const bool shuffle_;
-    int64_t samples_ = 0;                                  // N
-    int* pinned_ = nullptr;                                // (SLOTS, 2, B, T)
+    const int eos_;                                        // documents start after it; -1: starts are not asked for
+    std::vector<int64_t> samples_;                         // N of each set
+    uint8_t* pinned_ = nullptr;                            // SLOTS of tokens (B, T), targets (B, T), starts (B, T)
 
     int64_t step_start_ = 0, micro_step_ = 0;              // of the next batch to hand out
 

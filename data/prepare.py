@@ -1,19 +1,21 @@
 """From text to token shards: python -m data.prepare --out DIR [--dataset NAME | --text FILE...] [--vocab-size N | --tokenizer FILE]
 
-Reads the documents (data/corpus.py) twice: once to train a SentencePiece model on those that are not held out, once
-to turn each into tokens and an end-of-text token (data/shards.py). DIR then holds
+Reads documents (data/corpus.py, data/sources.py), trains a tokenizer on those that are not held out or takes one
+(data/tokenizer.py), and turns each document into tokens and an end-of-text token on all cores (data/pipeline.py). DIR then holds
 
-    train_000.bin ...   val_000.bin ...   tokenizer.model   meta.json (sizes, and in nats what token frequencies alone achieve)
+    train_000.bin ...  val_000.bin ...   token shards (data/shards.py)
+    tokenizer.model                      or tokenizer.json, tokenizer.tiktoken; and tokenizer.bytes, what each token stands for
+    meta.json                            sizes, and in nats what token frequencies alone achieve
+    manifest.json                        size and SHA-256 of each shard
+    left_out.txt                         inputs that had to be left out, if any: FILE:LINE: why
 
-The same inputs and options give the same bytes. Everything is written to DIR/.partial, synced and then renamed, so DIR
-never shows half a result; DIR/.prepared.json remembers what it was made from, so that asking again costs nothing.
+The same inputs and options give the same bytes, whatever the number of processes. Everything is written to DIR/.partial, synced
+and then renamed, so DIR never shows half a result. After a crash the same command goes on where it was. DIR/.prepared.json
+remembers what DIR was made from, so that asking again costs nothing.
 """
 
 import argparse
-import fcntl
-import glob
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -24,17 +26,18 @@ from pathlib import Path
 
 try:
     import numpy as np
-    import sentencepiece
     from tqdm import tqdm
+
+    from data.corpus import RECIPES, Corpus, Stream, hub, open_recipe, standard_input, stdlib, text_files
+    from data.pipeline import SPLITS, Settings, is_held_out, named_problems, uniform_hash, write_shards
+    from data.result_folder import WORK, begin, is_done, is_ready, lock, publish, ready, refuse_foreign_shards, remove_leftovers
+    from data.shards import LITPKDS_CHUNK, MAX_VOCAB_SIZE, WRITERS, Journal, PrepareError, ResumableError, fingerprint, write_synced
+    from data.sources import FORMS, Tally
+    from data.tokenizer import Tokenizer, blocks, id_bytes_file, load_tokenizer, tokenizer_of, train_tokenizer
 except ImportError as error:
     sys.exit(f"prepare: Python module '{error.name}' is missing; run scripts/setup.sh and then .venv/bin/python -m data.prepare")
 
-from data.corpus import DATASETS, Corpus, Document, text_files
-from data.shards import MAX_VOCAB_SIZE, PrepareError, ShardWriter, fingerprint, sync_folder, write_synced
-
-RECIPE = 2  # raise it when the same options begin to give other bytes
-STAMP = ".prepared.json"
-SPLITS = ("train", "val")
+RECIPE = 3  # raise it when the same options begin to give other bytes
 
 # ------------------------------------------------------------------------------------------------------------- options
 
@@ -66,228 +69,239 @@ class Parser(argparse.ArgumentParser):
         raise PrepareError(f"{message}; see python -m data.prepare --help")
 
 
+EXAMPLES = """examples:
+  python -m data.prepare --out data/stdlib --vocab-size 4096
+  python -m data.prepare --out data/mine --text corpus/ 'more/*.jsonl.zst' --tokenizer llama2/tokenizer.model
+  python -m data.prepare --out data/slim --dataset slimpajama --from /data/SlimPajama-627B --tokenizer llama2/tokenizer.model
+  python -m data.prepare --out data/wiki --dataset wikimedia/wikipedia --config 20231101.en --tokenizer gpt2
+  zcat dump.jsonl.gz | python -m data.prepare --out data/dump --text - --tokenizer tokenizer.json
+"""
+
+
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m data.prepare", description="Turns text into token shards for train_samba.", allow_abbrev=False)
+    parser = Parser(prog="python -m data.prepare", description="Turns text into token shards for train_samba. After a crash or Ctrl-C, the same command goes on.",
+                    epilog=EXAMPLES, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the result")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--dataset", choices=sorted(DATASETS), help="built-in corpus (default: stdlib, the Python standard library)")
-    source.add_argument("--text", nargs="+", metavar="GLOB", help=".txt files (a document each) and .jsonl files (field text, a document a line)")
-    parser.add_argument("--with-tests", action="store_true", help="stdlib: its test folders too")
-    tokenizer = parser.add_mutually_exclusive_group()
-    tokenizer.add_argument("--vocab-size", type=number, metavar="N", help="train a tokenizer of N tokens (default 4096)")
-    tokenizer.add_argument("--tokenizer", metavar="FILE", help="use this SentencePiece model instead")
-    parser.add_argument("--tokenizer-sample", type=number, default=64_000_000, metavar="CHARS", help="text to train the tokenizer on (default 64m)")
-    parser.add_argument("--val-fraction", type=fraction, default=0.02, metavar="F", help="share of the documents held out (default 0.02)")
-    parser.add_argument("--shard-tokens", type=number, default=100_000_000, metavar="N", help="largest shard (default 100m)")
+    inputs = parser.add_argument_group("what to read")
+    source = inputs.add_mutually_exclusive_group()
+    source.add_argument("--dataset", metavar="NAME", help=f"stdlib (default: the Python standard library), {', '.join(RECIPES)}; or OWNER/NAME of the Hugging Face hub, streamed")
+    source.add_argument("--text", nargs="+", metavar="GLOB", help=f"files or folders of {', '.join(FORMS)}; - reads JSON lines from standard input")
+    inputs.add_argument("--from", dest="clone", metavar="DIR", help="a named dataset's local clone, instead of the hub")
+    inputs.add_argument("--config", metavar="NAME", help="configuration of a hub dataset")
+    inputs.add_argument("--split", default="train", metavar="NAME", help="split of a dataset (default train)")
+    inputs.add_argument("--field", metavar="NAME", help="field or column that holds the document (default text)")
+    inputs.add_argument("--separator", metavar="LINE", help=".txt files: lines that equal this end a document ('' for blank lines); default: a file is one")
+    inputs.add_argument("--with-tests", action="store_true", help="stdlib: its test folders too")
+    tokens = parser.add_argument_group("how to tokenize")
+    tokenizer = tokens.add_mutually_exclusive_group()
+    tokenizer.add_argument("--vocab-size", type=number, metavar="N", help="train a SentencePiece tokenizer of N tokens (default 4096)")
+    tokenizer.add_argument("--tokenizer", metavar="FILE", help="use this instead: SentencePiece .model, Hugging Face tokenizer.json, .tiktoken, or gpt2")
+    tokens.add_argument("--eos", metavar="TOKEN", help="end-of-text token of a tokenizer.json, where it is not one of the usual")
+    tokens.add_argument("--tokenizer-sample", type=number, default=64_000_000, metavar="CHARS", help="text to train the tokenizer on (default 64m)")
+    result = parser.add_argument_group("what to write")
+    result.add_argument("--val-fraction", type=fraction, default=0.02, metavar="F", help="share of the documents held out, by a hash of their text (default 0.02)")
+    result.add_argument("--shuffle", type=int, metavar="SEED", help="documents in an order drawn by SEED (default: as they come)")
+    result.add_argument("--shard-tokens", type=number, metavar="N", help="largest shard (default 100m; litpkds 2,098,176)")
+    result.add_argument("--format", choices=sorted(WRITERS), default="shard", help="litpkds: the files of the official trainer (a last, unfilled file is left out, as there)")
+    result.add_argument("--processes", type=number, metavar="N", help="default: as many as there are cores; the result is the same")
     options = parser.parse_args(arguments)
     # Defaults come after parsing: argparse would not see a default value that is spelt out as excluding the other option.
     options.dataset = options.dataset or (None if options.text else "stdlib")
     options.vocab_size = options.vocab_size or (None if options.tokenizer else 4096)
-    if options.with_tests and options.text:
-        parser.error("--with-tests belongs to --dataset stdlib, not to --text")
-    if options.vocab_size and options.vocab_size > MAX_VOCAB_SIZE:
-        raise PrepareError(f"--vocab-size {options.vocab_size}: shards store uint16 tokens; ask for at most {MAX_VOCAB_SIZE}")
+    options.shard_tokens = options.shard_tokens or (LITPKDS_CHUNK if options.format == "litpkds" else 100_000_000)
+    options.processes = options.processes or len(os.sched_getaffinity(0))
+    check_options(options)
     return options
 
 
-def open_corpus(options: argparse.Namespace) -> Corpus:
-    return text_files(options.text) if options.text else DATASETS[options.dataset](with_tests=options.with_tests)
+def check_options(options: argparse.Namespace) -> None:
+    if options.vocab_size and options.vocab_size > MAX_VOCAB_SIZE:
+        raise PrepareError(f"--vocab-size {options.vocab_size}: shards store uint16 tokens; ask for at most {MAX_VOCAB_SIZE}")
+    if options.shuffle is not None and not 0 <= options.shuffle < 2**63:
+        raise PrepareError(f"--shuffle {options.shuffle}: give a seed from 0 to 2^63 - 1")
+    if options.dataset and options.dataset not in ("stdlib", *RECIPES) and "/" not in options.dataset:
+        raise PrepareError(f"--dataset {options.dataset}: unknown; choose stdlib, {', '.join(RECIPES)}, or OWNER/NAME of the hub")
+    misplaced = [
+        ("--with-tests", options.with_tests and options.dataset != "stdlib", "--dataset stdlib"),
+        ("--from", options.clone and options.dataset not in RECIPES, "a named --dataset"),
+        ("--config", options.config and not options.dataset, "--dataset"),
+        ("--separator", options.separator is not None and not options.text, "--text"),
+        ("--eos", options.eos and not options.tokenizer, "--tokenizer tokenizer.json"),
+    ]
+    for option, wrong, owner in misplaced:
+        if wrong:
+            raise PrepareError(f"{option} belongs to {owner}; leave it out, or see python -m data.prepare --help")
+    if options.text and "-" in options.text and (len(options.text) > 1 or not options.tokenizer):
+        raise PrepareError("--text -: standard input is read once, alone and with a ready tokenizer; give --tokenizer FILE and no other file")
+
+
+def open_corpus(options: argparse.Namespace) -> Corpus | Stream:
+    field = options.field or "text"
+    if options.text:
+        return standard_input(field) if options.text == ["-"] else text_files(options.text, field, options.separator)
+    if options.dataset == "stdlib":
+        return stdlib(with_tests=options.with_tests)
+    if options.dataset in RECIPES:
+        return open_recipe(options.dataset, options.clone, options.config, options.split, options.field, Path(options.out) / ".downloads")
+    return hub(options.dataset, options.config, options.split, field)
 
 
 # ------------------------------------------------------------------------------------------------------------ progress
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.0f}s" if seconds < 60 else f"{seconds // 60:.0f}m{seconds % 60:02.0f}s" if seconds < 3600 else f"{seconds // 3600:.0f}h{seconds % 3600 // 60:02.0f}m"
 
 
 class Progress:
     """A bar on a terminal; elsewhere (a log file, CI) at most a line every ten seconds. Both on stderr."""
 
     def __init__(self, what: str, total: int):
-        self.what, self.total, self.done = what, total, 0
-        self.bar = tqdm(desc=what, total=total, unit="B", unit_scale=True, file=sys.stderr) if sys.stderr.isatty() else None
+        self.what, self.total, self.done, self.earlier, self.tokens, self.started = what, total, 0, 0, 0, time.monotonic()
+        self.bar = tqdm(desc=what, total=total or None, unit="B", unit_scale=True, file=sys.stderr) if sys.stderr.isatty() else None
         self.next_line = time.monotonic() + 10
 
     def __enter__(self) -> "Progress":
         if not self.bar:
-            print(f"{self.what}: {self.total / 1e6:.1f} MB", file=sys.stderr)
+            print(f"{self.what}: {self.total / 1e6:.1f} MB" if self.total else f"{self.what}: a stream", file=sys.stderr)
         return self
 
     def __exit__(self, *_):
         if self.bar:
             self.bar.close()
 
-    def advance(self, amount: int) -> None:
+    def advance(self, amount: int, tokens: int = 0, earlier: bool = False) -> None:
+        """earlier: an earlier run did it, so it says nothing about speed."""
         self.done += amount
+        self.earlier += amount if earlier else 0
+        self.tokens += 0 if earlier else tokens
+        seconds = max(time.monotonic() - self.started, 1e-3)
+        rate = f"{self.tokens / seconds / 1e6:.2f}M tokens/s" if self.tokens else ""
         if self.bar:
+            if earlier:
+                self.bar.initial += amount
+            self.bar.set_postfix_str(rate, refresh=False)
             self.bar.update(amount)
         elif time.monotonic() >= self.next_line:
-            print(f"{self.what}: {100 * self.done / max(self.total, 1):.0f} %", file=sys.stderr)
+            share = f" {100 * self.done / self.total:.0f} %" if self.total else f" {self.tokens / 1e6:.1f}M tokens"
+            fresh = self.done - self.earlier
+            left = f"ETA {duration(seconds * (self.total - self.done) / fresh)}" if self.total and fresh else ""
+            print(f"{self.what}:{share}", *filter(None, [rate, left]), sep=", " if rate or left else "", file=sys.stderr)
             self.next_line = time.monotonic() + 10
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizer
 
 
-def uniform_hash(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone."""
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "little") / 2**64
+def sample_for_tokenizer(corpus: Corpus | Stream, options: argparse.Namespace, tally: Tally) -> Iterator[str]:
+    """Blocks of the training documents: all of a small corpus, an even and reproducible sample of a large one, a stream's beginning.
 
-
-def is_held_out(document: Document, val_fraction: float) -> bool:
-    """By content, so that copies of a document never land on both sides."""
-    return uniform_hash(document.text) < val_fraction
-
-
-def blocks(text: str, size: int) -> Iterator[str]:
-    """Consecutive pieces of text that end after a newline and, where lines allow, hold at most size characters."""
-    start = 0
-    while start < len(text):
-        end = text.rfind("\n", start, start + size) + 1 or text.find("\n", start) + 1 or len(text)
-        yield text[start : len(text) if start + size >= len(text) else end]
-        start = len(text) if start + size >= len(text) else end
-
-
-def sample_for_tokenizer(corpus: Corpus, options: argparse.Namespace) -> Iterator[str]:
-    """Blocks of the training documents: all of a small corpus, an even and reproducible sample of a large one.
-
-    Blocks, because the trainer drops "sentences" that are too long; with their newlines, because those are learnt too.
+    Blocks, because SentencePiece drops "sentences" that are too long; with their newlines, because those are learnt too.
     """
-    keep = options.tokenizer_sample / max(corpus.size, 1)
-    with Progress("reading text to train the tokenizer on", corpus.size) as progress:
-        for document in corpus.documents():
-            progress.advance(document.source_bytes)
-            if not is_held_out(document, options.val_fraction):
-                for index, block in enumerate(blocks(document.text, 1000)):
-                    if keep >= 1 or uniform_hash(f"{index} {block}") < keep:
-                        yield block
+    wanted, taken = options.tokenizer_sample, 0
+    if corpus.stream:
+        texts, keep = (text for text in corpus.stream.read(0, tally) if text is not None), 1.0
+    else:
+        parts, size = corpus.parts(), unpacked_size(corpus)
+        step = max(1, size // (4 * wanted))  # a large corpus is not read twice
+        texts, keep = corpus.texts(parts[::step], tally), wanted * step / max(size, 1)
+    print("reading text to train the tokenizer on", file=sys.stderr)
+    for text in texts:
+        if not is_held_out(text, options.val_fraction):
+            for index, block in enumerate(blocks(text, 1000)):
+                if keep >= 1 or uniform_hash(f"{index} {block}") < keep:
+                    taken += len(block)
+                    yield block
+        if taken >= (wanted if corpus.stream else 2 * wanted):
+            return
 
 
-def train_tokenizer(corpus: Corpus, options: argparse.Namespace) -> bytes:
-    """A byte-pair model that gives every text back exactly.
+def unpacked_size(corpus: Corpus) -> int:
+    """About: what text compresses to is a quarter or less."""
+    return sum(os.path.getsize(corpus.root / name) * (1 if form in (".txt", ".jsonl") else 4) for name, form in corpus.sources)
 
-    Identity normalisation, no dummy prefix and all white space kept: what goes in comes out. Runs of spaces may be tokens
-    (indentation), characters that are not in the vocabulary become UTF-8 bytes. No text turns into <s> or </s>.
-    """
-    model = io.BytesIO()
-    sample = sample_for_tokenizer(corpus, options)
+
+def new_tokenizer(corpus: Corpus | Stream, options: argparse.Namespace) -> Tokenizer:
+    tally = Tally()
+    sample = sample_for_tokenizer(corpus, options, tally)
     first = next((block for block in sample if block.strip()), None)
     if first is None:
-        raise PrepareError(f"{corpus.description}: no text to train a tokenizer on{why_no_documents(corpus)}; give other files or --tokenizer FILE")
+        why = f" ({tally.count} left out, the first: {first_problem(corpus, tally)})" if tally.count else ""
+        raise PrepareError(f"{corpus.description}: no text to train a tokenizer on{why}; give other files or --tokenizer FILE")
 
     def sentences():
         yield first
         yield from sample
-        print(f"training a tokenizer of {options.vocab_size} tokens", file=sys.stderr)
 
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=sentences(), model_writer=model, model_type="bpe", vocab_size=options.vocab_size,
-            unk_id=0, bos_id=1, eos_id=2, pad_id=-1, byte_fallback=True, character_coverage=0.9999,
-            normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True, max_sentence_length=1 << 20,
-            num_threads=4, minloglevel=2)  # num_threads is written into the model: fixed, for the same bytes everywhere
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[-200:]
-        raise PrepareError(f"--vocab-size {options.vocab_size}: does not fit this text, give another (SentencePiece: {reason})") from None
-    return model.getvalue()
+    return tokenizer_of(train_tokenizer(sentences(), options.vocab_size), "tokenizer.model")
 
 
-class Tokenizer:
-    def __init__(self, model: bytes, name: str):
-        self.model, self.name = model, name
-        try:
-            self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except (RuntimeError, TypeError):
-            raise PrepareError(f"{name}: not a SentencePiece model; give a tokenizer.model file") from None
-        self.vocab_size, self.eos_id = self.processor.get_piece_size(), self.processor.eos_id()
-        if self.vocab_size > MAX_VOCAB_SIZE:
-            raise PrepareError(f"{name}: vocabulary of {self.vocab_size}, but shards store uint16 tokens; use one of at most {MAX_VOCAB_SIZE}")
-        if self.eos_id < 0:
-            raise PrepareError(f"{name}: has no end-of-text token (eos); use a model trained with one")
-        # Without a dummy prefix a text may be cut anywhere and its parts encoded one by one.
-        self.may_cut = not self.processor.encode_as_pieces("a")[0].startswith("▁")
-        escape = [self.processor.piece_to_id(piece) for piece in ("<0xE2>", "<0x96>", "<0x81>")]
-        self.escape = escape if self.may_cut and self.processor.unk_id() not in escape else None
-
-    def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """The tokens of each text and EOS. SentencePiece threads share the parts of all texts."""
-        parts = [list(self._parts(text)) for text in texts]
-        encoded = iter(self.processor.encode([part for some in parts for part in some if isinstance(part, str)], num_threads=os.cpu_count() or 1))
-        result = []
-        for some in parts:
-            ids = [next(encoded) if isinstance(part, str) else part for part in some]
-            result.append(np.concatenate([np.asarray(piece, dtype="<u2") for piece in [*ids, [self.eos_id]]]))
-        return result
-
-    def _parts(self, text: str) -> Iterator[str | list[int]]:
-        """Text of bounded length, and the tokens of ▁ (U+2581) where it occurs.
-
-        SentencePiece writes a space as that very character, so a ▁ of the text would come back as a space. Its three UTF-8
-        bytes as byte tokens come back as themselves.
-        """
-        for block in blocks(text, 1 << 20) if self.may_cut else [text]:
-            for index, part in enumerate(block.split("▁") if self.escape else [block]):
-                if index:
-                    yield self.escape
-                if part:
-                    yield part
+def first_problem(corpus: Corpus | Stream, tally: Tally) -> str:
+    line, what = tally.problems[0]
+    source = corpus.sources[0].name if not corpus.stream and len(corpus.sources) == 1 else corpus.description
+    return f"{source}:{line}: {what}" if line else f"{source}: {what}"
 
 
-def load_tokenizer(path: str) -> Tokenizer:
-    return Tokenizer(Path(path).read_bytes(), path)
+def stored_tokenizer(work: Path, corpus: Corpus | Stream, options: argparse.Namespace) -> tuple[Tokenizer, Path]:
+    """A run that goes on takes the tokenizer that it began with."""
+    for path in work.glob("tokenizer.*"):
+        if path.suffix in (".model", ".json", ".tiktoken"):
+            return tokenizer_of(path.read_bytes(), str(path), options.eos), path
+    tokenizer = load_tokenizer(options.tokenizer, options.eos) if options.tokenizer else new_tokenizer(corpus, options)
+    path = work / tokenizer.file_name
+    write_synced(work / "tokenizer.new", tokenizer.model)
+    os.replace(work / "tokenizer.new", path)
+    return tokenizer, path
 
 
-# -------------------------------------------------------------------------------------------------------------- shards
+# -------------------------------------------------------------------------------------------------------------- result
 
 
-def why_no_documents(corpus: Corpus) -> str:
-    return f" ({corpus.problems.count} left out, the first: {corpus.problems.named[0]})" if corpus.problems.count else ""
-
-
-def batches(documents: Iterator[Document], characters: int = 1 << 22) -> Iterator[list[Document]]:
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= characters:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def tokenized(corpus: Corpus, tokenizer: Tokenizer) -> Iterator[tuple[Document, np.ndarray]]:
-    """Every document with its tokens, in order. The place for several processes, should threads not do."""
-    with Progress("tokenizing", corpus.size) as progress:
-        for batch in batches(corpus.documents()):
-            yield from zip(batch, tokenizer.encode([document.text for document in batch]))
-            progress.advance(sum(document.source_bytes for document in batch))
-
-
-def write_shards(corpus: Corpus, tokenizer: Tokenizer, options: argparse.Namespace, folder: Path) -> dict:
-    """All shards of both splits; returns meta.json."""
+def make_result(corpus: Corpus | Stream, options: argparse.Namespace, work: Path) -> dict:
+    """Writes everything that DIR will hold; returns meta.json."""
+    tokenizer, tokenizer_path = stored_tokenizer(work, corpus, options)
     identity = (tokenizer.vocab_size, tokenizer.eos_id, fingerprint(tokenizer.model))
-    writers = {split: ShardWriter(folder, split, options.shard_tokens, *identity) for split in SPLITS}
-    totals = {split: {"documents": 0, "characters": 0} for split in SPLITS}
-    empty = 0
-    for document, tokens in tokenized(corpus, tokenizer):
-        if not document.text:
-            empty += 1
-            continue
-        split = "val" if is_held_out(document, options.val_fraction) else "train"
-        writers[split].append(tokens)
-        totals[split]["documents"] += 1
-        totals[split]["characters"] += len(document.text)
-    for split, writer in writers.items():
-        writer.close()
-        totals[split] |= {"tokens": writer.tokens, "shards": writer.files}
-    if not totals["train"]["documents"]:
-        raise PrepareError(f"{corpus.description}: no documents to train on{why_no_documents(corpus)}; give other files or a smaller --val-fraction")
+    # More than a thousand shards get longer names from the start, because names are sorted as text
+    few = not corpus.stream and 5 * unpacked_size(corpus) < 1000 * options.shard_tokens
+    journal = Journal(work / "journal.jsonl")
+    writers = {split: WRITERS[options.format](work, split, options.shard_tokens, *identity, journal, 3 if few else 6) for split in SPLITS}
+    settings = Settings(str(work), str(tokenizer_path), options.eos, options.val_fraction, options.format == "litpkds", options.shuffle is not None)
+    with Progress("tokenizing", corpus.size) as progress:
+        records = write_shards(corpus, settings, tokenizer, writers, options.processes, options.shuffle, progress.advance)
+    meta = summary(corpus, options, tokenizer, writers, records)
+    check_result(corpus, options, writers, meta, next(named_problems(records), ""))
+    manifest = {entry["file"]: {key: entry[key] for key in ("tokens", "bytes", "sha256")} for entry in journal.entries}
+    write_synced(work / "manifest.json", (json.dumps({"tokenizer_fingerprint": f"{identity[2]:016x}", "shards": manifest}, indent=1) + "\n").encode())
+    write_synced(work / "tokenizer.bytes", id_bytes_file(tokenizer))
+    write_synced(work / "meta.json", (json.dumps(meta, indent=2) + "\n").encode())
+    if meta["documents_left_out"]:
+        named = list(named_problems(records))
+        unnamed = meta["documents_left_out"] - len(named)
+        write_synced(work / "left_out.txt", "".join(f"{line}\n" for line in [*named, *([f"and {unnamed} more"] if unnamed else [])]).encode())
+    return meta
+
+
+def summary(corpus: Corpus | Stream, options: argparse.Namespace, tokenizer: Tokenizer, writers: dict, records: list[dict]) -> dict:
     entropy, cross_entropy = unigram_statistics(writers["train"].counts, writers["val"].counts)
+    splits = {
+        split: {kind: sum(record[kind][split] for record in records) for kind in ("documents", "characters")} | {"tokens": writer.tokens, "shards": writer.files}
+        for split, writer in writers.items()
+    }
     return {
         "source": corpus.description, "vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id,
-        "tokenizer_fingerprint": f"{identity[2]:016x}", "val_fraction": options.val_fraction, **totals,
-        "documents_left_out": corpus.problems.count, "documents_empty": empty,
+        "tokenizer_fingerprint": f"{fingerprint(tokenizer.model):016x}", "val_fraction": options.val_fraction, **splits,
+        "documents_left_out": sum(record["left_out"] for record in records), "documents_empty": sum(record["empty"] for record in records),
+        "tokens_dropped": sum(writer.dropped for writer in writers.values()),
         "unigram_entropy": entropy, "val_unigram_cross_entropy": cross_entropy,
     }  # fmt: skip
+
+
+def check_result(corpus: Corpus | Stream, options: argparse.Namespace, writers: dict, meta: dict, first: str) -> None:
+    if not meta["train"]["documents"]:
+        why = f" ({meta['documents_left_out']} left out, the first: {first})" if first else ""
+        raise PrepareError(f"{corpus.description}: no documents to train on{why}; give other files or a smaller --val-fraction")
+    if not meta["train"]["shards"]:
+        raise PrepareError(f"{corpus.description}: {writers['train'].dropped} tokens fill no file of {options.shard_tokens}; give more text or a smaller --shard-tokens")
 
 
 def unigram_statistics(train: np.ndarray, val: np.ndarray) -> tuple[float, float | None]:
@@ -295,74 +309,22 @@ def unigram_statistics(train: np.ndarray, val: np.ndarray) -> tuple[float, float
 
     Entropy of the training tokens, and cross entropy of the held-out tokens under q = (count + 1) / (total + vocabulary).
     """
+    if not train.any():
+        return 0.0, None
     p = train[train > 0] / train.sum()
     log_q = np.log((train + 1) / (train.sum() + len(train)))
     return float(-(p * np.log(p)).sum()), float(-(val * log_q).sum() / val.sum()) if val.any() else None
 
 
-# -------------------------------------------------------------------------------------------------------------- output
+# ----------------------------------------------------------------------------------------------------------------- run
 
 
-def read_stamp(out: Path) -> dict:
-    """What DIR was made from and which files (name: size) this program put there."""
-    try:
-        return json.loads((out / STAMP).read_bytes())
-    except (FileNotFoundError, ValueError):
-        return {"inputs": None, "files": {}}
-
-
-def write_stamp(out: Path, inputs: str | None, files: dict) -> None:
-    write_synced(out / (STAMP + ".new"), json.dumps({"inputs": inputs, "files": files}, indent=1).encode())
-    os.replace(out / (STAMP + ".new"), out / STAMP)
-    sync_folder(out)
-
-
-def describe_inputs(corpus: Corpus, options: argparse.Namespace) -> str:
-    relevant = {name: value for name, value in vars(options).items() if name not in ("out", "text")}
-    if options.tokenizer:
-        relevant["tokenizer"] = hashlib.sha256(Path(options.tokenizer).read_bytes()).hexdigest()
+def describe_inputs(corpus: Corpus | Stream, options: argparse.Namespace) -> str:
+    relevant = {name: value for name, value in vars(options).items() if name not in ("out", "text", "processes")}
+    if options.tokenizer and Path(options.tokenizer).exists():
+        relevant["tokenizer"] = hashlib.sha256(load_tokenizer(options.tokenizer, options.eos).model).hexdigest()
         del relevant["tokenizer_sample"]
     return hashlib.sha256(json.dumps([RECIPE, relevant, corpus.description, corpus.identity()]).encode()).hexdigest()
-
-
-def is_done(out: Path, inputs: str) -> bool:
-    stamp = read_stamp(out)
-    return stamp["inputs"] == inputs and all(
-        (out / name).is_file() and (out / name).stat().st_size == size for name, size in stamp["files"].items())  # fmt: skip
-
-
-def refuse_foreign_shards(out: Path) -> None:
-    """Shards that this program did not write are neither replaced nor left to be trained on by mistake."""
-    own = read_stamp(out)["files"]
-    for split in SPLITS:
-        for path in sorted(glob.glob(f"{glob.escape(str(out))}/{split}_*.bin")):
-            if os.path.basename(path) not in own:
-                raise PrepareError(f"{path}: exists, and data.prepare did not write it; move it away or choose another --out")
-
-
-def lock(out: Path) -> int:
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise PrepareError(f"--out {out}: another data.prepare is writing there; wait for it or choose another folder") from None
-    except OSError:
-        pass  # a file system without locks
-    return descriptor
-
-
-def publish(partial: Path, out: Path, inputs: str) -> None:
-    """Renames everything into place. The stamp owns old and new files meanwhile, so a crash leaves nothing unaccounted for."""
-    old = read_stamp(out)["files"]
-    new = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-    sync_folder(partial)
-    write_stamp(out, None, old | new)
-    for name in new:
-        os.replace(partial / name, out / name)
-    for name in old.keys() - new.keys():
-        (out / name).unlink(missing_ok=True)
-    write_stamp(out, inputs, new)
-    partial.rmdir()
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -370,36 +332,51 @@ def prepare(options: argparse.Namespace) -> None:
     out = Path(options.out)
     corpus = open_corpus(options)
     inputs = describe_inputs(corpus, options)
-    if is_done(out, inputs):
+    if is_done(out, inputs if not corpus.stream or corpus.stream.can_reread else None):
+        remove_leftovers(out, inputs)
         print(f"{out}: already prepared from {corpus.description} with these options, nothing to do")
         return
     out.mkdir(parents=True, exist_ok=True)
     descriptor = lock(out)
-    partial = out / ".partial"
+    work = out / WORK
     try:
-        refuse_foreign_shards(out)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else Tokenizer(train_tokenizer(corpus, options), "tokenizer.model")
-        meta = write_shards(corpus, tokenizer, options, partial)
-        write_synced(partial / "tokenizer.model", tokenizer.model)
-        write_synced(partial / "meta.json", (json.dumps(meta, indent=2) + "\n").encode())
-        publish(partial, out, inputs)
+        refuse_foreign_shards(out, work)
+        begin(out, work, inputs)
+        if not is_ready(work):
+            meta = make_result(corpus, options, work)
+            ready(work, published(meta))
+        publish(work, out, inputs)
+    except ResumableError:
+        raise
+    except PrepareError:  # the same command would come to the same end
+        shutil.rmtree(work, ignore_errors=True)
+        raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
         os.close(descriptor)
-    report(corpus, meta, out, time.monotonic() - started)
+    report(corpus, out, time.monotonic() - started)
 
 
-def report(corpus: Corpus, meta: dict, out: Path, seconds: float) -> None:
-    for line in corpus.problems.lines():
-        print(f"warning: {line}", file=sys.stderr)
-    print(f"{out}: prepared from {corpus.description} in {seconds:.0f} s; vocabulary {meta['vocab_size']}, {corpus.problems.count} documents left out")
+def published(meta: dict) -> set[str]:
+    shards = [name for split in SPLITS for name in meta[split]["shards"]]
+    return {*shards, "meta.json", "manifest.json", "left_out.txt", "tokenizer.bytes", "tokenizer.model", "tokenizer.json", "tokenizer.tiktoken"}
+
+
+def report(corpus: Corpus | Stream, out: Path, seconds: float) -> None:
+    meta = json.loads((out / "meta.json").read_bytes())
+    if meta["documents_left_out"]:
+        lines = (out / "left_out.txt").read_text().splitlines()
+        for line in lines[:10]:
+            print(f"warning: {line}", file=sys.stderr)
+        if meta["documents_left_out"] > 10:
+            print(f"warning: {meta['documents_left_out']} left out in all; {out}/left_out.txt has them", file=sys.stderr)
+    print(f"{out}: prepared from {corpus.description} in {seconds:.0f} s; vocabulary {meta['vocab_size']}, {meta['documents_left_out']} documents left out")
     for split in SPLITS:
         one = meta[split]
         print(f"  {split:5} {one['documents']:>9,} documents {one['characters']:>13,} characters {one['tokens']:>12,} tokens {len(one['shards']):>4} shards")
     print(f"  unigram entropy {meta['unigram_entropy']:.4f} nats per token", end="")
     print(f", on val {meta['val_unigram_cross_entropy']:.4f}" if meta["val"]["tokens"] else "")
+    if meta["tokens_dropped"]:
+        print(f"  {meta['tokens_dropped']:,} tokens at the end fill no file and are left out, as the official script does it")
     if not meta["val"]["documents"]:
         print(f"warning: none of the {meta['train']['documents']} documents is held out, so there is no val_000.bin; "
               "give more files (or split a long one) or a larger --val-fraction", file=sys.stderr)  # fmt: skip
@@ -412,9 +389,9 @@ def main(arguments: list[str] | None = None) -> int:
     except PrepareError as error:
         print(f"prepare: {error}", file=sys.stderr)
     except OSError as error:
-        print(f"prepare: {error.filename or 'output'}: {error.strerror}; check path, permissions and free space", file=sys.stderr)
+        print(f"prepare: {error.filename or 'output'}: {error.strerror}; check path, permissions and free space, and run again to go on", file=sys.stderr)
     except KeyboardInterrupt:
-        print("prepare: interrupted; run the same command to start again", file=sys.stderr)
+        print("prepare: interrupted; run the same command to go on", file=sys.stderr)
         return 130
     return 1
 

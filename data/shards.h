@@ -10,6 +10,9 @@
 // T, so that every token but a shard's first is a target exactly once, up to a tail shorter than a sample. Samples never cross
 // shards. Sample numbers run over the shards in sorted path order.
 #pragma once
+#include <map>
+#include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -40,11 +43,7 @@ public:
         for (const ShardInfo& shard : info_) total += shard.tokens;
         return total;
     }
-    int64_t samples(int64_t T) const {
-        int64_t total = 0;
-        for (const ShardInfo& shard : info_) total += samples_of(shard, T);
-        return total;
-    }
+    int64_t samples(int64_t T) const { return sample_ends(T).back(); }
     const std::vector<ShardInfo>& info() const { return info_; }
 
     // What the shards know, all the same by construction: 0, -1, 0 where none of them says
@@ -52,15 +51,20 @@ public:
     int eos() const { return eos_.value ? (int)eos_.value - 1 : -1; }
     uint64_t fingerprint() const { return fingerprint_.value; }
 
-    // tokens (T) and targets (T) of one sample. May be called from several threads.
-    void read(int64_t sample, int64_t T, int* tokens, int* targets) const {
-        int64_t k = sample;
-        size_t s = 0;
-        while (k >= 0 && s < info_.size() && k >= samples_of(info_[s], T)) k -= samples_of(info_[s++], T);
-        if (k < 0 || s == info_.size()) fail("sample %lld does not exist: there are %lld samples of %lld tokens", (long long)sample, (long long)samples(T), (long long)T);
+    // tokens (T) and targets (T) of one sample, and where asked for, starts (T): 1 where a document starts, which is after each
+    // `eos` and at a shard's first token (what was before it is not known). May be called from several threads.
+    void read(int64_t sample, int64_t T, int* tokens, int* targets, uint8_t* starts = nullptr, int eos = -1) const {
+        const std::vector<int64_t>& ends = sample_ends(T);
+        const size_t s = (size_t)(std::upper_bound(ends.begin(), ends.end(), sample) - ends.begin());
+        if (sample < 0 || s == ends.size()) fail("sample %lld does not exist: there are %lld samples of %lld tokens", (long long)sample, (long long)ends.back(), (long long)T);
+        const int64_t k = s ? sample - ends[s - 1] : sample;
         const uint16_t* p = (const uint16_t*)(files_[s].data + header_bytes_[s]) + k * T;
         for (int64_t t = 0; t < T; t++) tokens[t] = p[t];
         for (int64_t t = 0; t < T; t++) targets[t] = p[t + 1];
+        if (starts) {
+            starts[0] = k == 0 || p[-1] == eos;
+            for (int64_t t = 1; t < T; t++) starts[t] = p[t - 1] == eos;
+        }
         if (vocab_size_ > 0) check_tokens(s, k * T, p, T + 1);
     }
 
@@ -68,6 +72,17 @@ private:
     static int64_t samples_of(const ShardInfo& shard, int64_t T) {
         if (T < 1) fail("a sample must have at least 1 token, not %lld", (long long)T);
         return (shard.tokens - 1) / T;
+    }
+
+    // For each shard, the samples in it and all before it: found once for each T, then searched by halves.
+    const std::vector<int64_t>& sample_ends(int64_t T) const {
+        std::lock_guard<std::mutex> lock(*ends_mutex_);
+        std::vector<int64_t>& ends = ends_[T];
+        if (ends.empty()) {
+            int64_t total = 0;
+            for (const ShardInfo& shard : info_) ends.push_back(total += samples_of(shard, T));
+        }
+        return ends;
     }
 
     void check_tokens(size_t s, int64_t first, const uint16_t* p, int64_t n) const {
@@ -151,6 +166,8 @@ private:
     std::vector<ShardInfo> info_;
     std::vector<size_t> header_bytes_;
     std::vector<MappedFile> files_;
+    mutable std::map<int64_t, std::vector<int64_t>> ends_;                     // by T
+    std::unique_ptr<std::mutex> ends_mutex_ = std::make_unique<std::mutex>();  // guards ends_, whose entries stay where they are
 };
 
 // Header of a shard, 1,024 bytes. data/prepare.py writes the same.

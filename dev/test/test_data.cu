@@ -496,3 +496,170 @@ TEST(DataLoader, StopsCleanly) {
         if (i % 3 == 0) loader.seek(i);
     }
 }
+
+TEST(DataLoader, DocumentStartsComeFromEos) {
+    REQUIRE_PINNED();
+    TempFolder folder;
+    const int eos = 2;
+    const std::vector<uint16_t> a = {5, 6, 2, 7, 2, 2, 8, 9, 5, 2, 4, 4, 4}, b = {9, 9, 2, 1, 1};
+    write_shard(folder.path("a.bin"), a, 10, eos);
+    write_shard(folder.path("b.bin"), b, 10, eos);
+    Shards shards({folder.path("*.bin")}, 10);
+    DataLoader loader(shards, 1, 4, 1, 0, 1, 0, false, shards.eos());
+    const std::vector<std::vector<int>> expected = {{1, 0, 0, 1}, {0, 1, 1, 0}, {0, 0, 1, 0}, {1, 0, 0, 1}};     // rows start at 0, 4, 8 and b's 0
+    for (const auto& row : expected) {
+        const Batch batch = loader.next();
+        ASSERT_NE(batch.starts, nullptr);
+        EXPECT_EQ(std::vector<int>(batch.starts, batch.starts + 4), row);
+    }
+    DataLoader plain(shards, 1, 4, 1, 0, 1, 0, false);
+    EXPECT_EQ(plain.next().starts, nullptr);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+namespace {
+
+struct ThreeSets : TempFolder {
+    ThreeSets() {
+        for (const char* name : {"big", "mid", "small"}) std::filesystem::create_directory(path(name));
+        write_shard(path("big/train_000.bin"), counting(5000, 0, 10000), 30000, 2, 7);
+        write_shard(path("big/train_001.bin"), counting(3000, 5000, 10000), 30000, 2, 7);
+        write_shard(path("mid/train_000.bin"), counting(900, 10000), 30000, 2, 7);
+        write_shard(path("small/train_000.bin"), counting(60, 20000), 30000, 2, 7);
+    }
+    std::vector<std::string> arguments() const { return {path("big:0.5"), path("mid/*.bin:0.3"), path("small:0.2")}; }
+};
+
+} // namespace
+
+TEST(Mixture, ArgumentsAreReadAndDefectsNamed) {
+    ThreeSets folder;
+    const Mixture mixture(folder.arguments(), 30000);
+    ASSERT_EQ(mixture.sets().size(), 3u);
+    EXPECT_EQ(mixture.sets()[0]->total_tokens(), 8000);
+    EXPECT_EQ(mixture.total_tokens(), 8960);
+    EXPECT_EQ(mixture.info().size(), 4u);
+    EXPECT_DOUBLE_EQ(mixture.share(1), 0.3);
+    EXPECT_EQ(mixture.fingerprint(), 7u);
+    EXPECT_EQ(mixture.eos(), 2);
+    const Mixture plain({folder.path("big"), folder.path("mid/*.bin")}, 30000);           // without weights: one set
+    EXPECT_EQ(plain.sets().size(), 1u);
+    EXPECT_EQ(plain.total_tokens(), 8900);
+    write_shard(folder.path("odd:2"), counting(50));                                      // a path that ends like a weight
+    EXPECT_EQ(Mixture({folder.path("odd:2")}, 0).total_tokens(), 50);
+    EXPECT_EQ(Mixture({folder.path("odd:2:3")}, 0).weights()[0], 3);
+    EXPECT_ERROR(Mixture({folder.path("big:0.5"), folder.path("mid")}, 0), "has no weight and others have");
+    EXPECT_ERROR(Mixture({folder.path("big:0")}, 0), "'0' is not a weight");
+    EXPECT_ERROR(Mixture({folder.path("big:-1")}, 0), "'-1' is not a weight");
+    EXPECT_ERROR(Mixture({folder.path("big:x")}, 0), "'x' is not a weight");
+    EXPECT_ERROR(Mixture({folder.path("big:nan")}, 0), "'nan' is not a weight");
+    EXPECT_ERROR(Mixture({folder.path("none:1")}, 0), "no file matches");
+    EXPECT_ERROR(Mixture({}, 0), "no token shards");
+    EXPECT_ERROR(MixtureOrder({1, 1e-6}, 0), "draws nothing");
+    write_shard(folder.path("other.bin"), counting(50), 30000, 2, 8);
+    EXPECT_ERROR(Mixture({folder.path("big:1"), folder.path("other.bin:1")}, 0), "different tokenizers, by fingerprint: 7 and 8");
+    write_shard(folder.path("other.bin"), counting(50), 30000, 3, 7);
+    EXPECT_ERROR(Mixture({folder.path("big:1"), folder.path("other.bin:1")}, 0), "different EOS ids");
+}
+
+TEST(Mixture, SharesAreExactAndEveryDrawComesOnce) {
+    const MixtureOrder order({0.7, 0.2, 0.1}, 3);
+    std::vector<std::vector<bool>> seen(3, std::vector<bool>(3 * 65536));
+    std::vector<int64_t> count(3, 0), first_1000(3, 0);
+    for (int64_t g = 0; g < 3 * MixtureOrder::PERIOD; g++) {
+        const auto [set, draw] = order(g);
+        ASSERT_FALSE(seen[(size_t)set][(size_t)draw]) << "g " << g;
+        seen[(size_t)set][(size_t)draw] = true;
+        count[(size_t)set]++;
+        if (g < 1000) first_1000[(size_t)set]++;
+    }
+    EXPECT_EQ(count[0], 3 * std::llround(0.7 * 65536));
+    EXPECT_EQ(std::accumulate(count.begin(), count.end(), (int64_t)0), 3 * MixtureOrder::PERIOD);
+    for (size_t s = 0; s < 3; s++)
+        for (int64_t i = 0; i < count[s]; i++) ASSERT_TRUE(seen[s][(size_t)i]);           // draws 0 .. count-1, none left out
+    EXPECT_NEAR((double)first_1000[0], 700, 5 * std::sqrt(1000 * 0.7 * 0.3));             // five sigma: mixed from the start
+    EXPECT_NEAR((double)first_1000[2], 100, 5 * std::sqrt(1000 * 0.1 * 0.9));
+}
+
+TEST(Mixture, SameGlobalBatchesForAnyWorldAndAfterAnyResume) {
+    REQUIRE_PINNED();
+    ThreeSets folder;
+    const Mixture mixture(folder.arguments(), 30000);
+    const int64_t T = 7, S = 12, steps = 60;
+    std::vector<Sample> reference;
+    {
+        DataLoader loader(mixture, S, T, S, 0, 1, 99, true);
+        for (int64_t step = 0; step < steps; step++)
+            for (auto& row : rows(loader.next(), S, T)) reference.push_back(row);
+        for (int64_t g = 0; g < S * steps; g++) {
+            const auto place = loader.place_at(g);
+            ASSERT_EQ(reference[(size_t)g], read(*mixture.sets()[(size_t)place.set], place.sample, T));
+        }
+    }
+    std::vector<int> drawn(3, 0);
+    std::map<int, int> small;                                                             // its 8 samples, by first token
+    for (const Sample& s : reference) {
+        drawn[(size_t)(s.tokens[0] / 10000)]++;
+        if (s.tokens[0] >= 20000) small[s.tokens[0]]++;
+    }
+    EXPECT_NEAR(drawn[0], 360, 68);                                                       // five sigma of 720 draws
+    EXPECT_NEAR(drawn[2], 144, 54);
+    EXPECT_EQ(small.size(), 8u);
+    for (auto [world, B] : std::vector<std::pair<int, int64_t>>{{1, 1}, {2, 3}, {3, 2}, {4, 1}, {12, 1}}) {
+        std::vector<Sample> got((size_t)(S * steps));
+        for (int rank = 0; rank < world; rank++) {
+            auto loader = std::make_unique<DataLoader>(mixture, B, T, S, rank, world, 99, true);
+            for (int64_t step = 0; step < steps; step++) {
+                if (step % 17 == 16) {                                                    // stopped here, resumed by another process
+                    const int64_t position = loader->position();
+                    loader = std::make_unique<DataLoader>(mixture, B, T, S, rank, world, 99, true);
+                    loader->seek(position);
+                }
+                for (int64_t a = 0; a < loader->micro_steps(); a++) {
+                    const auto batch = rows(loader->next(), B, T);
+                    for (int64_t b = 0; b < B; b++) got[(size_t)(step * S + a * world * B + rank * B + b)] = batch[(size_t)b];
+                }
+            }
+        }
+        EXPECT_EQ(got, reference) << "world " << world << ", B " << B;
+    }
+    DataLoader far(mixture, 1, T, 1, 0, 1, 99, true);
+    far.seek(1ll << 60);                                                                  // O(1): instant
+    EXPECT_EQ(rows(far.next(), 1, T)[0].tokens.size(), (size_t)T);
+}
+
+TEST(Mixture, TrillionTokensInAll) {
+    REQUIRE_PINNED();
+    TempFolder folder;
+    const int64_t n = (5ll << 30) + 77, T = 4096;                                         // 5.4e9 tokens a shard, 190 shards: over 10^12
+    for (int i = 0; i < 190; i++) {
+        char name[32];
+        snprintf(name, sizeof name, "train_%03d.bin", i);
+        write_text(folder.path(name), shard_header(n, 0, -1, 0));
+        std::error_code error;
+        std::filesystem::resize_file(folder.path(name), 1024 + 2 * (uint64_t)n, error);   // sparse, takes no disk
+        if (error) GTEST_SKIP() << "no sparse files here: " << error.message();
+    }
+    const int64_t per_shard = (n - 1) / T, samples = 190 * per_shard;
+    const auto last = counting(T + 1, 7);
+    {
+        std::fstream file(folder.path("train_189.bin"), std::ios::in | std::ios::out | std::ios::binary);
+        file.seekp(1024 + 2 * (per_shard - 1) * T);
+        file << bytes_of(last);
+        ASSERT_TRUE(file.good());
+    }
+    const Mixture mixture({folder.path("")}, 0);
+    EXPECT_EQ(mixture.total_tokens(), 190 * n);
+    ASSERT_GT(mixture.total_tokens(), 1000000000000ll);
+    const Shards& shards = *mixture.sets()[0];
+    EXPECT_EQ(shards.samples(T), samples);
+    const Sample s = read(shards, samples - 1, T);
+    EXPECT_EQ(s.tokens[0], 7);
+    EXPECT_EQ(s.targets[(size_t)T - 1], 7 + (int)T);
+    EXPECT_EQ(read(shards, samples - per_shard, T).tokens[0], 0);                         // first of the last shard
+    EXPECT_ERROR(read(shards, samples, T), "does not exist");
+    DataLoader loader(mixture, 2, T, 2, 0, 1, 1, true);
+    loader.seek(3 * samples + 12345);                                                     // in the fourth epoch
+    EXPECT_EQ(rows(loader.next(), 2, T)[0], read(shards, loader.sample_at(3 * samples + 12345), T));
+}

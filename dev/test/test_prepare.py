@@ -1,6 +1,5 @@
 """data/prepare.py: what comes out is exactly what went in, the same every time, or a line that says why not."""
 
-import hashlib
 import json
 import math
 import subprocess
@@ -15,7 +14,8 @@ sys.path.insert(0, str(ROOT))
 
 from data import prepare  # noqa: E402
 from data.corpus import Corpus, stdlib  # noqa: E402
-from data.shards import MAGIC, ShardWriter, fingerprint, make_header, read_header, read_tokens  # noqa: E402
+from data.shards import MAGIC, Journal, ShardWriter, fingerprint, make_header, read_header, read_tokens  # noqa: E402
+from data.tokenizer import SentencePieceTokenizer, load_tokenizer  # noqa: E402
 
 TRICKY = [
     "def f(x):\n\tif x:\n\t\t  return '  two  '\n\n\n",
@@ -49,10 +49,8 @@ def documents_in(path: Path, eos: int) -> list[list[int]]:
 def sources(tmp_path_factory) -> Path:
     """150 files of the standard library as .txt, and the tricky texts as .jsonl."""
     folder = tmp_path_factory.mktemp("sources")
-    for index, document in enumerate(stdlib().documents()):
-        if index == 150:
-            break
-        (folder / f"{index:03d}.txt").write_bytes(document.text[:20_000].encode())
+    for index, text in zip(range(150), stdlib().texts()):
+        (folder / f"{index:03d}.txt").write_bytes(text[:20_000].encode())
     (folder / "tricky.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TRICKY))
     return folder
 
@@ -65,8 +63,8 @@ def prepared(sources, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(prepared) -> prepare.Tokenizer:
-    return prepare.load_tokenizer(str(prepared / "tokenizer.model"))
+def tokenizer(prepared) -> SentencePieceTokenizer:
+    return load_tokenizer(str(prepared / "tokenizer.model"))
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizer
@@ -81,7 +79,7 @@ def test_round_trip_of_tricky_text(tokenizer, text):
 
 
 def test_round_trip_of_python_source(tokenizer):
-    texts = [text for text, _ in zip((document.text for document in stdlib().documents()), range(300)) if text][-60:]
+    texts = [text for text, _ in zip(stdlib().texts(), range(300)) if text][-60:]
     for text, tokens in zip(texts, tokenizer.encode(texts)):
         assert tokenizer.processor.decode(tokens.tolist()[:-1]) == text
 
@@ -106,7 +104,7 @@ def test_blocks_put_together_are_the_text():
         for size in (1, 7, 1000):
             pieces = list(prepare.blocks(text, size))
             assert "".join(pieces) == text and all(pieces)
-            assert all(piece.endswith("\n") for piece in pieces[:-1])
+            assert all(piece.endswith("\n") or len(piece) == 8 * size for piece in pieces[:-1])
 
 
 # -------------------------------------------------------------------------------------------------------------- shards
@@ -150,7 +148,7 @@ def test_documents_continue_in_the_next_shard(prepared, sources, tmp_path):
 
 
 def test_shard_that_is_exactly_full(tmp_path):
-    writer = ShardWriter(tmp_path, "train", 10, 100, 2, 1)
+    writer = ShardWriter(tmp_path, "train", 10, 100, 2, 1, Journal(tmp_path / "journal.jsonl"))
     writer.append(np.arange(20, dtype="<u2"))
     writer.close()
     assert writer.files == ["train_000.bin", "train_001.bin"] and list(read_tokens(tmp_path / "train_001.bin")) == list(range(10, 20))
@@ -167,23 +165,22 @@ def test_every_document_is_in_one_split_as_its_content_says(prepared, sources, t
     assert found["train"] == [text for text in texts if text and text not in held_out]
 
 
-def test_hold_out_ignores_names_and_neighbours(tmp_path):
-    document = prepare.Document("a", "some text", 9)
-    assert prepare.is_held_out(document, 0.5) == prepare.is_held_out(document._replace(name="b"), 0.5)
-    assert not prepare.is_held_out(document, 0.0)
+def test_hold_out_depends_on_content_alone():
+    assert prepare.is_held_out("some text", 0.5) == (prepare.uniform_hash("some text") < 0.5)
+    assert not prepare.is_held_out("some text", 0.0)
 
 
 def test_stdlib_corpus():
-    names = [name for name, _ in stdlib().files]
+    names = [name for name, _ in stdlib().sources]
     assert names == sorted(names) and len(names) > 300 and "argparse.py" in names
     assert not any({"site-packages", "test", "tests", "idle_test", "__pycache__"} & set(Path(name).parts[:-1]) for name in names)
-    assert set(names) <= {name for name, _ in stdlib(with_tests=True).files}
+    assert set(names) <= {name for name, _ in stdlib(with_tests=True).sources}
 
 
 def test_stdlib_end_to_end(tmp_path, tokenizer, prepared, monkeypatch):
     whole = stdlib()
-    small = Corpus(whole.description, whole.root, whole.files[:80])
-    monkeypatch.setitem(prepare.DATASETS, "stdlib", lambda with_tests: small)
+    small = Corpus(whole.description, whole.root, whole.sources[:80])
+    monkeypatch.setattr(prepare, "stdlib", lambda with_tests: small)
     assert run("--tokenizer", prepared / "tokenizer.model", "--val-fraction", 0.1, "--out", tmp_path) == 0
     assert json.loads((tmp_path / "meta.json").read_text())["source"].startswith("Python ")
 
@@ -230,7 +227,9 @@ def test_failure_keeps_what_was_there(sources, tmp_path, prepared, monkeypatch):
     before = files_of(tmp_path)
     monkeypatch.setattr(ShardWriter, "close", lambda self: (_ for _ in ()).throw(OSError(28, "No space left on device", "train_000.bin")))
     assert run(*command, "--shard-tokens", "10k") == 1
-    assert files_of(tmp_path) == before and not (tmp_path / ".partial").exists()
+    assert files_of(tmp_path) == before
+    monkeypatch.undo()
+    assert run(*command, "--shard-tokens", "10k") == 0 and (tmp_path / "train_001.bin").exists() and not (tmp_path / ".partial").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
@@ -274,7 +273,11 @@ def test_undecodable_and_empty_files(tmp_path, prepared, capsys):
         (["--vocab-size", "nan"], "'nan'"),
         (["--val-fraction", "1"], "'1'"),
         (["--text", "/nowhere/*.txt"], "/nowhere/*.txt"),
-        (["--text", "{tmp}"], "is a folder"),
+        (["--text", "{tmp}/empty"], "holds no file ending in"),
+        (["--text", "-"], "--text -"),
+        (["--text", "{tmp}/x.txt", "--from", "{tmp}"], "--from"),
+        (["--text", "{tmp}/x.txt", "--shuffle", "-1"], "--shuffle -1"),
+        (["--dataset", "slimpajama", "--from", "{tmp}"], "for split train; give a clone of"),
         (["--text", "{tmp}/x.pdf"], ".pdf"),
         (["--text", "{tmp}/x.txt", "--with-tests"], "--with-tests"),
         (["--text", "{tmp}/x.txt", "--tokenizer", "/nowhere.model"], "/nowhere.model"),
@@ -288,6 +291,7 @@ def test_undecodable_and_empty_files(tmp_path, prepared, capsys):
     ],
 )
 def test_one_line_errors(tmp_path, capsys, arguments, expected):
+    (tmp_path / "empty").mkdir()
     (tmp_path / "x.pdf").write_bytes(b"x")
     (tmp_path / "x.txt").write_bytes(b"some words to train on\n" * 20)
     (tmp_path / "bad.jsonl").write_bytes(b"nonsense\n")
