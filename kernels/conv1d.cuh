@@ -107,7 +107,7 @@ template <int W, class X> __device__ inline void conv_four_rows(X* to, int64_t e
 // Grid (channels / W over the threads of a block, rows / CONV_ROWS, B). The next four rows are on their way while four are
 // worked on: few registers and many loads in flight (H200: 0.154 ms, against 0.247 with 8 channels a thread and none ahead).
 template <int W, class X>
-__global__ void __launch_bounds__(CONV_THREADS, 6) conv1d_forward_kernel(X* u, ConvInput<X> p) {
+__global__ void __launch_bounds__(CONV_THREADS, 5) conv1d_forward_kernel(X* u, ConvInput<X> p) {
     const int c = (blockIdx.x * CONV_THREADS + threadIdx.x) * W;
     const int64_t sequence = blockIdx.z;
     if (c >= p.e) return;
