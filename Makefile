@@ -18,6 +18,10 @@ GPU_ARCH := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/
 has_header = $(shell echo '\#include <$(1)>' | $(CXX) -std=c++20 $(CPPFLAGS) -x c++ -fsyntax-only - 2>/dev/null && echo yes)
 HAVE_SENTENCEPIECE := $(call has_header,sentencepiece_processor.h)
 HAVE_OPENBLAS := $(call has_header,cblas.h)
+MPI_WORDS := $(shell (mpicxx --showme || mpicxx -show) 2>/dev/null)
+MPI_INCLUDE := $(filter -I%,$(MPI_WORDS))
+HAVE_MPI := $(shell echo '\#include <mpi.h>' | $(CXX) $(MPI_INCLUDE) $(CPPFLAGS) -x c++ -fsyntax-only - 2>/dev/null && echo yes)
+HAVE_NCCL := $(if $(NVCC),$(shell echo '\#include <nccl.h>' | $(CXX) -I$(dir $(realpath $(NVCC)))../include $(CPPFLAGS) -x c++ -fsyntax-only - 2>/dev/null && echo yes))
 
 ifeq ($(NVCC),)
 CPU := 1
@@ -50,6 +54,11 @@ else
 DEFINES += -DSAMBA_NO_SENTENCEPIECE
 endif
 
+ifeq ($(HAVE_MPI),yes)
+DEFINES += -DSAMBA_MPI $(patsubst -I%,-isystem %,$(MPI_INCLUDE))
+LIBRARIES += $(filter -L% -lmpi,$(MPI_WORDS))
+endif
+
 WARNINGS := -Wall -Wextra -Wno-unknown-pragmas -Wno-restrict
 ifeq ($(CPU),1)
 DEFINES += -DSAMBA_CPU
@@ -66,6 +75,10 @@ ARCH ?= $(if $(GPU_ARCH),$(if $(filter 90,$(GPU_ARCH)),90a,$(GPU_ARCH)),80 90a)
 GENCODE := $(foreach a,$(ARCH),-gencode arch=compute_$(a),code=sm_$(a))
 ifeq ($(PRECISION),FP32)
 DEFINES += -DSAMBA_FP32
+endif
+ifeq ($(HAVE_NCCL),yes)
+DEFINES += -DSAMBA_NCCL
+LIBRARIES += -lnccl
 endif
 OPTIMISE := $(if $(filter 1,$(DEBUG)),-O0 -g -lineinfo,-O3 -lineinfo)
 COMPILE = $(NVCC) -std=c++20 $(OPTIMISE) $(GENCODE) -Xcompiler -fopenmp,-march=native,-Wall,-Wno-unknown-pragmas \
