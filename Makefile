@@ -15,7 +15,8 @@ MAKEFLAGS += --no-builtin-rules
 NVCC := $(shell command -v nvcc 2>/dev/null || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
 GPU_NAME := $(shell nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1)
 GPU_ARCH := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d '. ')
-has_header = $(shell echo '\#include <$(1)>' | $(CXX) -std=c++20 $(CPPFLAGS) -x c++ -fsyntax-only - 2>/dev/null && echo yes)
+HASH := \#
+has_header = $(shell echo '$(HASH)include <$(1)>' | $(CXX) -std=c++20 $(CPPFLAGS) -x c++ -fsyntax-only - 2>/dev/null && echo yes)
 HAVE_SENTENCEPIECE := $(call has_header,sentencepiece_processor.h)
 HAVE_OPENBLAS := $(call has_header,cblas.h)
 MPI_WORDS := $(shell (mpicxx --showme || mpicxx -show) 2>/dev/null)
