@@ -16,13 +16,13 @@ NVCC := $(shell command -v nvcc 2>/dev/null || ls /usr/local/cuda/bin/nvcc 2>/de
 GPU_NAME := $(shell nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1)
 GPU_ARCH := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d '. ')
 HASH := \#
-has_header = $(shell echo '$(HASH)include <$(1)>' | $(CXX) -std=c++20 $(CPPFLAGS) -x c++ -fsyntax-only - 2>/dev/null && echo yes)
+has_header = $(shell echo '$(HASH)include <$(1)>' | $(CXX) -std=c++20 $(2) $(CPPFLAGS) -x c++ -fsyntax-only - 2>/dev/null && echo yes)
 HAVE_SENTENCEPIECE := $(call has_header,sentencepiece_processor.h)
 HAVE_OPENBLAS := $(call has_header,cblas.h)
 MPI_WORDS := $(shell (mpicxx --showme || mpicxx -show) 2>/dev/null)
 MPI_INCLUDE := $(filter -I%,$(MPI_WORDS))
-HAVE_MPI := $(shell echo '\#include <mpi.h>' | $(CXX) $(MPI_INCLUDE) $(CPPFLAGS) -x c++ -fsyntax-only - 2>/dev/null && echo yes)
-HAVE_NCCL := $(if $(NVCC),$(shell echo '\#include <nccl.h>' | $(CXX) -I$(dir $(realpath $(NVCC)))../include $(CPPFLAGS) -x c++ -fsyntax-only - 2>/dev/null && echo yes))
+HAVE_MPI := $(call has_header,mpi.h,$(MPI_INCLUDE))
+HAVE_NCCL := $(if $(NVCC),$(call has_header,nccl.h,-I$(dir $(realpath $(NVCC)))../include))
 
 ifeq ($(NVCC),)
 CPU := 1
@@ -56,7 +56,7 @@ DEFINES += -DSAMBA_NO_SENTENCEPIECE
 endif
 
 ifeq ($(HAVE_MPI),yes)
-DEFINES += -DSAMBA_MPI $(patsubst -I%,-isystem %,$(MPI_INCLUDE))
+DEFINES += -DSAMBA_MPI $(MPI_INCLUDE)
 LIBRARIES += $(filter -L% -lmpi,$(MPI_WORDS))
 endif
 
