@@ -180,14 +180,17 @@ struct Comm {
         return texts;
     }
 
-    // Ends the job, naming rank and item, where the ranks do not all have the same
-    void agree(const char* item, const std::string& value, const char* advice) const {
-        const std::vector<std::string> values = all_texts(value);
+    struct Item { std::string name, value, advice; };
+
+    // Ends the job where the ranks do not all have the same items, naming the first that differs and the rank
+    void agree(const std::vector<Item>& items) const {
+        if (world == 1) return;
+        std::string mine;
+        for (const Item& item : items) mine += item.name + '\0' + item.value + '\0';
+        const std::vector<std::string> texts = all_texts(mine);
         for (int r = 1; r < world; r++) {
-            if (values[r] == values[0]) continue;
-            if (rank == 0)
-                fail("rank %d on %s has another %s than rank 0 on %s (%.200s, not %.200s): %s", r, hosts[r].c_str(), item, hosts[0].c_str(), values[r].c_str(),
-                     values[0].c_str(), advice);
+            if (texts[r] == texts[0]) continue;
+            if (rank == 0) disagree(items, r, texts[r]);
             std::this_thread::sleep_for(std::chrono::seconds(30));                 // rank 0 says so and ends the job
         }
     }
@@ -215,6 +218,7 @@ struct Comm {
         if (const char* delay = std::getenv("SAMBA_TEST_DELAY")) test_delay_ = atoi(delay);
         if (nccl_used_) start_nccl();
         order_event_ = event_create();
+        computed_ = event_create();
         if (!nccl_used_ && world > 1) staging_ = (float*)pinned_alloc((size_t)STAGING * (size_t)world * 2 * sizeof(float));
     }
     bool own_stream() const { return nccl_used_; }
@@ -225,6 +229,7 @@ struct Comm {
     // What the collectives do next comes after what `compute` has been given so far, and the other way round.
     void after_compute() { order(stream_, compute_); }
     void before_compute() { order(compute_, stream_); }
+    void backward_done() { event_record(computed_, compute_); }
     void mark(Event e) { event_record(e, stream_); }                               // after all collectives so far
     void wait(Event e) { if (own_stream()) stream_wait(compute_, e); }
 
@@ -246,10 +251,10 @@ struct Comm {
         all_gather(rows, {0, world * count}, bounds);
     }
 
-    // Waits for `compute`. The guard can tell from it who computes and who waits: first for what was enqueued before the last
-    // collective, then for the collective.
+    // Waits for `compute`. The guard can tell from it who computes and who waits: first for what came before
+    // backward_done(), then for the others' part.
     void synchronise() {
-        event_sync(order_event_);
+        event_sync(computed_);
         const During during(*this, Guard::waiting, "exchanging gradients");
         stream_sync(compute_);
     }
@@ -262,6 +267,7 @@ struct Comm {
         copy_to_host(main() ? out + (mine.begin - range.begin) : copy.data(), own + (mine.begin - bounds[rank]), (size_t)mine.size() * sizeof(float), compute_);
         stream_sync(compute_);
         tick();
+        const During during(*this, Guard::waiting, "collecting weights");
         if (!main()) return transport_->exchange(0, copy.data(), mine.size() * (int64_t)sizeof(float), -1, nullptr, 0);
         for (int r = 1; r < world; r++)
             if (part_of(r).size() > 0) transport_->exchange(-1, nullptr, 0, r, out + (part_of(r).begin - range.begin), part_of(r).size() * (int64_t)sizeof(float));
@@ -348,6 +354,23 @@ private:
         g.from = rank;
         accept_ranks(listener, tcp->peers, world - 1 - rank, g, 60);
         transport_ = std::move(tcp);
+    }
+
+    [[noreturn]] void disagree(const std::vector<Item>& items, int r, const std::string& text) const {
+        size_t at = 0;
+        const auto next = [&] {
+            const size_t end = std::min(text.find('\0', at), text.size());
+            const std::string word = text.substr(std::min(at, text.size()), end - at);
+            at = end + 1;
+            return word;
+        };
+        for (const Item& item : items) {
+            const std::string name = next(), value = next();
+            if (name != item.name || value != item.value)
+                fail("rank %d on %s has another %s than rank 0 on %s: %.300s, not %.300s; %s", r, hosts[r].c_str(), item.name.c_str(), hosts[0].c_str(), value.c_str(),
+                     item.value.c_str(), item.advice.c_str());
+        }
+        fail("rank %d on %s was started with more options than rank 0", r, hosts[r].c_str());
     }
 
     // -- streams
@@ -486,7 +509,7 @@ private:
     std::vector<Socket> control_;
     bool mpi_ = false, nccl_used_ = false;
     Stream compute_{}, stream_{};
-    Event order_event_{};
+    Event order_event_{}, computed_{};
     float* staging_ = nullptr;                     // host: (2, world, STAGING), to be sent and received
     std::string note_;
     int test_delay_ = 0;

@@ -94,6 +94,8 @@ private:
                 for (Message answer; sockets_[0].recv_all(&answer, sizeof answer) && answer.kind != failed;) {}
                 end(name(rank_) + reason, first_of_host_);
             }
+            // What another rank says may follow from what this one is about to say: a second for that
+            if (!heard_.empty() && clock_ > heard_at_ + 1) end(heard_, true);
             if (clock_ - sent >= 1) {
                 send_beats();
                 sent = clock_;
@@ -148,7 +150,11 @@ private:
                 peer.done = true;
                 continue;
             }
-            if (m.kind == failed) rank_ == 0 ? end(name(whose[k]) + m.text, true) : end(m.text, first_of_host_);
+            if (m.kind == failed && rank_ != 0) end(m.text, first_of_host_);
+            if (m.kind == failed && heard_.empty()) {
+                heard_ = name(whose[k]) + m.text;
+                heard_at_ = clock_;
+            }
             if (m.kind == bye) peer.done = true;
             if (m.progress != peer.last.progress || m.state != peer.last.state) peer.moved = clock_;
             peer.seen = clock_;
@@ -211,7 +217,8 @@ private:
     std::vector<std::string> hosts_;
     std::vector<Socket> sockets_;
     std::vector<Peer> peers_;
-    double clock_ = 0;
+    double clock_ = 0, heard_at_ = 0;
+    std::string heard_;                            // the first reason to give up that came from another rank
     std::atomic<bool> leaving_{false}, giving_up_{false};
     std::mutex check_mutex_;
     std::function<std::string()> check_;
