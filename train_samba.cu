@@ -572,11 +572,21 @@ struct Trainer {
         fflush(stdout);
     }
 
-    std::string where_not_finite() const {
-        const std::vector<std::string> found = comm.all_texts(first_not_finite(*m, (int)o.micro_batch, o.seq_len));
+    // Goes through the last step again, which was skipped and left the weights as they were, and looks at every layer.
+    std::string where_not_finite() {
+        std::string own;
+        loader->seek(run.sample - o.global_batch / o.seq_len);
+        for (int64_t micro = 0; micro < accumulate && own.empty(); micro++) {
+            const Batch batch = loader->next();
+            upload_tokens(*m, batch.tokens, batch.targets, o.micro_batch * o.seq_len);
+            parallel->micro_batch(false);
+            forward_backward(*m, (int)o.micro_batch, o.seq_len, 1.0f, true);
+            own = first_not_finite(*m, (int)o.micro_batch, o.seq_len);
+        }
+        const std::vector<std::string> found = comm.all_texts(own);
         for (int r = 0; r < comm.world; r++)
             if (!found[r].empty()) return found[r] + (comm.world > 1 ? " on rank " + std::to_string(r) : "");
-        return "in an earlier micro-batch";
+        return "the sum of all gradients";
     }
 
     void loop() {

@@ -293,3 +293,167 @@ def test_a_full_disk_of_one_rank_ends_the_job_and_harms_nothing(world, tmp_path,
     assert same_bits(before, state(out, 3)) and os.readlink(out / "latest") == "step_00000003"
     assert all(code == 0 for _, _, code in finish(start_by_environment(2, arguments)))
     assert os.readlink(out / "latest") == "step_00000006"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is not finite
+
+def shard_with_a_rare_token(path):
+    """64 samples of 16 tokens, of which the 10th, 31st and 50th hold the token 63"""
+    tokens = np.random.default_rng(2).integers(0, 60, 64 * 16 + 1)
+    tokens[[10 * 16 + 5, 31 * 16 + 5, 50 * 16 + 5]] = 63
+    write_shard(path, tokens)
+
+
+def poison(path, name, row):
+    """Makes one row of a tensor NaN in a safetensors file"""
+    raw = bytearray(open(path, "rb").read())
+    size = int.from_bytes(raw[:8], "little")
+    tensor = json.loads(raw[8 : 8 + size])[name]
+    begin, width = 8 + size + tensor["data_offsets"][0], 4 * tensor["shape"][1]
+    raw[begin + row * width : begin + (row + 1) * width] = np.full(tensor["shape"][1], np.nan, "<f4").tobytes()
+    open(path, "wb").write(bytes(raw))
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory):
+    """A model whose embedding of token 63 is not a number, and data in which three samples of 64 hold that token"""
+    folder = tmp_path_factory.mktemp("poisoned")
+    (folder / "model.json").write_text(json.dumps({**MODEL, "tied": False}))
+    shard_with_a_rare_token(folder / "train_000.bin")
+    assert launch(1, options(folder, folder / "run", steps=1)).returncode == 0
+    poison(folder / "run/step_00000001/model.safetensors", "transformer.wte.weight", 63)
+    return folder
+
+
+@needs_mpi
+def test_what_is_not_finite_on_one_rank_skips_the_step_on_all(poisoned, tmp_path):
+    outs = [tmp_path / "one", tmp_path / "three"]
+    for ranks, out in zip((1, 3), outs):
+        result = launch(ranks, options(poisoned, out, "--init-from", poisoned / "run", "--global-batch", 48, steps=20))
+        assert result.returncode == 0, result.stderr
+    skipped = [[r["skipped"] for r in records(out, "train")] for out in outs]
+    assert skipped[0] == skipped[1] and skipped[0][:20].count(True) in (2, 3)
+    finite = [[r["loss"] for r in records(out, "train") if not r["skipped"]] for out in outs]
+    assert finite[1] == pytest.approx(finite[0], abs=1e-4)
+    assert f"{skipped[1].count(True)}" == str(json.load(open(outs[1] / "step_00000020/state.json"))["skipped"])
+
+
+@needs_mpi
+def test_a_run_that_stays_not_finite_stops_and_names_the_layer(poisoned, tmp_path):
+    result = launch(2, options(poisoned, tmp_path / "run", "--init-from", poisoned / "run", "--global-batch", 64 * 16, "--max-skips", 3, steps=20))
+    assert result.returncode != 0
+    assert re.search(r"error: rank 0 on \S+: 3 steps in a row had a gradient that is not finite .* first the output of the embedding on rank [01]; lower --lr", result.stderr), result.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Machines: network namespaces, each with an address and a host name of its own
+
+@pytest.fixture(scope="module")
+def two_hosts(tmp_path_factory):
+    """Two namespaces with a cable between them: (names, addresses, a command in one, a folder with mpirun's host file and agent)"""
+    names = [f"samba{os.getpid()}{side}" for side in "ab"]
+    addresses = ["10.66.0.1", "10.66.0.2"]
+    ip = lambda *a: subprocess.run(["ip", *a], capture_output=True, text=True, check=True)
+    if not shutil.which("ip") or not shutil.which("unshare") or os.geteuid() != 0:
+        pytest.skip("network namespaces need root, ip and unshare")
+    try:
+        try:
+            for name in names:
+                ip("netns", "add", name)
+                ip("-n", name, "link", "set", "lo", "up")
+            ip("-n", names[0], "link", "add", "eth0", "type", "veth", "peer", "name", "eth1")
+            ip("-n", names[0], "link", "set", "eth1", "netns", names[1])
+            for name, address, device in zip(names, addresses, ("eth0", "eth1")):
+                ip("-n", name, "addr", "add", f"{address}/24", "dev", device)
+                ip("-n", name, "link", "set", device, "up")
+            subprocess.run(["ip", "netns", "exec", names[0], "true"], check=True, capture_output=True)
+        except (subprocess.CalledProcessError, OSError) as error:
+            pytest.skip(f"this machine does not allow network namespaces: {getattr(error, 'stderr', error)}")
+        folder = tmp_path_factory.mktemp("hosts")
+        (folder / "hosts").write_text("".join(f"{a} slots=2\n" for a in addresses))
+        cases = "".join(f"{a}) name={n} ;; " for n, a in zip(names, addresses))
+        (folder / "agent.sh").write_text(f'#!/bin/bash\n# what ssh is elsewhere: HOST COMMAND...\nhost=$1; shift\ncase $host in {cases}esac\n'
+                                         'exec ip netns exec $name unshare --uts bash -c "hostname $name; $*"\n')
+        (folder / "agent.sh").chmod(0o755)
+        inside = lambda i: ["ip", "netns", "exec", names[i], "unshare", "--uts", "bash", "-c", f'hostname {names[i]}; exec "$@"', "inside"]
+        yield names, addresses, inside, folder
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+@needs_mpi
+def test_two_hosts_through_an_mpi_host_file(world, tmp_path, single, two_hosts):
+    names, _, inside, folder = two_hosts
+    mpi = ["mpirun", "--allow-run-as-root", "--hostfile", folder / "hosts", "--mca", "plm_rsh_agent", folder / "agent.sh", "-x", "OMP_NUM_THREADS", "-np", 4]
+    result = run(*inside(0), *mpi, *options(world, tmp_path / "run", steps=20), env=ENVIRONMENT)
+    assert result.returncode == 0, result.stderr
+    assert "ranks    4 on 2 hosts" in result.stdout and f"{names[0]}: 0 1\n" in result.stdout and f"{names[1]}: 2 3\n" in result.stdout
+    assert losses(tmp_path / "run") == pytest.approx(losses(single), abs=1e-4)
+
+
+def test_two_hosts_by_the_environment(world, tmp_path, single, two_hosts):
+    names, addresses, inside, _ = two_hosts
+    ended = finish(start_by_environment(4, lambda r: options(world, tmp_path / "run", steps=20), lambda r: inside(r // 2), addresses[0]))
+    assert all(code == 0 for _, _, code in ended), ended
+    assert f"{names[1]}: 2 3\n" in ended[0][0]
+    assert losses(tmp_path / "run") == pytest.approx(losses(single), abs=1e-4)
+
+
+def test_a_host_whose_cable_is_cut_ends_the_job(world, tmp_path, two_hosts):
+    names, addresses, inside, _ = two_hosts
+    processes = start_by_environment(2, lambda r: options(world, tmp_path / "run", "--rank-timeout", "4", steps=100000), inside, addresses[0])
+    until_step(processes[0])
+    subprocess.run(["ip", "-n", names[1], "link", "set", "eth1", "down"], check=True)
+    try:
+        ended = finish(processes)
+        assert [code for _, _, code in ended] == [1, 1]
+        assert re.search(rf"error: rank 1 on {names[1]}: no sign of life", ended[0][1]) and re.search(rf"error: rank 0 on {names[0]}: no sign of life", ended[1][1])
+    finally:
+        subprocess.run(["ip", "-n", names[1], "link", "set", "eth1", "up"], check=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a GPU: the float build, whose numbers are those of the CPU to rounding
+
+GPU_PROGRAM = os.environ.get("SAMBA_GPU_PROGRAM", os.path.join(ROOT, "build/gpu-fp32/train_samba"))
+needs_gpu = pytest.mark.skipif(not shutil.which("nvidia-smi") or subprocess.run(["nvidia-smi", "-L"], capture_output=True).stdout.count(b"GPU ") < 1 or not os.path.exists(GPU_PROGRAM),
+                               reason="needs a GPU and build/gpu-fp32/train_samba")
+
+
+def on_gpu(arguments):
+    return [GPU_PROGRAM, *arguments[1:]]
+
+
+@pytest.fixture(scope="module")
+def single_gpu(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("single_gpu") / "run"
+    result = run(*on_gpu(options(world, out, steps=20)), env=ENVIRONMENT)
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+@needs_gpu
+@pytest.mark.parametrize("zero", [0, 1])
+def test_nccl_with_one_rank_changes_no_bit(world, tmp_path, single_gpu, zero):
+    """Every collective, bucket and event of a run on many GPUs, with one; and once more with delays, which show an event that is missing."""
+    for delay in ("0", "2000"):
+        out = tmp_path / f"delay_{delay}"
+        result = run(*on_gpu(options(world, out, "--collectives", "nccl", "--zero", zero, "--bucket", "8k", steps=20)), env={**ENVIRONMENT, "SAMBA_TEST_DELAY": delay})
+        assert result.returncode == 0, result.stderr
+        assert "by NCCL" in result.stdout
+        assert same_bits(state(out, 20), state(single_gpu, 20))
+
+
+@needs_gpu
+@pytest.mark.parametrize("zero", [0, 1])
+def test_two_ranks_that_share_a_gpu(world, tmp_path, single_gpu, zero):
+    environments = [{"CUDA_VISIBLE_DEVICES": "0"}] * 2
+    port = str(free_port())
+    processes = [subprocess.Popen(on_gpu(options(world, tmp_path / "run", "--zero", str(zero), steps=20)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                  env={**ENVIRONMENT, **environments[r], "RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}) for r in range(2)]
+    ended = finish(processes, timeout=120)
+    assert all(code == 0 for _, _, code in ended), ended
+    assert "ranks 0 and 1 share a GPU, which NCCL refuses: gradients go through host memory" in ended[0][0]
+    assert losses(tmp_path / "run") == pytest.approx(losses(single_gpu), abs=1e-4)
