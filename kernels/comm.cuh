@@ -95,11 +95,14 @@ struct Comm {
 
     // -- signs of life --------------------------------------------------------------------------------------------------
 
-    void tick() const { if (guard_) guard_->progress++; }
+    void tick() const {
+        if (!guard_) return;
+        if (++guard_->progress == hang_at_) pause();
+    }
     void watch(double timeout) {                   // from here on a rank without progress counts as hung
         if (!guard_) return;
         guard_->timeout = timeout;
-        guard_->progress++;
+        if (const char* who = std::getenv("SAMBA_TEST_HANG"); who && atoi(who) == rank) hang_at_ = guard_->progress + 100;       // for tests: alive, and stuck
         guard_->watching = true;
     }
     // While one of these lives, the rank is busy with `doing` in this way
@@ -246,6 +249,11 @@ struct Comm {
         tick();
     }
     void gather(float* rows /*(world, count)*/, int64_t count) {
+        if (nccl_used_) {
+            disturb(rows, world * count * (int64_t)sizeof(float));
+            nccl_gather(rows, count);
+            return tick();
+        }
         std::vector<int64_t> bounds(world + 1);
         for (int r = 0; r <= world; r++) bounds[r] = r * count;
         all_gather(rows, {0, world * count}, bounds);
@@ -286,6 +294,8 @@ private:
         MPI_Comm_rank(MPI_COMM_WORLD, &rank);
         MPI_Comm_size(MPI_COMM_WORLD, &world);
         transport_ = std::make_unique<MpiTransport>();
+        if (const int tasks = env_number("SLURM_STEP_NUM_TASKS", world); world == 1 && tasks > 1 && !std::getenv("OMPI_COMM_WORLD_SIZE"))
+            fail("srun started %d tasks and MPI sees one: use srun --mpi=pmix, or set RANK, WORLD_SIZE and MASTER_ADDR as scripts/slurm.sbatch does", tasks);
         if (world == 1) MPI_Finalize();
 #endif
     }
@@ -495,6 +505,7 @@ private:
         }
         nccl_check(ncclGroupEnd(), "ncclGroupEnd");
     }
+    void nccl_gather(float* rows, int64_t count) { nccl_check(ncclAllGather(rows + rank * count, rows, (size_t)count, ncclFloat, nccl_, stream_), "ncclAllGather"); }
     ncclComm_t nccl_ = nullptr;
 #else
     [[noreturn]] static void no_nccl() { fail("several GPUs need NCCL and this program was built without it: install libnccl-dev and build again, or use --collectives host"); }
@@ -502,6 +513,7 @@ private:
     void stop_nccl() {}
     void nccl_reduce(float*, Range, const std::vector<int64_t>&) { no_nccl(); }
     void nccl_all_gather(char*, size_t, Range, const std::vector<int64_t>&) { no_nccl(); }
+    void nccl_gather(float*, int64_t) { no_nccl(); }
 #endif
 
     std::unique_ptr<Transport> transport_;
@@ -512,6 +524,7 @@ private:
     Event order_event_{}, computed_{};
     float* staging_ = nullptr;                     // host: (2, world, STAGING), to be sent and received
     std::string note_;
+    uint64_t hang_at_ = UINT64_MAX;
     int test_delay_ = 0;
     void* test_copy_ = nullptr;
     int64_t test_bytes_ = 0;

@@ -295,6 +295,45 @@ def test_a_full_disk_of_one_rank_ends_the_job_and_harms_nothing(world, tmp_path,
     assert os.readlink(out / "latest") == "step_00000006"
 
 
+def test_a_rank_that_hangs_is_named(world, tmp_path):
+    """Alive, with its threads running, and not a step forward: SAMBA_TEST_HANG makes rank 1 sleep for ever."""
+    port = str(free_port())
+    processes = [subprocess.Popen(options(world, tmp_path / "run", "--rank-timeout", "4", steps=100000), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                  env={**ENVIRONMENT, "RANK": str(r), "WORLD_SIZE": "3", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "SAMBA_TEST_HANG": "1"}) for r in range(3)]
+    ended = finish(processes)
+    assert [code for _, _, code in ended] == [1, 1, 1]
+    assert re.search(r"error: rank 1 on \S+: it hangs: \d+ s without progress", ended[0][1]), ended[0][1]
+
+
+@needs_mpi
+def test_a_stopped_rank_under_mpirun(world, tmp_path):
+    process = subprocess.Popen(mpirun(2, options(world, tmp_path / "run", "--rank-timeout", "3", steps=100000)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    until_step(process)
+    pids = child_pids(process.pid)
+    os.kill(pids[1], signal.SIGSTOP)
+    _, err = process.communicate(timeout=50)
+    assert process.returncode != 0 and re.search(r"error: rank 1 on \S+: no sign of life", err), err
+    assert not any(os.path.exists(f"/proc/{p}/exe") for p in pids)
+
+
+@needs_mpi
+def test_the_run_script_starts_again_from_latest(world, tmp_path):
+    """scripts/run_421m_8gpu.sh with two ranks and a small model; one of them is killed, and the script finishes the run"""
+    out = tmp_path / "run"
+    shards = {"DATA": f"{world}/train_*.bin", "OUT": str(out), "RANKS": "2", "PROGRAM": PROGRAM, "RESTART_WAIT": "0"}
+    recipe = options(world, out, "--checkpoint-every", 20, "--log-every", 1, steps=300)[1:]
+    process = subprocess.Popen([os.path.join(ROOT, "scripts/run_421m_8gpu.sh"), *recipe], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**ENVIRONMENT, **shards})
+    while not (line := process.stdout.readline()).startswith("checkpoint "):
+        assert line, process.stderr.read()
+    mpi = int(subprocess.run(["pgrep", "-P", str(process.pid), "mpirun"], capture_output=True, text=True).stdout)
+    os.kill(child_pids(mpi)[1], signal.SIGKILL)
+    rest, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    assert "starting again from step_" in err and re.search(r"resumed  \S+ at step \d+0\n", rest)
+    assert records(out, "train")[-1]["step"] == 300
+    assert os.readlink(out / "latest") == "step_00000300"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is not finite
 
