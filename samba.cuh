@@ -1207,10 +1207,11 @@ struct DataParallel {
     Result result(bool stopping) {
         std::vector<float> all(2 * comm.world);
         float norm[2];
+        if (comm.active()) comm.synchronise();
         if (comm.active()) copy_to_host(all.data(), stats, all.size() * sizeof(float), m.stream);
         else copy_to_host(all.data(), m.acts.loss, sizeof(float), m.stream);
         copy_to_host(norm, m.acts.norm, sizeof norm, m.stream);
-        comm.active() ? comm.synchronise() : stream_sync(m.stream);
+        stream_sync(m.stream);
         Result r{0, norm[0], norm[1] != 0, !comm.active() && stopping};
         for (int i = 0; i < comm.world; i++) {                       // the global batch is their sum: weights add up to 1
             r.loss += all[2 * i];

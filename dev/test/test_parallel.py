@@ -424,9 +424,10 @@ def two_hosts(tmp_path_factory):
 
 @needs_mpi
 def test_two_hosts_through_an_mpi_host_file(world, tmp_path, single, two_hosts):
+    """The README's command as it stands there; the environment says how to reach a host, which elsewhere is ssh, and that this is root."""
     names, _, inside, folder = two_hosts
-    mpi = ["mpirun", "--allow-run-as-root", "--hostfile", folder / "hosts", "--mca", "plm_rsh_agent", folder / "agent.sh", "-x", "OMP_NUM_THREADS", "-np", 4]
-    result = run(*inside(0), *mpi, *options(world, tmp_path / "run", steps=20), env=ENVIRONMENT)
+    environment = {**ENVIRONMENT, "OMPI_MCA_plm_rsh_agent": str(folder / "agent.sh"), "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    result = run(*inside(0), "mpirun", "--hostfile", "hosts", "-np", "4", *options(world, tmp_path / "run", steps=20), env=environment, cwd=folder)
     assert result.returncode == 0, result.stderr
     assert "ranks    4 on 2 hosts" in result.stdout and f"{names[0]}: 0 1\n" in result.stdout and f"{names[1]}: 2 3\n" in result.stdout
     assert losses(tmp_path / "run") == pytest.approx(losses(single), abs=1e-4)
