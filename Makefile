@@ -3,6 +3,7 @@
 #   CPU=1            build for the CPU even where nvcc is found
 #   PRECISION=FP32   GPU build in float instead of bf16 (no TF32), for parity with the reference
 #   DEBUG=1          symbols, no optimisation, address and undefined-behaviour checks on the CPU
+#   MARCH=x86-64-v3  CPU to build for; default: this one (native)
 #   ARCH=90a         GPU architecture to build for; default: the GPU's own, and 80 and 90a where there is none
 
 SHELL := /bin/bash
@@ -27,6 +28,7 @@ HAVE_NCCL := $(if $(NVCC),$(call has_header,nccl.h,-I$(dir $(realpath $(NVCC))).
 ifeq ($(NVCC),)
 CPU := 1
 endif
+MARCH ?= native
 PRECISION ?= BF16
 PRECISION := $(shell echo $(PRECISION) | tr a-z A-Z)
 ifeq ($(filter $(PRECISION),BF16 FP32),)
@@ -68,7 +70,7 @@ DEFINES += -DSAMBA_OPENBLAS
 LIBRARIES += -lopenblas
 endif
 comma := ,
-OPTIMISE := $(if $(filter 1,$(DEBUG)),-O1 -g -fsanitize=address$(comma)undefined,-O3 -march=native)
+OPTIMISE := $(if $(filter 1,$(DEBUG)),-O1 -g -fsanitize=address$(comma)undefined,-O3 -march=$(MARCH))
 COMPILE = $(CXX) -std=c++20 $(OPTIMISE) -fopenmp $(WARNINGS) $(DEFINES) $(CPPFLAGS) -MMD -MP -x c++
 LINK = $(CXX) $(OPTIMISE) -fopenmp $(LDFLAGS)
 else
@@ -82,7 +84,7 @@ DEFINES += -DSAMBA_NCCL
 LIBRARIES += -lnccl
 endif
 OPTIMISE := $(if $(filter 1,$(DEBUG)),-O0 -g -lineinfo,-O3 -lineinfo)
-COMPILE = $(NVCC) -std=c++20 $(OPTIMISE) $(GENCODE) -Xcompiler -fopenmp,-march=native,-Wall,-Wno-unknown-pragmas \
+COMPILE = $(NVCC) -std=c++20 $(OPTIMISE) $(GENCODE) -Xcompiler -fopenmp,-march=$(MARCH),-Wall,-Wno-unknown-pragmas \
           --expt-relaxed-constexpr -diag-suppress 20012 $(DEFINES) $(CPPFLAGS) -MMD -MP -x cu
 LINK = $(NVCC) $(GENCODE) -Xcompiler -fopenmp $(LDFLAGS)
 LIBRARIES += -lcublasLt
@@ -195,4 +197,4 @@ bench-ops: ## Every operation of a Samba-421M step alone, on this GPU: ms, GB/s,
 help: ## This list
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@sed -n '3,6s/^#  /  /p' $(firstword $(MAKEFILE_LIST))
+	@sed -n '3,7s/^#  /  /p' $(firstword $(MAKEFILE_LIST))

@@ -586,8 +586,9 @@ inline size_t Activations::workspace_bytes(const Layout& layout) const {
     const int64_t BT = B * T;
     size_t most = 256;
     auto need = [&](size_t bytes) { most = std::max(most, bytes); };
-    for (const Layer& layer : layout.layers)
-        if (layer.kind == Kind::mamba) need(ops::selective_scan_workspace((int)B, T, c.d_inner(), c.d_state));
+    const bool any_mamba = std::any_of(layout.layers.begin(), layout.layers.end(), [](const Layer& l) { return l.kind == Kind::mamba; });
+    for (int64_t b = 1; any_mamba && b <= B; b++)         // a smaller batch is split into more segments of time
+        need(ops::selective_scan_workspace((int)b, T, c.d_inner(), c.d_state));
     if (!training) return most;
     need(ops::embedding_backward_workspace(BT, c.vocab_size, c.d_model));
     need(ops::rmsnorm_backward_workspace(BT, c.d_model));

@@ -212,8 +212,9 @@ struct GoldenTolerance { double logits, gradients, losses; size_t norms; };   //
 // float: the contract of design.md 8. bf16: weights are exact in bf16, so errors come from rounding activations: about ten
 // roundings of 2^-9 a layer, four layers of a random walk, 2^-9 * sqrt(40 / 3) = 0.7e-2 for logits; the backward pass doubles
 // the number of roundings and small tensors (norm gains, biases) average them less well. Adam's first updates are nearly
-// lr * sign(gradient), so that gradients near 0 move weights by whole steps in one direction or the other: from the second
-// step on losses stay close, and the norm of the gradient, which is that of other weights, says nothing.
+// lr * sign(gradient), so that gradients near 0 move weights by whole steps in one direction or the other. From the second
+// step on a bf16 run is therefore another run of nearly the same course: its losses are held to 1e-2 of the first loss (they
+// fall to a fifteenth of it, so that their own size is no measure), and the gradient norm is compared at the first step.
 constexpr GoldenTolerance GOLDEN = EXACT ? GoldenTolerance{1e-4, 1e-4, 1e-3, 6} : GoldenTolerance{2e-2, 5e-2, 1e-2, 1};
 
 void run_golden(const std::string& path) {
@@ -246,7 +247,7 @@ void run_golden(const std::string& path) {
     double worst_loss = 0, worst_norm = 0;
     for (size_t step = 0; step < losses.size(); step++) {
         const float now = f.loss_and_gradients();
-        worst_loss = std::max(worst_loss, std::abs(now - losses[step]) / losses[step]);
+        worst_loss = std::max(worst_loss, std::abs(now - losses[step]) / (EXACT ? losses[step] : losses[0]));
         update(f.m, AdamW{1e-3f, 0.9f, 0.95f, 1e-8f, 0.1f, (int64_t)step + 1}, 1.0f, true);
         float norm[2];
         copy_to_host(norm, f.m.acts.norm, sizeof norm, f.m.stream);

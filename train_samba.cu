@@ -119,16 +119,14 @@ inline void add_train_options(CLI::App& app, TrainOptions& o) {
         ->check(CLI::NonNegativeNumber)->capture_default_str();
 }
 
-// The resolved options, as the table has them: for the log and the checkpoints.
-inline json options_to_json(const CLI::App& app) {
+// The options as the table has them, with the values that their variables hold now: for the log and the checkpoints.
+inline json options_to_json(CLI::App& app) {
     json all = json::object();
-    for (const CLI::Option* option : app.get_options()) {
+    for (CLI::Option* option : app.get_options()) {
         const std::string name = option->get_single_name();
         if (name == "help" || name == "config") continue;
-        std::string value;
-        if (option->count() == 0) value = option->get_default_str();
-        else for (const std::string& part : option->reduced_results()) value += (value.empty() ? "" : " ") + part;
-        all[name] = value;
+        option->capture_default_str();                     // reads the variable
+        all[name] = option->get_default_str();
     }
     return all;
 }
@@ -476,7 +474,8 @@ inline void validate_and_log(Validation& validation, RunLog& log, int64_t step) 
 // What a run consists of besides the model
 struct Trainer {
     Comm& comm;
-    TrainOptions o;
+    TrainOptions& o;
+    CLI::App& app;                         // the table of the options
     json options;
     Config config;
     DeviceInfo device;
@@ -490,7 +489,7 @@ struct Trainer {
     uint64_t identity = 0;
     int64_t accumulate = 1;
 
-    explicit Trainer(Comm& comm) : comm(comm) {}
+    Trainer(Comm& comm, TrainOptions& o, CLI::App& app) : comm(comm), o(o), app(app) {}
 
     // Everything is allocated here: after this the loop only computes.
     void set_up() {
@@ -510,6 +509,8 @@ struct Trainer {
         const std::vector<int64_t> multiples = length_multiples(o.val_lengths);
         const size_t val_bytes = val ? state_bytes(m->layout, o.micro_batch, multiples.back() * o.seq_len) : 0;
         const Recompute level = choose_recompute(o.recompute, m->layout, o.micro_batch, o.seq_len, val_bytes + (size_t)parameter_bytes(m->layout, true, own));
+        o.recompute = recompute_name(level);
+        options = options_to_json(app);
         m->w.create(m->layout, true, own);
         m->acts.create(m->layout, o.micro_batch, o.seq_len, true, level);
         parallel = std::make_unique<DataParallel>(comm, *m, o.zero, o.bucket);
@@ -535,8 +536,9 @@ struct Trainer {
         std::vector<Comm::Item> items = {
             {"program", std::string(SAMBA_COMMIT) + " " + BUILD_NAME + " " + std::to_string(fnv1a64(program.data, program.size)), "build once and copy that file to every host"},
             {"model configuration", config_to_json(config).dump(), "copy that file to every host"}};
-        for (const auto& [name, value] : options.items())
-            if (name != "data" && name != "val" && name != "gpu") items.push_back({"--" + name, value.get<std::string>(), "start all ranks with the same options"});
+        const json given = options_to_json(app);
+        for (const auto& [name, value] : given.items())
+            if (name != "data" && name != "val" && name != "tokenizer" && name != "gpu") items.push_back({"--" + name, value.get<std::string>(), "start all ranks with the same options"});
         items.push_back({"content of --data", data_sample(*data), "copy the same shards to every host"});
         if (val) items.push_back({"content of --val", data_sample(*val), "copy the same shards to every host"});
         comm.agree(items);
@@ -623,16 +625,14 @@ struct Trainer {
     }
 };
 
-inline void run_train(TrainOptions options, const CLI::App& app, Comm& comm) {
+inline void run_train(TrainOptions& o, CLI::App& app, Comm& comm) {
     catch_stop_signals();
     comm.start();
     if (!comm.main() && !freopen("/dev/null", "w", stdout)) fail("cannot open /dev/null");     // the main process speaks for all
-    Trainer t(comm);
+    Trainer t(comm, o, app);
     try {
-        t.o = std::move(options);
-        t.o.resuming = app.get_option("--resume")->count() > 0;
-        t.options = options_to_json(app);
-        resolve(t.o, app, t.config, comm.world);
+        o.resuming = app.get_option("--resume")->count() > 0;
+        resolve(o, app, t.config, comm.world);
         t.set_up();
         t.loop();
         comm.finish();

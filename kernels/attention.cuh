@@ -1,7 +1,8 @@
 // Causal sliding-window attention with grouped heads (MHA, GQA, MQA), forward and deterministic backward.
 // Formula, shapes and the meaning of the ring: kernels/cpu/attention.h. Scores are never in memory; lse (fp32) is saved.
 //
-// Two paths, one choice (attention_forward, attention_backward):
+// Three paths, one choice (attn::forward, attn::backward):
+//   sm90      bf16 on Hopper: TMA, warp-specialised wgmma; head_dim 64 and 128, no ring: attention_sm90.cuh
 //   *_mma     bf16 on tensor cores: mma.sync m16n8k16, ldmatrix, cp.async (sm_80 and newer); head_dim 64, 128, 256
 //   *_plain   fp32 arithmetic from either type; any head_dim that is a multiple of 8 up to 256
 //
@@ -16,6 +17,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "attention_sm90.cuh"
 #include "device.cuh"
 
 namespace gpu {
@@ -747,14 +749,19 @@ inline bool backward_on_tensor_cores(const Args<bf16>& a, Stream stream) {
     return true;
 }
 
-template <class X> inline void forward(const Args<X>& a, Stream stream) {
-    if constexpr (std::is_same_v<X, bf16>)
+// portable: not the Hopper path. Each path says whether it took the work.
+template <class X> inline void forward(const Args<X>& a, bool portable, Stream stream) {
+    if constexpr (std::is_same_v<X, bf16>) {
+        if (!portable && !a.ring && sm90::attention_forward(a.out, a.lse, a.qkv, a.B, a.T, a.H, a.G, a.hd, a.window, stream)) return;
         if (forward_on_tensor_cores(a, stream)) return;
+    }
     if (a.hd <= 64) launch_forward_plain<X, 64>(a, stream);
     else if (a.hd <= 128) launch_forward_plain<X, 128>(a, stream);
     else launch_forward_plain<X, 256>(a, stream);
 }
-template <class X> inline void backward(const Args<X>& a, Stream stream) {
+template <class X> inline void backward(const Args<X>& a, bool portable, Stream stream) {
+    if constexpr (std::is_same_v<X, bf16>)                  // has statistics of its own, at the workspace's start
+        if (!portable && sm90::attention_backward(a.dqkv, a.dout, a.saved_out, a.qkv, a.lse, a.lse2, a.B, a.T, a.H, a.G, a.hd, a.window, stream)) return;
     backward_statistics<X><<<ceil_div((int64_t)a.B * a.T * a.H * 8, 256), 256, 0, stream>>>(a);
     LAUNCH_CHECK();
     if constexpr (std::is_same_v<X, bf16>)
@@ -785,8 +792,9 @@ template <class X> __global__ void ring_update_kernel(X* ring, const Args<X> a, 
 
 // ---------------------------------------------------------------------------------------------------------------------
 
+// portable: stay on the path that every GPU has, for tests
 inline void attention_forward(floatX* out, float* lse, const floatX* qkv, const floatX* ring, int64_t capacity, int64_t position, int B, int64_t T, int H, int G,
-                              int hd, int64_t window, Stream stream = {}) {
+                              int hd, int64_t window, Stream stream = {}, bool portable = false) {
     attn::check(T, capacity, H, G, hd);
     if (B * T == 0) return;
     attn::Args<floatX> a{};
@@ -794,22 +802,22 @@ inline void attention_forward(floatX* out, float* lse, const floatX* qkv, const 
     a.ring = position > 0 && capacity > 0 ? ring : nullptr;
     const int64_t visible = T + (a.ring ? std::min(position, capacity) : 0);
     a.window = (int)(window <= 0 ? visible : std::min(window, visible));
-    attn::forward(a, stream);
+    attn::forward(a, portable, stream);
 }
 
-// lse log2(e) and delta, (B, H, T) each
-inline size_t attention_backward_workspace(int B, int64_t T, int H, int, int) { return (size_t)B * H * T * 2 * sizeof(float); }
+// lse log2(e) and delta, (B, H, T) each, with T rounded up to the tiles of the Hopper path. 16-byte aligned.
+inline size_t attention_backward_workspace(int B, int64_t T, int H, int, int) { return (size_t)B * H * round_up(T, 128) * 2 * sizeof(float); }
 
 // Training only: no ring, t = 0 is position 0. Every element of dqkv is written.
 inline void attention_backward(floatX* dqkv, const floatX* dout, const floatX* out, const floatX* qkv, const float* lse, void* workspace, int B, int64_t T, int H,
-                               int G, int hd, int64_t window, Stream stream = {}) {
+                               int G, int hd, int64_t window, Stream stream = {}, bool portable = false) {
     attn::check(T, 0, H, G, hd);
     if (B * T == 0) return;
     attn::Args<floatX> a{};
     a.dqkv = dqkv, a.dout = dout, a.saved_out = out, a.qkv = qkv, a.lse = const_cast<float*>(lse), a.B = B, a.T = (int)T, a.H = H, a.G = G, a.hd = hd;
     a.lse2 = (float*)workspace, a.delta = a.lse2 + (int64_t)B * H * T;
     a.window = (int)(window <= 0 ? T : std::min(window, T));
-    attn::backward(a, stream);
+    attn::backward(a, portable, stream);
 }
 
 // The chunk's last min(T, capacity) keys and values into the ring (B, capacity, 2, G, hd), for the calls that follow

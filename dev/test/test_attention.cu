@@ -141,8 +141,8 @@ TEST(AttentionGpu, ForwardMatchesTwin) {
         cpu::attention_forward(want.data(), want_lse.data(), qkv.data(), nullptr, 0, 0, c.B, c.T, c.H, c.G, c.hd, c.window);
         DeviceBuffer<floatX> x(to_type<floatX>(qkv)), out(c.out()), again(c.out());
         DeviceBuffer<float> lse(c.lse());
-        gpu::attention_forward(out.ptr, lse.ptr, x.ptr, nullptr, 0, 0, c.B, c.T, c.H, c.G, c.hd, c.window, Stream{});
-        gpu::attention_forward(again.ptr, lse.ptr, x.ptr, nullptr, 0, 0, c.B, c.T, c.H, c.G, c.hd, c.window, Stream{});
+        gpu::attention_forward(out.ptr, lse.ptr, x.ptr, nullptr, 0, 0, c.B, c.T, c.H, c.G, c.hd, c.window, Stream{}, true);
+        gpu::attention_forward(again.ptr, lse.ptr, x.ptr, nullptr, 0, 0, c.B, c.T, c.H, c.G, c.hd, c.window, Stream{}, true);
         const std::vector<floatX> got = out.host(), got_again = again.host();
         EXPECT_LT(rel_l2(to_double(got), want), tolerance<floatX>()) << c.name();
         EXPECT_LT(rel_l2(to_double(lse.host()), want_lse), 1e-5) << c.name();               // fp32 in both builds
@@ -173,8 +173,8 @@ TEST(AttentionGpu, BackwardMatchesTwin) {
         DeviceBuffer<floatX> x(to_type<floatX>(qkv)), g(to_type<floatX>(dout)), o(to_type<floatX>(out)), dx(c.qkv()), again(c.qkv());
         DeviceBuffer<float> l(to_type<float>(lse));
         DeviceBuffer<char> workspace(gpu::attention_backward_workspace(c.B, c.T, c.H, c.G, c.hd));
-        gpu::attention_backward(dx.ptr, g.ptr, o.ptr, x.ptr, l.ptr, workspace.ptr, c.B, c.T, c.H, c.G, c.hd, c.window, Stream{});
-        gpu::attention_backward(again.ptr, g.ptr, o.ptr, x.ptr, l.ptr, workspace.ptr, c.B, c.T, c.H, c.G, c.hd, c.window, Stream{});
+        gpu::attention_backward(dx.ptr, g.ptr, o.ptr, x.ptr, l.ptr, workspace.ptr, c.B, c.T, c.H, c.G, c.hd, c.window, Stream{}, true);
+        gpu::attention_backward(again.ptr, g.ptr, o.ptr, x.ptr, l.ptr, workspace.ptr, c.B, c.T, c.H, c.G, c.hd, c.window, Stream{}, true);
         const std::vector<floatX> got = dx.host(), got_again = again.host();
         EXPECT_LT(rel_l2(to_double(got), want), tolerance<floatX>()) << c.name();
         EXPECT_EQ(memcmp(got.data(), got_again.data(), got.size() * sizeof(floatX)), 0) << c.name();

@@ -93,7 +93,9 @@ def test_a_run_learns_and_logs_every_step(world, tmp_path):
     assert all(r["ppl"] == pytest.approx(np.exp(r["loss"])) for r in val)
     assert [r["step"] for r in records(tmp_path / "run", "checkpoint")] == [100, 150]
     first = json.loads(open(tmp_path / "run/log.jsonl").readline())
-    assert first["type"] == "run" and first["options"]["lr"] == "1e-2" and first["config"]["blocks"] == "MS" and first["commit"]
+    assert first["type"] == "run" and first["config"]["blocks"] == "MS" and first["commit"]
+    assert {n: first["options"][n] for n in ("lr", "min-lr", "seq-len", "recompute")} == {"lr": "0.01", "min-lr": "0.001", "seq-len": "16", "recompute": "none"}
+    assert json.load(open(tmp_path / "run/latest/state.json"))["options"] == first["options"]
     assert re.search(r"step +1/150 \| .* tokens \| loss \d+\.\d{4} \| norm .* \| lr .* ms \| .* tok/s.* ETA", result.stdout)
 
 

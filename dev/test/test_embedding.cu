@@ -1,5 +1,8 @@
 // Embedding: backward is the transpose of forward; frequent, rare and absent tokens.
-#include "../../kernels/ops.cuh"
+#include "../../kernels/cpu/embedding.h"
+#ifndef SAMBA_CPU
+#include "../../kernels/embedding.cuh"
+#endif
 #include "test_util.h"
 
 namespace {

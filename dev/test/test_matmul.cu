@@ -1,5 +1,8 @@
 // Matrix products: gradients against finite differences; every product at awkward sizes, with rows further apart than wide.
-#include "../../kernels/ops.cuh"
+#include "../../kernels/cpu/matmul.h"
+#ifndef SAMBA_CPU
+#include "../../kernels/matmul.cuh"
+#endif
 #include "test_util.h"
 
 namespace {

@@ -1,5 +1,10 @@
 // The global gradient norm with its clipping factor, and AdamW against five steps written out in double.
-#include "../../kernels/ops.cuh"
+#include "../../kernels/cpu/adamw.h"
+#include "../../kernels/cpu/global_norm.h"
+#ifndef SAMBA_CPU
+#include "../../kernels/adamw.cuh"
+#include "../../kernels/global_norm.cuh"
+#endif
 #include "test_util.h"
 
 namespace {

@@ -177,7 +177,7 @@ def test_a_rank_that_never_comes_is_named(world, tmp_path):
 
 
 @pytest.mark.parametrize("change,expected", [
-    (["--lr", "1e-3"], r"rank 1 on \S+ has another --lr than rank 0 on \S+: 1e-3, not 3e-3"),
+    (["--lr", "1e-3"], r"rank 1 on \S+ has another --lr than rank 0 on \S+: 0.001, not 0.003"),
     (["--model", "OTHER"], "has another model configuration"),
     (["--data", "OTHER"], "has another content of --data"),
 ])

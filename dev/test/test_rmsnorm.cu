@@ -1,5 +1,8 @@
 // RMSNorm: gradients against finite differences, overwriting and accumulating.
-#include "../../kernels/ops.cuh"
+#include "../../kernels/cpu/rmsnorm.h"
+#ifndef SAMBA_CPU
+#include "../../kernels/rmsnorm.cuh"
+#endif
 #include "test_util.h"
 
 namespace {

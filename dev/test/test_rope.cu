@@ -1,5 +1,8 @@
 // RoPE: its twin against the formula and finite differences; the GPU against the twin.
-#include "../../kernels/ops.cuh"
+#include "../../kernels/cpu/rope.h"
+#ifndef SAMBA_CPU
+#include "../../kernels/rope.cuh"
+#endif
 #include "test_util.h"
 
 namespace {

@@ -1,5 +1,8 @@
 // SwiGLU: gradients against finite differences, and gates so large that exp overflows.
-#include "../../kernels/ops.cuh"
+#include "../../kernels/cpu/swiglu.h"
+#ifndef SAMBA_CPU
+#include "../../kernels/swiglu.cuh"
+#endif
 #include "test_util.h"
 
 namespace {

@@ -65,7 +65,7 @@ template <class T> struct DeviceBuffer {
     }
     DeviceBuffer(const DeviceBuffer&) = delete;
     DeviceBuffer& operator=(const DeviceBuffer&) = delete;
-    ~DeviceBuffer() { device_free(ptr); }
+    ~DeviceBuffer() { try { device_free(ptr); } catch (...) {} }   // after a faulty kernel every call fails: the test says so, not std::terminate
     std::vector<T> host() const {
         std::vector<T> out(size);
         stream_sync(Stream{});

@@ -4,6 +4,7 @@
 //   dx_t = sum_k w_k ds_(t+3-k), terms past T-1 left out        dw_k = sum_t ds_t x_(t-3+k)        db = sum_t ds_t
 // The inner loops run over the channels of a row. The backward pass makes s again from x.
 #pragma once
+#include <type_traits>
 #include <vector>
 #include "../device.cuh"
 #include "exp.h"
@@ -34,7 +35,7 @@ template <class R> struct ConvInput {
 };
 
 template <class R>
-void conv1d_forward(R* u /*(B,T,e)*/, R* halo_out /*(B,3,e) or null*/, const R* x /*(B,T,e), row stride ldx*/, int64_t ldx, const R* halo_in /*or null*/,
+void conv1d_forward(R* u /*(B,T,e)*/, std::type_identity_t<R>* halo_out /*(B,3,e) or null*/, const R* x /*(B,T,e), row stride ldx*/, int64_t ldx, const std::type_identity_t<R>* halo_in /*or null*/,
                     const R* w /*(e,4)*/, const R* b /*(e)*/, int B, int64_t T, int e, Stream = {}) {
     const ConvInput<R> in{x, ldx, halo_in, T, e};
     const std::vector<R> wt = conv_transposed_weight(w, e);
@@ -62,7 +63,7 @@ inline size_t conv1d_backward_workspace(int B, int64_t T, int e) { return (size_
 
 template <class R>
 void conv1d_backward(R* dx /*(B,T,e), row stride lddx*/, int64_t lddx, R* dw /*(e,4) +=*/, R* db /*(e) +=*/, const R* du /*(B,T,e)*/,
-                     const R* x /*(B,T,e), row stride ldx*/, int64_t ldx, const R* halo_in /*or null*/, const R* w, const R* b, void* workspace, int B,
+                     const R* x /*(B,T,e), row stride ldx*/, int64_t ldx, const std::type_identity_t<R>* halo_in /*or null*/, const R* w, const R* b, void* workspace, int B,
                      int64_t T, int e, Stream = {}) {
     const ConvInput<R> in{x, ldx, halo_in, T, e};
     const std::vector<R> wt = conv_transposed_weight(w, e);

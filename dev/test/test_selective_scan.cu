@@ -1,0 +1,278 @@
+// Selective scan: the twin against the recurrence written out and finite differences; the GPU against the twin in double.
+#include "../../kernels/ops.cuh"
+#include "test_util.h"
+
+namespace {
+
+struct ScanCase {
+    int B;
+    int64_t T;
+    int e, N;
+    int gap = 0;      // columns in front of B, C and of z and dz in their rows
+    bool h_in = true;
+};
+
+// A problem, or its gradients, in type T. Rows of bc and z are wider than what is used of them.
+struct ScanData {
+    ScanCase c;
+    int64_t ldbc, ldz;
+    std::vector<double> u, dt_raw, bc, z, A_log, D, dt_bias, h_in, dout;
+    ScanData(const ScanCase& c_, uint64_t seed) : c(c_), ldbc(c_.gap + 2 * c_.N), ldz(c_.gap + c_.e) {
+        const size_t BT = c.B * c.T;
+        u = random_values(BT * c.e, seed + 1);
+        dt_raw = random_values(BT * c.e, seed + 2, 2.0);
+        bc = random_values(BT * ldbc, seed + 3);
+        z = random_values(BT * ldz, seed + 4, 3.0);
+        A_log = random_values((size_t)c.e * c.N, seed + 5, 2.0);
+        D = random_values(c.e, seed + 6);
+        dt_bias = random_values(c.e, seed + 7);
+        for (double& x : dt_bias) x -= 2;
+        h_in = random_values((size_t)c.B * c.e * c.N, seed + 8);
+        dout = random_values(BT * c.e, seed + 9);
+    }
+    // Activations as X holds them and parameters and states as float does
+    template <class X> void round() {
+        for (auto* v : {&u, &dt_raw, &bc, &z, &dout}) *v = rounded<X>(*v);
+        for (auto* v : {&A_log, &D, &dt_bias, &h_in}) *v = rounded<float>(*v);
+    }
+};
+
+struct ScanResult {
+    std::vector<double> out, h_out, du, ddt_raw, dz, dbc, remade_out, dA_log, dD, ddt_bias;
+};
+
+// Both passes of the twin in R. Parameter gradients start from zero.
+template <class R> ScanResult run_twin(const ScanData& d, bool backward = true) {
+    const auto& [B, T, e, N, gap, has_h_in] = d.c;
+    const size_t BT = B * T;
+    const auto u = to_type<R>(d.u), dt_raw = to_type<R>(d.dt_raw), bc = to_type<R>(d.bc), z = to_type<R>(d.z), A_log = to_type<R>(d.A_log), D = to_type<R>(d.D),
+               dt_bias = to_type<R>(d.dt_bias), h_in = to_type<R>(d.h_in), dout = to_type<R>(d.dout);
+    const R* h = has_h_in ? h_in.data() : nullptr;
+    std::vector<R> out(BT * e), h_out(h_in.size()), du(BT * e), ddt(BT * e), dz(BT * d.ldz), dbc(BT * d.ldbc), remade(BT * e), dA_log(A_log.size()), dD(e), ddt_bias(e);
+    std::vector<char> saved(cpu::selective_scan_saved(B, T, e, N)), workspace(cpu::selective_scan_workspace(B, T, e, N));
+    cpu::selective_scan_forward(out.data(), saved.data(), h_out.data(), u.data(), dt_raw.data(), bc.data() + gap, d.ldbc, z.data() + gap, d.ldz, A_log.data(), D.data(),
+                                dt_bias.data(), h, workspace.data(), B, T, e, N);
+    if (backward)
+        cpu::selective_scan_backward(du.data(), ddt.data(), dz.data() + gap, d.ldz, dbc.data() + gap, d.ldbc, remade.data(), dA_log.data(), dD.data(), ddt_bias.data(),
+                                     dout.data(), u.data(), dt_raw.data(), bc.data() + gap, d.ldbc, z.data() + gap, d.ldz, A_log.data(), D.data(), dt_bias.data(), h,
+                                     saved.data(), workspace.data(), B, T, e, N);
+    return {to_double(out), to_double(h_out), to_double(du), to_double(ddt), to_double(dz), to_double(dbc), to_double(remade), to_double(dA_log), to_double(dD), to_double(ddt_bias)};
+}
+
+// The recurrence one channel after the other, as in the header of the twin
+TEST(ScanCpu, IsTheRecurrence) {
+    for (const ScanCase& c : {ScanCase{2, 70, 33, 5, 3}, ScanCase{1, 1, 1, 1}, ScanCase{1, 33, 16, 16, 0, false}}) {
+        const ScanData d(c, 1);
+        const ScanResult got = run_twin<double>(d, false);
+        std::vector<double> out(d.u.size()), h_out(d.h_in.size());
+        for (int b = 0; b < c.B; b++)
+            for (int i = 0; i < c.e; i++) {
+                std::vector<double> h(c.N, 0.0);
+                if (c.h_in) h.assign(&d.h_in[(b * c.e + i) * c.N], &d.h_in[(b * c.e + i) * c.N] + c.N);
+                for (int64_t t = 0; t < c.T; t++) {
+                    const int64_t row = b * c.T + t;
+                    const double u = d.u[row * c.e + i], dt = std::log1p(std::exp(d.dt_raw[row * c.e + i] + d.dt_bias[i])), z = d.z[row * d.ldz + c.gap + i];
+                    double y = d.D[i] * u;
+                    for (int n = 0; n < c.N; n++) {
+                        h[n] = std::exp(-dt * std::exp(d.A_log[i * c.N + n])) * h[n] + dt * d.bc[row * d.ldbc + c.gap + n] * u;
+                        y += d.bc[row * d.ldbc + c.gap + c.N + n] * h[n];
+                    }
+                    out[row * c.e + i] = y * z / (1 + std::exp(-z));
+                }
+                for (int n = 0; n < c.N; n++) h_out[(b * c.e + i) * c.N + n] = h[n];
+            }
+        EXPECT_LT(rel_l2(got.out, out), 1e-13);
+        EXPECT_LT(rel_l2(got.h_out, h_out), 1e-13);
+    }
+}
+
+TEST(ScanCpu, BackwardIsTheGradient) {
+    for (const ScanCase& c : {ScanCase{2, 5, 3, 4, 2}, ScanCase{1, 1, 1, 1}, ScanCase{1, 67, 18, 3}, ScanCase{2, 33, 2, 7, 0, false}}) {
+        ScanData d(c, 11);
+        const ScanResult gradient = run_twin<double>(d);
+        EXPECT_EQ(gradient.out, gradient.remade_out);
+        auto loss = [&] {
+            const ScanResult r = run_twin<double>(d, false);
+            double sum = 0;
+            for (size_t i = 0; i < r.out.size(); i++) sum += r.out[i] * d.dout[i];
+            return sum;
+        };
+        expect_gradient(loss, d.u, gradient.du, "du");
+        expect_gradient(loss, d.dt_raw, gradient.ddt_raw, "ddt_raw");
+        expect_gradient(loss, d.z, gradient.dz, "dz");
+        expect_gradient(loss, d.bc, gradient.dbc, "dbc");
+        expect_gradient(loss, d.A_log, gradient.dA_log, "dA_log");
+        expect_gradient(loss, d.D, gradient.dD, "dD");
+        expect_gradient(loss, d.dt_bias, gradient.ddt_bias, "ddt_bias");
+    }
+}
+
+void expect_close(const ScanResult& got, const ScanResult& want, double tol, const std::string& what) {
+    EXPECT_LT(rel_l2(got.out, want.out), tol) << "out, " << what;
+    EXPECT_LT(rel_l2(got.remade_out, want.out), tol) << "out of the backward pass, " << what;
+    EXPECT_LT(rel_l2(got.du, want.du), tol) << "du, " << what;
+    EXPECT_LT(rel_l2(got.ddt_raw, want.ddt_raw), tol) << "ddt_raw, " << what;
+    EXPECT_LT(rel_l2(got.dz, want.dz), tol) << "dz, " << what;
+    EXPECT_LT(rel_l2(got.dbc, want.dbc), tol) << "dbc, " << what;
+    EXPECT_LT(rel_l2(got.dA_log, want.dA_log), tol) << "dA_log, " << what;
+    EXPECT_LT(rel_l2(got.dD, want.dD), tol) << "dD, " << what;
+    EXPECT_LT(rel_l2(got.ddt_bias, want.ddt_bias), tol) << "ddt_bias, " << what;
+    EXPECT_LT(rel_l2(got.h_out, want.h_out), 1e-5) << "h_out, " << what;      // fp32 in every build
+}
+std::string name_of(const ScanCase& c) {
+    return "B " + std::to_string(c.B) + " T " + std::to_string(c.T) + " e " + std::to_string(c.e) + " N " + std::to_string(c.N);
+}
+
+TEST(ScanCpu, FloatMatchesDouble) {
+    for (const ScanCase& c : {ScanCase{2, 100, 40, 16, 8}, ScanCase{1, 257, 33, 5}}) {
+        ScanData d(c, 21);
+        d.round<float>();
+        expect_close(run_twin<float>(d), run_twin<double>(d), 1e-5, name_of(c));
+    }
+}
+
+// dt_bias of +-30, A_log of +-10, zeros
+std::vector<ScanData> extreme_problems() {
+    std::vector<ScanData> all;
+    for (double bias : {30.0, -30.0})
+        for (double A_log : {10.0, -10.0}) {
+            ScanData d(ScanCase{1, 37, 36, 16, 4}, 31);
+            d.dt_bias.assign(d.dt_bias.size(), bias);
+            d.A_log.assign(d.A_log.size(), A_log);
+            all.push_back(d);
+        }
+    ScanData zeros(ScanCase{1, 37, 36, 16, 4}, 32);
+    for (auto* v : {&zeros.u, &zeros.dt_raw, &zeros.bc, &zeros.z, &zeros.A_log, &zeros.D, &zeros.dt_bias, &zeros.h_in, &zeros.dout}) v->assign(v->size(), 0.0);
+    all.push_back(zeros);
+    return all;
+}
+
+TEST(ScanCpu, ExtremesInFloat) {
+    for (ScanData& d : extreme_problems()) {
+        d.round<float>();
+        expect_close(run_twin<float>(d), run_twin<double>(d), 1e-5, "dt_bias " + std::to_string(d.dt_bias[0]) + " A_log " + std::to_string(d.A_log[0]));
+    }
+}
+
+#ifndef SAMBA_CPU
+// Elements outside the used columns of wider rows must keep their poison. They become zeros, as the twin leaves them.
+std::vector<double> used_columns(std::vector<double> rows, int64_t ld, int first, int count) {
+    for (size_t i = 0; i < rows.size(); i++) {
+        const int64_t column = (int64_t)i % ld;
+        if (column >= first && column < first + count) continue;
+        EXPECT_TRUE(std::isnan(rows[i])) << "a column that is not the kernel's was written";
+        rows[i] = 0;
+    }
+    return rows;
+}
+
+ScanResult run_gpu(const ScanData& d) {
+    const auto& [B, T, e, N, gap, has_h_in] = d.c;
+    const size_t BT = B * T;
+    DeviceBuffer<floatX> u(to_type<floatX>(d.u)), dt_raw(to_type<floatX>(d.dt_raw)), bc(to_type<floatX>(d.bc)), z(to_type<floatX>(d.z)), dout(to_type<floatX>(d.dout));
+    DeviceBuffer<float> A_log(to_type<float>(d.A_log)), D(to_type<float>(d.D)), dt_bias(to_type<float>(d.dt_bias)), h_in(to_type<float>(d.h_in)), h_out(d.h_in.size());
+    DeviceBuffer<floatX> out(BT * e), remade(BT * e), du(BT * e), ddt(BT * e), dz(BT * d.ldz), dbc(BT * d.ldbc);
+    DeviceBuffer<float> dA_log(std::vector<float>(d.A_log.size(), 1.f)), dD(std::vector<float>(e, 1.f)), ddt_bias(std::vector<float>(e, 1.f));
+    DeviceBuffer<char> saved(gpu::selective_scan_saved(B, T, e, N)), workspace(gpu::selective_scan_workspace(B, T, e, N));
+    const float* h = has_h_in ? h_in.ptr : nullptr;
+    gpu::selective_scan_forward(out.ptr, saved.ptr, h_out.ptr, u.ptr, dt_raw.ptr, bc.ptr + gap, d.ldbc, z.ptr + gap, d.ldz, A_log.ptr, D.ptr, dt_bias.ptr, h,
+                                workspace.ptr, B, T, e, N, Stream{});
+    gpu::selective_scan_backward(du.ptr, ddt.ptr, dz.ptr + gap, d.ldz, dbc.ptr + gap, d.ldbc, remade.ptr, dA_log.ptr, dD.ptr, ddt_bias.ptr, dout.ptr, u.ptr, dt_raw.ptr,
+                                 bc.ptr + gap, d.ldbc, z.ptr + gap, d.ldz, A_log.ptr, D.ptr, dt_bias.ptr, h, saved.ptr, workspace.ptr, B, T, e, N, Stream{});
+    auto less_one = [](std::vector<double> x) {      // what was added to the gradients
+        for (double& v : x) v -= 1;
+        return x;
+    };
+    return {to_double(out.host()), to_double(h_out.host()), to_double(du.host()), to_double(ddt.host()), used_columns(to_double(dz.host()), d.ldz, gap, e),
+            used_columns(to_double(dbc.host()), d.ldbc, gap, 2 * N), to_double(remade.host()), less_one(to_double(dA_log.host())), less_one(to_double(dD.host())),
+            less_one(to_double(ddt_bias.host()))};
+}
+
+const ScanCase SCAN_CASES[] = {
+    {1, 1, 64, 16},              // one step
+    {2, 16, 64, 16, 96},         // one tile, the model's row layout
+    {2, 33, 136, 16, 8},         // a tail in steps and channels
+    {3, 70, 33, 16},             // e that no vector divides
+    {2, 50, 40, 8, 8},           // fewer states than lanes hold
+    {2, 50, 40, 5},
+    {2, 47, 72, 64, 4},          // groups of states
+    {1, 21, 35, 37, 3, false},
+    {2, 1000, 72, 16, 0, false},
+    {1, 5000, 40, 16},           // segments
+    {1, 1500, 33, 20, 1},        // segments and groups, no vectors
+};
+
+// bf16 build: besides the rounding of the results, states are kept in bf16 between the passes, and dB and dC are sums of products of bf16
+// values, as many independent roundings of 2^-9: 2.4e-3 altogether, within tolerance<bf16>.
+TEST(ScanGpu, MatchesTwin) {
+    REQUIRE_GPU();
+    for (const ScanCase& c : SCAN_CASES) {
+        ScanData d(c, 41);
+        d.round<floatX>();
+        expect_close(run_gpu(d), run_twin<double>(d), tolerance<floatX>(), name_of(c));
+    }
+}
+
+TEST(ScanGpu, Extremes) {
+    REQUIRE_GPU();
+    for (ScanData& d : extreme_problems()) {
+        d.round<floatX>();
+        const std::string name = "dt_bias " + std::to_string(d.dt_bias[0]) + " A_log " + std::to_string(d.A_log[0]);
+        const ScanResult got = run_gpu(d), want = run_twin<double>(d);
+        for (const auto* v : {&got.out, &got.h_out, &got.du, &got.ddt_raw, &got.dz, &got.dbc, &got.dA_log, &got.dD, &got.ddt_bias})
+            for (double x : *v) ASSERT_TRUE(std::isfinite(x)) << name;
+        EXPECT_LT(rel_l2(got.out, want.out), tolerance<floatX>()) << name;
+        EXPECT_LT(rel_l2(got.h_out, want.h_out), 1e-5) << name;
+        EXPECT_LT(rel_l2(got.du, want.du), tolerance<floatX>()) << name;
+        EXPECT_LT(rel_l2(got.dz, want.dz), tolerance<floatX>()) << name;
+        EXPECT_LT(rel_l2(got.dbc, want.dbc), tolerance<floatX>()) << name;
+        EXPECT_LT(rel_l2(got.ddt_raw, want.ddt_raw), tolerance<floatX>()) << name;
+    }
+}
+
+TEST(ScanGpu, SameBitsEveryTime) {
+    REQUIRE_GPU();
+    for (const ScanCase& c : {ScanCase{2, 300, 200, 16, 8}, ScanCase{1, 5000, 40, 16}, ScanCase{1, 100, 40, 64}}) {
+        const ScanData d(c, 51);
+        const ScanResult first = run_gpu(d), second = run_gpu(d);
+        EXPECT_EQ(first.out, second.out);
+        EXPECT_EQ(first.h_out, second.h_out);
+        EXPECT_EQ(first.du, second.du);
+        EXPECT_EQ(first.ddt_raw, second.ddt_raw);
+        EXPECT_EQ(first.dz, second.dz);
+        EXPECT_EQ(first.dbc, second.dbc);
+        EXPECT_EQ(first.dA_log, second.dA_log);
+        EXPECT_EQ(first.dD, second.dD);
+        EXPECT_EQ(first.ddt_bias, second.ddt_bias);
+    }
+}
+
+// A sequence in chunks, the state handed on in place, nothing saved. The whole may be split into segments and the chunks not.
+TEST(ScanGpu, ChunksMakeTheWhole) {
+    REQUIRE_GPU();
+    for (const ScanCase& c : {ScanCase{1, 1000, 72, 16, 8}, ScanCase{1, 200, 33, 40, 1}}) {
+        ScanData d(c, 61);
+        d.round<floatX>();
+        const ScanResult want = run_twin<double>(d, false);
+        DeviceBuffer<floatX> u(to_type<floatX>(d.u)), dt_raw(to_type<floatX>(d.dt_raw)), bc(to_type<floatX>(d.bc)), z(to_type<floatX>(d.z)), out(d.u.size());
+        DeviceBuffer<float> A_log(to_type<float>(d.A_log)), D(to_type<float>(d.D)), dt_bias(to_type<float>(d.dt_bias)), h(to_type<float>(d.h_in));
+        DeviceBuffer<char> workspace(gpu::selective_scan_workspace(1, c.T, c.e, c.N));
+        const int64_t ends[] = {1, 2, 17, 100, 132, c.T};
+        int64_t at = 0;
+        for (int64_t end : ends) {
+            gpu::selective_scan_forward(out.ptr + at * c.e, nullptr, h.ptr, u.ptr + at * c.e, dt_raw.ptr + at * c.e, bc.ptr + c.gap + at * d.ldbc, d.ldbc,
+                                        z.ptr + c.gap + at * d.ldz, d.ldz, A_log.ptr, D.ptr, dt_bias.ptr, h.ptr, workspace.ptr, 1, end - at, c.e, c.N, Stream{});
+            at = end;
+        }
+        EXPECT_LT(rel_l2(to_double(out.host()), want.out), tolerance<floatX>()) << name_of(c);
+        EXPECT_LT(rel_l2(to_double(h.host()), want.h_out), 1e-5) << name_of(c);
+    }
+}
+
+TEST(ScanGpu, RefusesTooManyStates) {
+    REQUIRE_GPU();
+    EXPECT_THROW(gpu::selective_scan_forward(nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, 0, nullptr, 0, nullptr, nullptr, nullptr, nullptr, nullptr, 1, 1, 1, 257, Stream{}), Error);
+}
+#endif
+
+} // namespace
