@@ -17,9 +17,13 @@ NVCC := $(shell command -v nvcc 2>/dev/null || ls /usr/local/cuda/bin/nvcc 2>/de
 GPU_NAME := $(shell nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1)
 GPU_ARCH := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d '. ')
 HASH := \#
-has_header = $(shell echo '$(HASH)include <$(1)>' | $(CXX) -std=c++20 $(CPPFLAGS) -x c++ -fsyntax-only - 2>/dev/null && echo yes)
+has_header = $(shell echo '$(HASH)include <$(1)>' | $(CXX) -std=c++20 $(2) $(CPPFLAGS) -x c++ -fsyntax-only - 2>/dev/null && echo yes)
 HAVE_SENTENCEPIECE := $(call has_header,sentencepiece_processor.h)
 HAVE_OPENBLAS := $(call has_header,cblas.h)
+MPI_WORDS := $(shell (mpicxx --showme || mpicxx -show) 2>/dev/null)
+MPI_INCLUDE := $(filter -I%,$(MPI_WORDS))
+HAVE_MPI := $(call has_header,mpi.h,$(MPI_INCLUDE))
+HAVE_NCCL := $(if $(NVCC),$(call has_header,nccl.h,-I$(dir $(realpath $(NVCC)))../include))
 
 ifeq ($(NVCC),)
 CPU := 1
@@ -53,6 +57,11 @@ else
 DEFINES += -DSAMBA_NO_SENTENCEPIECE
 endif
 
+ifeq ($(HAVE_MPI),yes)
+DEFINES += -DSAMBA_MPI $(MPI_INCLUDE)
+LIBRARIES += $(filter -L% -lmpi,$(MPI_WORDS))
+endif
+
 WARNINGS := -Wall -Wextra -Wno-unknown-pragmas -Wno-restrict
 ifeq ($(CPU),1)
 DEFINES += -DSAMBA_CPU
@@ -69,6 +78,10 @@ ARCH ?= $(if $(GPU_ARCH),$(if $(filter 90,$(GPU_ARCH)),90a,$(GPU_ARCH)),80 90a)
 GENCODE := $(foreach a,$(ARCH),-gencode arch=compute_$(a),code=sm_$(a))
 ifeq ($(PRECISION),FP32)
 DEFINES += -DSAMBA_FP32
+endif
+ifeq ($(HAVE_NCCL),yes)
+DEFINES += -DSAMBA_NCCL
+LIBRARIES += -lnccl
 endif
 OPTIMISE := $(if $(filter 1,$(DEBUG)),-O0 -g -lineinfo,-O3 -lineinfo)
 COMPILE = $(NVCC) -std=c++20 $(OPTIMISE) $(GENCODE) -Xcompiler -fopenmp,-march=$(MARCH),-Wall,-Wno-unknown-pragmas \

@@ -8,6 +8,7 @@
 //   5. layers             Mamba, attention, SwiGLU: forward, and backward as its mirror image
 //   6. the network        embedding, the loop over layers, the head with its loss
 //   7. the update         gradient norm, clip, AdamW
+//   8. several processes  the same step shared between GPUs
 //
 // Symbols: B sequences of T tokens, d = d_model, e = d_inner = 2d, N = d_state = 16, R = dt_rank = ceil(d/16), H query heads
 // and G key/value heads of head_dim hd, F = d_ff, V = vocab_size, L layers. Arrays are row-major, channels last.
@@ -26,6 +27,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include "kernels/comm.cuh"
 #include "kernels/ops.cuh"
 
 // =====================================================================================================================
@@ -302,6 +304,7 @@ struct Layout {
     std::vector<Layer> layers;
     NetworkTensors network;
     std::vector<Tensor> tensors;
+    std::vector<int64_t> layer_matrices;                  // where each layer's matrices begin in the flat order; then their end
     int64_t matrix_elements = 0, vector_elements = 0;     // with alignment gaps
     int64_t elements() const { return matrix_elements + vector_elements; }
     int64_t parameters() const { int64_t n = 0; for (auto& t : tensors) n += t.size; return n; }
@@ -309,6 +312,7 @@ struct Layout {
 
     explicit Layout(const Config& config) : config(config) {
         add_network();
+        layer_matrices.push_back(matrix_elements);
         for (int i = 0; i < config.n_block(); i++) add_block(i, config.blocks[i]);
     }
 
@@ -336,6 +340,11 @@ private:
         return at;
     }
 
+    void add_layer(const Layer& layer) {
+        layers.push_back(layer);
+        layer_matrices.push_back(matrix_elements);
+    }
+
 #define ADD_MATRIX(member, init, name, ...) t.member.at = add(true,  prefix + name, init, {__VA_ARGS__});
 #define ADD_VECTOR(member, init, name, ...) t.member.at = add(false, std::string(name) == NORM ? norm + ".weight" : prefix + name, init, {__VA_ARGS__});
     static constexpr const char* NORM = "";              // the layer's norm, whose name depends on the kind of block
@@ -354,7 +363,7 @@ private:
         Layer layer{Kind::mamba, block};
         MambaTensors& t = layer.mamba;
         MAMBA_TENSORS(ADD_MATRIX, ADD_VECTOR)
-        layers.push_back(layer);
+        add_layer(layer);
     }
     void add_attention(int block, int64_t window, const std::string& norm, const std::string& prefix) {
         const Config& c = config;
@@ -362,14 +371,14 @@ private:
         Layer layer{Kind::attention, block, window};
         AttentionTensors& t = layer.attention;
         ATTENTION_TENSORS(ADD_MATRIX, ADD_VECTOR)
-        layers.push_back(layer);
+        add_layer(layer);
     }
     void add_mlp(int block, int F, const std::string& norm, const std::string& prefix) {
         const int d = config.d_model;
         Layer layer{Kind::mlp, block, 0, F};
         MlpTensors& t = layer.mlp;
         MLP_TENSORS(ADD_MATRIX, ADD_VECTOR)
-        layers.push_back(layer);
+        add_layer(layer);
     }
     // The same without a norm of its own
     void add_parallel_mlp(int block, int F, const std::string& prefix) {
@@ -381,7 +390,7 @@ private:
 #define SHARED_VECTOR(member, ...) t.member = shared;
         MLP_TENSORS(ADD_MATRIX, SHARED_VECTOR)
 #undef SHARED_VECTOR
-        layers.push_back(layer);
+        add_layer(layer);
     }
 #undef ADD_MATRIX
 #undef ADD_VECTOR
@@ -624,24 +633,34 @@ inline void Activations::plan(const Layout& layout) {
     dy = kept.take<floatX>(BT * d);
 }
 
-// Parameters in working precision; for training also master copy, gradients and moments, flat and in the same order.
+// Parameters in working precision; for training also master copy, gradients and moments, flat and in the same order: all
+// matrices, then all vectors. Of master copy and moments a process may hold only its own range.
 struct Parameters {
     int64_t n_matrix = 0, n = 0;
+    Range own;                             // of the flat order
     floatX* matrices = nullptr;            // working copies
     float* vectors = nullptr;
-    float *master = nullptr, *grads = nullptr, *m = nullptr, *v = nullptr;   // (n) each; null without training
+    float* grads = nullptr;                                          // (n); null without training
+    float *master = nullptr, *m = nullptr, *v = nullptr;             // (own); null without training
     Arena arena;
 
-    void create(const Layout& layout, bool training) {
-        n_matrix = layout.matrix_elements;
-        n = layout.elements();
+    void create(const Layout& layout, bool training) { create(layout, training, {0, layout.elements()}); }
+    void create(const Layout& layout, bool training, Range own_) {
+        own = own_;
         for (int dry = 1; dry >= 0; dry--) {
-            matrices = arena.take<floatX>(n_matrix);
-            vectors = arena.take<float>(n - n_matrix);
-            for (float** p : {&master, &grads, &m, &v}) *p = training ? arena.take<float>(n) : nullptr;
+            plan(layout, training);
             if (dry) arena.allocate(training ? "the parameters and optimizer" : "the parameters");
         }
     }
+    void plan(const Layout& layout, bool training) {
+        n_matrix = layout.matrix_elements;
+        n = layout.elements();
+        matrices = arena.take<floatX>(n_matrix);
+        vectors = arena.take<float>(n - n_matrix);
+        grads = training ? arena.take<float>(n) : nullptr;
+        for (float** p : {&master, &m, &v}) *p = training ? arena.take<float>(own.size()) : nullptr;
+    }
+    float* at(float* shard, int64_t i) const { return shard + (i - own.begin); }   // element i of the flat order in master, m or v
     floatX* operator()(Matrix t) const { return matrices + t.at; }
     float* operator()(Vector t) const { return vectors + t.at; }
     float* grad(Matrix t) const { return grads + t.at; }
@@ -713,6 +732,8 @@ struct Model {
     ops::Matmul matmul;
     Parameters w;
     Activations acts;
+    // Called where given: before forward reads a layer's weights (-1: the embedding's), after backward has made its gradients
+    std::function<void(int layer)> before_layer, after_layer;
 
     explicit Model(const Config& config) : layout(config), stream(stream_create()) {}
     ~Model() { stream_sync(stream); stream_destroy(stream); }
@@ -896,11 +917,13 @@ inline void forward_layers(Model& m, int B, int64_t T, SequenceState* state) {
         acts.rope_position = position;
         acts.rope_T = T;
     }
+    if (m.before_layer) m.before_layer(-1);
     ops::embedding_forward(acts.x[0], acts.tokens, m.w(m.layout.network.embedding), p.BT(), c.d_model, m.stream);            // (B,T,d)
     for (size_t l = 0; l < m.layout.layers.size(); l++) {
         const Layer& layer = m.layout.layers[l];
         LayerState* s = state ? &state->layers[l] : nullptr;
         float *x = acts.x[l], *x_next = acts.x[l + 1];
+        if (m.before_layer) m.before_layer((int)l);
         switch (layer.kind) {
         case Kind::mamba: mamba_forward(p, layer, acts.layers[l], x_next, x, s); break;
         case Kind::attention: attention_forward(p, layer, acts.layers[l], x_next, x, s); break;
@@ -962,8 +985,10 @@ inline void forward_backward(Model& m, int B, int64_t T, float weight, bool firs
         case Kind::attention: attention_backward(p, layer, acts.layers[l], acts.x[l]); break;
         case Kind::mlp: mlp_backward(p, layer, acts.layers[l], layer.parallel ? acts.x[l - 1] : acts.x[l]); break;
         }
+        if (m.after_layer) m.after_layer((int)l);
     }
     ops::embedding_backward(m.w.grad(t.embedding), acts.dx, acts.tokens, acts.workspace, BT, m.config().vocab_size, d, m.stream);
+    if (m.after_layer) m.after_layer(-1);
 }
 
 // Logits of `rows` tokens, the first of them token `row` of the last forward, each `stride` tokens after the one before;
@@ -989,21 +1014,32 @@ inline void upload_tokens(Model& m, const int* tokens, const int* targets, int64
 // =====================================================================================================================
 // 7. The update
 
-// Clips the accumulated gradients to `clip` (<= 0: no clipping) and makes one AdamW step. acts.norm = {norm, factor}; a norm
-// that is not finite leaves everything unchanged. decay_all: weight decay on vectors too, as the reference does.
-inline void update(Model& m, const AdamW& options, float clip, bool decay_all) {
+// AdamW on the parameters that this process owns, with the gradients that it has of them. acts.norm = {norm, factor}; the
+// factor 0 leaves everything unchanged. decay_all: weight decay on vectors too, as the reference does.
+inline void adamw(Model& m, const AdamW& options, bool decay_all) {
     Parameters& w = m.w;
-    const int64_t n_vector = w.n - w.n_matrix, v = w.n_matrix;
+    const Range matrices = w.own & Range{0, w.n_matrix}, vectors = w.own & Range{w.n_matrix, w.n};
     AdamW vector_options = options;
     if (!decay_all) vector_options.weight_decay = 0;
-    ops::global_norm(m.acts.norm, w.grads, w.n, clip, m.acts.workspace, m.stream);
-    ops::adamw_update(w.matrices, w.master, w.m, w.v, w.grads, m.acts.norm, w.n_matrix, options, m.stream);
-    ops::adamw_update(w.vectors, w.master + v, w.m + v, w.v + v, w.grads + v, m.acts.norm, n_vector, vector_options, m.stream);
+    const auto update = [&](auto* working, Range r, const AdamW& how) {
+        ops::adamw_update(working, w.at(w.master, r.begin), w.at(w.m, r.begin), w.at(w.v, r.begin), w.grads + r.begin, m.acts.norm, r.size(), how, m.stream);
+    };
+    if (matrices.size()) update(w.matrices + matrices.begin, matrices, options);
+    if (vectors.size()) update(w.vectors + (vectors.begin - w.n_matrix), vectors, vector_options);
+}
+
+// Clips the accumulated gradients to `clip` (<= 0: no clipping) and makes one AdamW step. A norm that is not finite leaves
+// everything unchanged.
+inline void update(Model& m, const AdamW& options, float clip, bool decay_all) {
+    ops::global_norm(m.acts.norm, m.w.grads, m.w.n, clip, m.acts.workspace, m.stream);
+    adamw(m, options, decay_all);
 }
 
 // A tensor's values from the host into the working copy, and into the master copy where there is one.
 inline void upload_tensor(Model& m, const Tensor& t, const float* values) {
-    if (m.w.master) copy_to_device(m.w.master + m.layout.flat(t), values, t.size * sizeof(float), m.stream);
+    const int64_t flat = m.layout.flat(t);
+    const Range own = m.w.own & Range{flat, flat + t.size};
+    if (m.w.master && own.size()) copy_to_device(m.w.at(m.w.master, own.begin), values + (own.begin - flat), (size_t)own.size() * sizeof(float), m.stream);
     if (t.is_matrix) {
         std::vector<floatX> rounded(t.size);
 #pragma omp parallel for
@@ -1019,8 +1055,9 @@ inline void upload_tensor(Model& m, const Tensor& t, const float* values) {
 // Fresh parameters. Alignment gaps and moments are zero.
 inline void initialise(Model& m, uint64_t seed) {
     device_zero(m.w.matrices, m.w.n_matrix * sizeof(floatX), m.stream);
-    for (float* p : {m.w.master, m.w.grads, m.w.m, m.w.v})
-        if (p) device_zero(p, m.w.n * sizeof(float), m.stream);
+    if (m.w.grads) device_zero(m.w.grads, m.w.n * sizeof(float), m.stream);
+    for (float* p : {m.w.master, m.w.m, m.w.v})
+        if (p) device_zero(p, m.w.own.size() * sizeof(float), m.stream);
     for (const Tensor& t : m.layout.tensors) {
         std::vector<float> values(t.size);
         const uint64_t key = stream_key(seed, t.name);
@@ -1029,6 +1066,167 @@ inline void initialise(Model& m, uint64_t seed) {
         upload_tensor(m, t, values.data());
     }
 }
+
+// Where numbers stopped being finite in the last micro-batch of B x T tokens: the first layer in forward, or else the first
+// gradient in backward; "" where all is finite. For the line that ends a run: slow, through the host.
+inline std::string first_not_finite(const Model& m, int B, int64_t T) {
+    std::vector<float> host;
+    const auto finite = [&](const float* p, int64_t n) {
+        host.resize((size_t)n);
+        copy_to_host(host.data(), p, (size_t)n * sizeof(float), m.stream);
+        stream_sync(m.stream);
+        return std::all_of(host.begin(), host.end(), [](float x) { return std::isfinite(x); });
+    };
+    const auto& layers = m.layout.layers;
+    for (size_t l = 0; l <= layers.size(); l++) {
+        if (finite(m.acts.x[l], B * T * m.config().d_model)) continue;
+        if (l == 0) return "the output of the embedding";
+        return "the output of layer " + std::to_string(l - 1) + ", the " + kind_name(layers[l - 1].kind) + " of block " + std::to_string(layers[l - 1].block);
+    }
+    if (!finite(m.acts.losses, B * T)) return "the output of the head";
+    for (size_t i = m.layout.tensors.size(); i-- > 0;)
+        if (const Tensor& t = m.layout.tensors[i]; !finite(m.w.grads + m.layout.flat(t), t.size)) return "the gradient of " + t.name;
+    return "";
+}
+
+// =====================================================================================================================
+// 8. Several processes
+//
+// Each takes its part of the global batch; gradients are summed over processes (their weights in the loss make that the
+// mean) and everybody makes the same update.
+//
+//   zero 0   every process keeps all of master copy and moments      sum to owners, all-gather of gradients (fp32)
+//   zero 1   each keeps and updates its 1/N of the flat order        sum to owners, all-gather of working weights
+//
+// Matrices travel in buckets of neighbouring layers, as backward completes them, while it goes on with the layers below; the
+// last bucket has the rest: what belongs to no layer, and all vectors. With zero 1 the new weights travel in the same buckets in
+// forward's order, and forward waits for each where it first reads it.
+struct DataParallel {
+    struct Bucket {
+        int last_layer;                    // complete when backward has finished this layer; -1: when it is through
+        Range matrices, vectors;           // of the flat order
+        Event gathered;                    // its weights are up to date
+    };
+    Comm& comm;
+    Model& m;
+    bool sharded;                          // zero 1
+    std::vector<int64_t> bounds;           // rank r owns [bounds[r], bounds[r+1]) of the flat order
+    std::vector<Bucket> buckets;           // in the order of backward
+    float *norms = nullptr, *local_norm = nullptr, *stats = nullptr;     // (N), (2), (N,2) loss and stop of each process
+    float stop = 0;
+    size_t next = 0;                       // bucket to reduce next
+    bool reducing = false, weights_on_their_way = false;
+
+    static std::vector<int64_t> shards(const Layout& layout, int world) { return shard_bounds(layout.elements(), world, TENSOR_ALIGNMENT); }
+    static Range own_range(const Layout& layout, const Comm& comm, int zero) {
+        const std::vector<int64_t> bounds = shards(layout, comm.world);
+        return comm.active() && zero == 1 ? Range{bounds[comm.rank], bounds[comm.rank + 1]} : Range{0, layout.elements()};
+    }
+
+    DataParallel(Comm& comm, Model& m, int zero, int64_t bucket_bytes)
+        : comm(comm), m(m), sharded(comm.active() && zero == 1), bounds(shards(m.layout, comm.world)) {
+        if (!comm.active()) return;
+        if (bucket_bytes <= 0) bucket_bytes = comm.own_stream() ? 64 << 20 : INT64_MAX;            // nothing to overlap: all at once
+        const std::vector<int64_t>& begin = m.layout.layer_matrices;
+        int64_t end = begin.back();
+        for (int l = (int)m.layout.layers.size() - 1; l > 0; l--) {
+            if ((end - begin[l]) * (int64_t)sizeof(float) < bucket_bytes) continue;
+            buckets.push_back({l, {begin[l], end}, {}, event_create()});
+            end = begin[l];
+        }
+        buckets.push_back({-1, {0, end}, {m.w.n_matrix, m.w.n}, event_create()});
+        norms = (float*)device_alloc((size_t)(comm.world * 3 + 2) * sizeof(float), "the numbers of a step");
+        stats = norms + comm.world;
+        local_norm = stats + 2 * comm.world;
+        m.before_layer = [this](int layer) { before_layer(layer); };
+        m.after_layer = [this](int layer) { after_layer(layer); };
+    }
+    DataParallel(const DataParallel&) = delete;
+    DataParallel& operator=(const DataParallel&) = delete;
+
+    // Before each forward_backward: the gradients of the last one of a step are complete, and reduced on the way.
+    void micro_batch(bool last) {
+        reducing = last && comm.active();
+        next = 0;
+    }
+
+    void after_layer(int layer) {
+        comm.tick();
+        if (!reducing) return;
+        for (; next < buckets.size() && buckets[next].last_layer >= layer; next++) {
+            comm.after_compute();
+            for (Range range : {buckets[next].matrices, buckets[next].vectors}) {
+                comm.reduce(m.w.grads, range, bounds);
+                if (!sharded) comm.all_gather(m.w.grads, range, bounds);
+            }
+        }
+        if (layer == -1) comm.backward_done();
+    }
+
+    void before_layer(int layer) {
+        comm.tick();
+        if (!weights_on_their_way) return;
+        for (const Bucket& b : buckets)    // -1 wants the last bucket, which has all vectors; layers ascend from there
+            if (layer == -1 ? b.last_layer == -1 : b.matrices.begin <= m.layout.layer_matrices[layer] && m.layout.layer_matrices[layer] < b.matrices.end) comm.wait(b.gathered);
+    }
+
+    // The same as update() above, with the gradients of all processes. `stopping`: this process was asked to stop.
+    void update(const AdamW& options, float clip, bool decay_all, bool stopping) {
+        if (!comm.active()) return ::update(m, options, clip, decay_all);
+        const int N = comm.world, rank = comm.rank;
+        comm.before_compute();             // the reduced gradients
+        stop = stopping;
+        copy_on_device(stats + 2 * rank, m.acts.loss, sizeof(float), m.stream);
+        copy_to_device(stats + 2 * rank + 1, &stop, sizeof(float), m.stream);
+        if (sharded) {                     // the norm of all shards' norms is the norm of all; not finite anywhere is so everywhere
+            ops::global_norm(local_norm, m.w.grads + m.w.own.begin, m.w.own.size(), 0, m.acts.workspace, m.stream);
+            copy_on_device(norms + rank, local_norm, sizeof(float), m.stream);
+        }
+        comm.after_compute();
+        comm.gather(stats, 2);
+        if (sharded) comm.gather(norms, 1);
+        comm.before_compute();
+        if (sharded) ops::global_norm(m.acts.norm, norms, N, clip, m.acts.workspace, m.stream);
+        else ops::global_norm(m.acts.norm, m.w.grads, m.w.n, clip, m.acts.workspace, m.stream);
+        adamw(m, options, decay_all);
+        if (sharded) gather_weights();
+    }
+
+    void gather_weights() {
+        comm.after_compute();
+        for (size_t b = buckets.size(); b-- > 0;) {
+            comm.all_gather(m.w.matrices, buckets[b].matrices, bounds);
+            comm.all_gather(m.w.vectors - m.w.n_matrix, buckets[b].vectors, bounds);
+            comm.mark(buckets[b].gathered);
+        }
+        weights_on_their_way = true;
+    }
+
+    struct Result { float loss, norm; bool applied, stop; };
+
+    // Of the step that update() ended: the same on all processes
+    Result result(bool stopping) {
+        std::vector<float> all(2 * comm.world);
+        float norm[2];
+        if (comm.active()) comm.synchronise();
+        if (comm.active()) copy_to_host(all.data(), stats, all.size() * sizeof(float), m.stream);
+        else copy_to_host(all.data(), m.acts.loss, sizeof(float), m.stream);
+        copy_to_host(norm, m.acts.norm, sizeof norm, m.stream);
+        stream_sync(m.stream);
+        Result r{0, norm[0], norm[1] != 0, !comm.active() && stopping};
+        for (int i = 0; i < comm.world; i++) {                       // the global batch is their sum: weights add up to 1
+            r.loss += all[2 * i];
+            r.stop = r.stop || all[2 * i + 1] != 0;
+        }
+        return r;
+    }
+
+    // All of tensor t to the main process, from the owners of its parts of the master copy
+    void collect(float* out, const Tensor& t) {
+        const int64_t flat = m.layout.flat(t);
+        comm.collect(out, m.w.master, {flat, flat + t.size}, bounds);
+    }
+};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // What a model costs

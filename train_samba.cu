@@ -39,7 +39,10 @@ struct TrainOptions {
     uint64_t seed = 3407;
     int64_t val_every = 0, val_batches = 10, checkpoint_every = 1000, keep = 3, log_every = 1, max_skips = 10;
     std::vector<std::string> val_lengths = {"1x", "2x", "3x", "4x"};
-    int gpu = 0;
+    int gpu = 0, zero = 1;
+    std::string collectives = "auto";
+    int64_t bucket = 0;
+    double rank_timeout = 45;
     bool resuming = false;                 // --resume was given, with or without a directory
 };
 
@@ -106,7 +109,14 @@ inline void add_train_options(CLI::App& app, TrainOptions& o) {
     app.add_option("--tokenizer", o.tokenizer, "tokenizer.model to keep with the checkpoints; default: the one beside the data, if there is one");
     add_count(app, "--log-every", o.log_every, "Steps between lines on the screen; the log has every step");
     add_count(app, "--max-skips", o.max_skips, "Steps in a row with a gradient that is not finite before the run stops");
-    app.add_option("--gpu", o.gpu, "Index of the GPU to use")->capture_default_str();
+    app.add_option("--gpu", o.gpu, "Index of the GPU to use; with several processes each takes its own")->capture_default_str();
+    app.add_option("--zero", o.zero, "With several processes: 1 = each keeps its part of master weights and moments, 0 = each keeps all")
+        ->check(CLI::IsMember({0, 1}))->capture_default_str();
+    app.add_option("--collectives", o.collectives, "Between processes: nccl between GPUs, host through host memory, auto chooses")
+        ->check(CLI::IsMember({"auto", "nccl", "host"}))->capture_default_str();
+    add_count(app, "--bucket", o.bucket, "Bytes of gradients that travel together while backward goes on; 0: 64m with NCCL, all through host memory");
+    app.add_option("--rank-timeout", o.rank_timeout, "Seconds without a sign of life or progress after which a process counts as dead and the job ends; 0: never")
+        ->check(CLI::NonNegativeNumber)->capture_default_str();
 }
 
 // The options as the table has them, with the values that their variables hold now: for the log and the checkpoints.
@@ -130,7 +140,7 @@ inline Config load_config(const std::string& model) {
 }
 
 // Sets what the command line left open and checks what no single option can check.
-inline void resolve(TrainOptions& o, const CLI::App& app, Config& config) {
+inline void resolve(TrainOptions& o, const CLI::App& app, Config& config, int world) {
     config = load_config(o.model);
     if (o.seq_len == 0) o.seq_len = config.seq_len;
     config.seq_len = o.seq_len;
@@ -141,10 +151,11 @@ inline void resolve(TrainOptions& o, const CLI::App& app, Config& config) {
     }
     if (o.micro_batch < 1) fail("--micro-batch %lld: must be at least 1", (long long)o.micro_batch);
     if (o.seq_len < 1) fail("--seq-len %lld: must be at least 1", (long long)o.seq_len);
-    const int64_t micro_tokens = o.micro_batch * o.seq_len;
+    const int64_t micro_tokens = o.micro_batch * o.seq_len * world;
     if (o.global_batch == 0) o.global_batch = micro_tokens;
     if (o.global_batch < 0 || o.global_batch % micro_tokens)
-        fail("--global-batch %lld: must be a multiple of --micro-batch %lld times --seq-len %lld", (long long)o.global_batch, (long long)o.micro_batch, (long long)o.seq_len);
+        fail("--global-batch %lld: must be a multiple of --micro-batch %lld times --seq-len %lld times the number of processes, %d", (long long)o.global_batch,
+             (long long)o.micro_batch, (long long)o.seq_len, world);
     if (o.steps > 0 && o.tokens > 0) fail("--steps and --tokens are both given: leave one out");
     if (o.tokens > 0) o.steps = o.tokens / o.global_batch;
     if (o.steps < 1) fail("nothing to do: give --steps N or --tokens N (at least one --global-batch of %lld)", (long long)o.global_batch);
@@ -183,7 +194,7 @@ inline std::vector<int64_t> length_multiples(const std::vector<std::string>& tex
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Signals: the first asks to finish the step, save and leave; a second leaves at once.
+// Signals: the first asks to finish the step, save and leave; a second leaves at once. Of several processes any may get it.
 
 inline volatile std::sig_atomic_t stop_requested = 0;
 inline void on_stop_signal(int) {
@@ -195,6 +206,7 @@ inline void catch_stop_signals() {
     action.sa_handler = on_stop_signal;
     sigaction(SIGINT, &action, nullptr);
     sigaction(SIGTERM, &action, nullptr);
+    sigaction(SIGUSR1, &action, nullptr);  // what mpirun passes on, and Slurm sends before the time is up
     std::signal(SIGXFSZ, SIG_IGN);         // a file over the size limit is a failed write with an error line, not a death
 }
 
@@ -210,8 +222,10 @@ inline void select_gpu(int index) {
 // Validation: mean loss over the first k*T tokens, for several k, in one pass over the longest. The sequence is read in
 // chunks of T with the state carried along, so that memory does not depend on k.
 
+// Processes take turns with the batches.
 struct Validation {
     Model& m;
+    const Comm& comm;
     const int64_t T;
     std::vector<int64_t> multiples;
     int64_t B = 0, batches = 0;
@@ -221,16 +235,17 @@ struct Validation {
     std::vector<float> losses;             // (B,T)
 
     // Lengths that the data is too short for are dropped with a line that says so.
-    Validation(Model& m, const Shards& shards, std::vector<int64_t> wanted, int64_t max_B, int64_t T, int64_t max_batches) : m(m), T(T), multiples(std::move(wanted)) {
+    Validation(Model& m, const Comm& comm, const Shards& shards, std::vector<int64_t> wanted, int64_t max_B, int64_t T, int64_t max_batches)
+        : m(m), comm(comm), T(T), multiples(std::move(wanted)) {
         while (!multiples.empty() && shards.samples(multiples.back() * T) == 0) {
-            fprintf(stderr, "validation at %lld tokens is left out: no validation shard is that long\n", (long long)(multiples.back() * T));
+            if (comm.main()) fprintf(stderr, "validation at %lld tokens is left out: no validation shard is that long\n", (long long)(multiples.back() * T));
             multiples.pop_back();
         }
         if (multiples.empty()) fail("%s: too short to validate on: a sequence of %lld + 1 tokens is needed", shards.info()[0].path.c_str(), (long long)T);
         const int64_t samples = shards.samples(multiples.back() * T);
         B = std::min(max_B, samples);
         batches = std::min(max_batches, samples / B);
-        loader = std::make_unique<DataLoader>(shards, B, multiples.back() * T, B, 0, 1, 0, false);
+        loader = std::make_unique<DataLoader>(shards, B, multiples.back() * T, B * comm.world, comm.rank, comm.world, 0, false);
         tokens.resize(B * T);
         targets.resize(B * T);
         losses.resize(B * T);
@@ -240,10 +255,10 @@ struct Validation {
     // (length in tokens, mean loss) for each multiple
     std::vector<std::pair<int64_t, double>> run() {
         const int64_t chunks = multiples.back();
-        std::vector<double> sums(chunks, 0.0);
+        std::vector<double> own(batches * chunks, 0.0), sums(chunks, 0.0);
         ProgressBar bar("validation", (double)(batches * chunks));
         loader->seek(0);
-        for (int64_t i = 0; i < batches; i++) {
+        for (int64_t i = comm.rank; i < batches; i += comm.world) {
             const Batch batch = loader->next();                                                            // (B,chunks*T)
             state.reset(m.layout, m.stream);
             for (int64_t k = 0; k < chunks; k++) {
@@ -255,10 +270,12 @@ struct Validation {
                 evaluate(m, (int)B, T, &state);
                 copy_to_host(losses.data(), m.acts.losses, B * T * sizeof(float), m.stream);
                 stream_sync(m.stream);
-                sums[k] += std::accumulate(losses.begin(), losses.end(), 0.0);
-                bar.add(1);
+                own[i * chunks + k] = std::accumulate(losses.begin(), losses.end(), 0.0);
+                bar.add(comm.world);
             }
         }
+        const std::vector<std::vector<double>> all = comm.all_rows(own);
+        for (int64_t i = 0; i < batches * chunks; i++) sums[i % chunks] += all[i / chunks % comm.world][i];
         std::vector<std::pair<int64_t, double>> result;
         for (int64_t k : multiples)
             result.emplace_back(k * T, std::accumulate(sums.begin(), sums.begin() + k, 0.0) / (double)(batches * B * T * k));
@@ -277,31 +294,50 @@ struct RunState {
     int64_t skipped = 0;                   // steps skipped because a gradient was not finite
 };
 
-// Names and lengths of the shards: resuming on other data must not go unnoticed.
-inline uint64_t data_identity(const Mixture& shards) {
-    uint64_t h = fnv1a64("", 0);
-    if (shards.weights().size() > 1)
-        for (size_t i = 0; i < shards.weights().size(); i++) {
-            const std::string line = std::to_string(shards.sets()[i]->info().size()) + " shards of weight " + std::to_string(shards.share(i)) + "\n";
-            h = fnv1a64(line.data(), line.size(), h);
-        }
-    for (const ShardInfo& s : shards.info()) {
+// Names and lengths of shards, hashed on top of `h`
+inline uint64_t shards_identity(const std::vector<ShardInfo>& shards, uint64_t h) {
+    for (const ShardInfo& s : shards) {
         const std::string line = std::filesystem::path(s.path).filename().string() + " " + std::to_string(s.tokens) + " " + std::to_string(s.fingerprint) + "\n";
         h = fnv1a64(line.data(), line.size(), h);
     }
     return h;
 }
+// Of the whole mixture: resuming on other data must not go unnoticed.
+inline uint64_t data_identity(const Mixture& data) {
+    uint64_t h = fnv1a64("", 0);
+    for (size_t i = 0; data.weights().size() > 1 && i < data.weights().size(); i++) {
+        const std::string line = std::to_string(data.sets()[i]->info().size()) + " shards of weight " + std::to_string(data.share(i)) + "\n";
+        h = fnv1a64(line.data(), line.size(), h);
+    }
+    return shards_identity(data.info(), h);
+}
 
-inline std::string save_checkpoint(const Model& m, const RunState& run, const TrainOptions& o, const json& options, uint64_t identity, uint64_t fingerprint) {
-    CheckpointWriter writer(o.out, run.step);
-    const double bytes = 4.0 * (double)m.layout.parameters();
-    ProgressBar bar("checkpoint", 3 * bytes);
-    save_parameters(m, writer.path("model.safetensors"), [&](int64_t done) { bar.set((double)done); });
-    save_moments(m, writer.path("optimizer.safetensors"), [&](int64_t done) { bar.set(bytes + (double)done); });
-    if (!o.tokenizer.empty()) write_file_durably(writer.path("tokenizer.model"), MappedFile(o.tokenizer).text());
-    writer.commit({{"step", run.step}, {"updates", run.updates}, {"tokens", run.tokens}, {"sample", run.sample}, {"skipped", run.skipped},
-                   {"seq_len", o.seq_len}, {"seed", o.seed}, {"data_identity", std::to_string(identity)}, {"tokenizer_fingerprint", std::to_string(fingerprint)}, {"build", BUILD_NAME},
-                   {"commit", SAMBA_COMMIT}, {"options", options}});
+// All processes together: the main one writes the model and what makes the directory a checkpoint, each its own moments.
+inline std::string save_checkpoint(const Model& m, DataParallel& parallel, const RunState& run, const TrainOptions& o, const json& options, uint64_t identity,
+                                   uint64_t fingerprint) {
+    const Comm& comm = parallel.comm;
+    const Comm::During during(comm, Guard::files, "writing a checkpoint");
+    const bool shared = parallel.sharded && comm.world > 1;
+    std::unique_ptr<CheckpointWriter> writer;
+    if (comm.main()) writer = std::make_unique<CheckpointWriter>(o.out, run.step);
+    const std::string dir = comm.broadcast(writer ? writer->directory() : "");
+    const double bytes = 4.0 * (double)m.layout.parameters(), moment_bytes = shared ? 8.0 * (double)m.w.own.size() : 2 * bytes;
+    ProgressBar bar("checkpoint", bytes + moment_bytes);
+    const Collect collect = [&](float* host, const Tensor& t) { parallel.collect(host, t); };
+    const auto show = [&](double done) { bar.set(done); comm.tick(); };
+    if (comm.main()) save_parameters(m, dir + "/model.safetensors", [&](int64_t done) { show((double)done); }, shared ? collect : nullptr);
+    else if (shared) for (const Tensor& t : m.layout.tensors) parallel.collect(nullptr, t);
+    if (comm.main() || shared) save_moments(m, dir + "/" + moments_file(shared, comm.rank, comm.world), [&](int64_t done) { show(bytes + (double)done); });
+    comm.wait_for_all("writing a checkpoint");
+    if (!comm.main()) return o.out + "/" + checkpoint_name(run.step);
+    for (int r = 0; r < comm.world; r++)
+        if (const std::string file = moments_file(shared, r, comm.world); access(writer->path(file).c_str(), F_OK) != 0)
+            fail("%s of rank %d on %s is not there: --out must be in a file system that all hosts share", writer->path(file).c_str(), r, comm.hosts[r].c_str());
+    if (!o.tokenizer.empty()) write_file_durably(writer->path("tokenizer.model"), MappedFile(o.tokenizer).text());
+    writer->commit({{"step", run.step}, {"updates", run.updates}, {"tokens", run.tokens}, {"sample", run.sample}, {"skipped", run.skipped},
+                    {"seq_len", o.seq_len}, {"seed", o.seed}, {"data_identity", std::to_string(identity)},
+                     {"tokenizer_fingerprint", std::to_string(fingerprint)}, {"build", BUILD_NAME},
+                    {"commit", SAMBA_COMMIT}, {"ranks", comm.world}, {"options", options}});
     prune_checkpoints(o.out, (int)o.keep);
     return o.out + "/" + checkpoint_name(run.step);
 }
@@ -345,7 +381,7 @@ inline RunState load_checkpoint(Model& m, const std::string& dir, const TrainOpt
         fail("%s/state.json: %s; remove this checkpoint to resume from an older one", dir.c_str(), e.what());
     }
     load_parameters(m, dir + "/model.safetensors");
-    load_moments(m, dir + "/optimizer.safetensors");
+    load_checkpoint_moments(m, dir);
     return run;
 }
 
@@ -372,9 +408,14 @@ inline size_t state_bytes(const Layout& layout, int64_t B, int64_t max_context) 
     dry.plan(layout, max_context);
     return dry.arena.bytes();
 }
-inline int64_t parameter_bytes(const Layout& layout, bool training) {
-    return layout.matrix_elements * (int64_t)sizeof(floatX) + layout.vector_elements * 4 + (training ? layout.elements() * 16 : 0);
+// Of one process that owns this part of the flat order
+inline int64_t parameter_bytes(const Layout& layout, bool training, Range own) {
+    Parameters dry;
+    dry.own = own;
+    dry.plan(layout, training);
+    return (int64_t)dry.arena.bytes();
 }
+inline int64_t parameter_bytes(const Layout& layout, bool training) { return parameter_bytes(layout, training, {0, layout.elements()}); }
 
 constexpr size_t MEMORY_RESERVE = (size_t)768 << 20;       // for the driver, cuBLASLt and fragmentation
 
@@ -387,18 +428,29 @@ inline Recompute choose_recompute(const std::string& wanted, const Layout& layou
          human_bytes((double)(activation_bytes(layout, B, T, true, Recompute::full) + other_bytes)).c_str(), human_bytes((double)device_free_bytes()).c_str());
 }
 
-inline void print_run(const TrainOptions& o, const Model& m, const DeviceInfo& device, const Mixture& data, int64_t accumulate) {
+// Who takes part, a line for each host
+inline void print_ranks(const Comm& comm, const DataParallel& parallel) {
+    std::map<std::string, std::string> hosts;
+    for (int r = 0; r < comm.world; r++) hosts[comm.hosts[r]] += " " + std::to_string(r) + (comm.devices[r].empty() ? "" : " (" + comm.devices[r] + ")");
+    printf("  ranks    %d on %zu hosts, zero %d, gradients in %zu buckets by %s\n", comm.world, hosts.size(), (int)parallel.sharded, parallel.buckets.size(), comm.describe().c_str());
+    for (auto& [host, ranks] : hosts) printf("           %s:%s\n", host.c_str(), ranks.c_str());
+}
+
+inline void print_run(const TrainOptions& o, const Model& m, const DeviceInfo& device, const Mixture& data, int64_t accumulate, const DataParallel& parallel) {
     const Config& c = m.config();
+    const Comm& comm = parallel.comm;
     printf("%s on %s (%s)\n", c.name.c_str(), device.name.c_str(), BUILD_NAME);
     printf("  model    %s parameters, blocks %s, d_model %d, window %lld\n", human((double)m.layout.parameters()).c_str(), c.blocks.c_str(), c.d_model, (long long)c.window);
     printf("  data     %s tokens in %zu shards, %.2f epochs\n", human((double)data.total_tokens()).c_str(), data.info().size(), (double)o.steps * (double)o.global_batch / (double)data.total_tokens());
     for (size_t i = 0; i < data.sets().size() && data.sets().size() > 1; i++)
         printf("           %5.1f%% of %s, %s tokens, %.2f epochs\n", 100 * data.share(i), data.names()[i].c_str(), human((double)data.sets()[i]->total_tokens()).c_str(),
                data.share(i) * (double)o.steps * (double)o.global_batch / (double)data.sets()[i]->total_tokens());
-    printf("  step     %s tokens = %lld x %lld x %lld (sequences, tokens, micro-batches); %lld steps, %s tokens\n", human((double)o.global_batch).c_str(), (long long)o.micro_batch,
-           (long long)o.seq_len, (long long)accumulate, (long long)o.steps, human((double)o.steps * (double)o.global_batch).c_str());
-    printf("  memory   %s parameters and optimizer, %s activations (recompute %s)\n", human_bytes((double)m.w.arena.bytes()).c_str(),
+    const std::string processes = comm.world > 1 ? " x " + std::to_string(comm.world) : "";
+    printf("  step     %s tokens = %lld x %lld x %lld%s (sequences, tokens, micro-batches%s); %lld steps, %s tokens\n", human((double)o.global_batch).c_str(), (long long)o.micro_batch,
+           (long long)o.seq_len, (long long)accumulate, processes.c_str(), comm.world > 1 ? ", processes" : "", (long long)o.steps, human((double)o.steps * (double)o.global_batch).c_str());
+    printf("  memory   %s parameters and optimizer%s, %s activations (recompute %s)\n", human_bytes((double)m.w.arena.bytes()).c_str(), parallel.sharded ? " a rank" : "",
            human_bytes((double)m.acts.bytes()).c_str(), recompute_name(m.acts.recompute));
+    if (comm.active()) print_ranks(comm, parallel);
     fflush(stdout);
 }
 
@@ -412,22 +464,17 @@ inline std::string find_tokenizer(const TrainOptions& o, const Mixture& data) {
 // ---------------------------------------------------------------------------------------------------------------------
 // The training loop
 
-struct StepResult { float loss, norm; bool applied; };
+using StepResult = DataParallel::Result;
 
-inline StepResult train_step(Model& m, DataLoader& loader, const TrainOptions& o, int64_t accumulate, RunState& run, double lr) {
+inline StepResult train_step(Model& m, DataParallel& parallel, DataLoader& loader, const TrainOptions& o, int64_t accumulate, RunState& run, double lr) {
     for (int64_t micro = 0; micro < accumulate; micro++) {
         const Batch batch = loader.next();
         upload_tokens(m, batch.tokens, batch.targets, o.micro_batch * o.seq_len);
-        forward_backward(m, (int)o.micro_batch, o.seq_len, 1.0f / (float)accumulate, micro == 0);
+        parallel.micro_batch(micro == accumulate - 1);
+        forward_backward(m, (int)o.micro_batch, o.seq_len, 1.0f / (float)(accumulate * parallel.comm.world), micro == 0);
     }
-    update(m, AdamW{(float)lr, (float)o.beta1, (float)o.beta2, (float)o.eps, (float)o.weight_decay, run.updates + 1}, (float)o.clip, o.decay == "all");
-    StepResult result;
-    float norm[2];
-    copy_to_host(&result.loss, m.acts.loss, sizeof(float), m.stream);
-    copy_to_host(norm, m.acts.norm, sizeof norm, m.stream);
-    stream_sync(m.stream);
-    result.norm = norm[0];
-    result.applied = norm[1] != 0;
+    parallel.update(AdamW{(float)lr, (float)o.beta1, (float)o.beta2, (float)o.eps, (float)o.weight_decay, run.updates + 1}, (float)o.clip, o.decay == "all", stop_requested);
+    const StepResult result = parallel.result(stop_requested);
     run.step++;
     run.updates += result.applied;
     run.tokens += o.global_batch;
@@ -457,6 +504,7 @@ inline void validate_and_log(Validation& validation, RunLog& log, int64_t step) 
 
 // What a run consists of besides the model
 struct Trainer {
+    Comm& comm;
     TrainOptions& o;
     CLI::App& app;                         // the table of the options
     json options;
@@ -465,6 +513,7 @@ struct Trainer {
     std::unique_ptr<Mixture> data;
     std::unique_ptr<Shards> val;
     std::unique_ptr<Model> m;
+    std::unique_ptr<DataParallel> parallel;
     std::unique_ptr<DataLoader> loader;
     std::unique_ptr<Validation> validation;
     std::unique_ptr<RunLog> log;
@@ -472,40 +521,44 @@ struct Trainer {
     uint64_t identity = 0, fingerprint = 0; // of the data, of its tokenizer
     int64_t accumulate = 1;
 
-    Trainer(TrainOptions& o, CLI::App& app) : o(o), app(app) {}
+    Trainer(Comm& comm, TrainOptions& o, CLI::App& app) : comm(comm), o(o), app(app) {}
 
     // Everything is allocated here: after this the loop only computes.
     void set_up() {
-        select_gpu(o.gpu);
+        select_gpu(comm.world > 1 ? comm.local_rank % std::max(1, device_count()) : o.gpu);
         device = device_info();
         data = std::make_unique<Mixture>(o.data, config.vocab_size);
         if (!o.val.empty()) val = std::make_unique<Shards>(o.val, config.vocab_size);
         identity = data_identity(*data);
         o.tokenizer = find_tokenizer(o, *data);
-        const std::string from = start_point();
+        check_agreement();
+        const std::string from = comm.broadcast(comm.main() ? start_point() : "");
         check_tokenizers(from);
 
         m = std::make_unique<Model>(config);
-        accumulate = o.global_batch / (o.micro_batch * o.seq_len);
+        comm.use_device(o.collectives == "nccl" ? Comm::Mode::nccl : o.collectives == "host" ? Comm::Mode::host : Comm::Mode::automatic, m->stream);
+        accumulate = o.global_batch / (o.micro_batch * o.seq_len * comm.world);
+        const Range own = DataParallel::own_range(m->layout, comm, o.zero);
         const std::vector<int64_t> multiples = length_multiples(o.val_lengths);
         const size_t val_bytes = val ? state_bytes(m->layout, o.micro_batch, multiples.back() * o.seq_len) : 0;
-        const Recompute level = choose_recompute(o.recompute, m->layout, o.micro_batch, o.seq_len, val_bytes + (size_t)parameter_bytes(m->layout, true));
+        const Recompute level = choose_recompute(o.recompute, m->layout, o.micro_batch, o.seq_len, val_bytes + (size_t)parameter_bytes(m->layout, true, own));
         o.recompute = recompute_name(level);
         options = options_to_json(app);
-        m->w.create(m->layout, true);
+        m->w.create(m->layout, true, own);
         m->acts.create(m->layout, o.micro_batch, o.seq_len, true, level);
-        if (val) validation = std::make_unique<Validation>(*m, *val, multiples, o.micro_batch, o.seq_len, o.val_batches);
+        parallel = std::make_unique<DataParallel>(comm, *m, o.zero, o.bucket);
+        if (val) validation = std::make_unique<Validation>(*m, comm, *val, multiples, o.micro_batch, o.seq_len, o.val_batches);
         initialise(*m, o.seed);
         if (o.resuming && !from.empty()) run = load_checkpoint(*m, from, o, identity);
         else if (!from.empty()) load_parameters(*m, from + "/model.safetensors");
-        loader = std::make_unique<DataLoader>(*data, o.micro_batch, o.seq_len, o.global_batch / o.seq_len, 0, 1, o.seed, true);
+        loader = std::make_unique<DataLoader>(*data, o.micro_batch, o.seq_len, o.global_batch / o.seq_len, comm.rank, comm.world, o.seed, true);
         loader->seek(run.sample);
 
         std::filesystem::create_directories(o.out);
-        log = std::make_unique<RunLog>(o.out + "/log.jsonl");
+        log = std::make_unique<RunLog>(comm.main() ? o.out + "/log.jsonl" : "");
         log->write({{"type", "run"}, {"options", options}, {"config", config_to_json(config)}, {"commit", SAMBA_COMMIT}, {"build", BUILD_NAME}, {"gpu", device.name},
-                    {"parameters", m->layout.parameters()}, {"flops_per_token", flops_per_token(m->layout, o.seq_len)}, {"step", run.step}});
-        print_run(o, *m, device, *data, accumulate);
+                    {"parameters", m->layout.parameters()}, {"flops_per_token", flops_per_token(m->layout, o.seq_len)}, {"ranks", comm.world}, {"step", run.step}});
+        print_run(o, *m, device, *data, accumulate, *parallel);
         if (!from.empty()) printf("  %s %s at step %lld\n", o.resuming ? "resumed " : "weights of", from.c_str(), (long long)run.step);
     }
 
@@ -517,6 +570,34 @@ struct Trainer {
         if (!o.tokenizer.empty()) check_same_tokenizer(file_fingerprint(o.tokenizer), o.tokenizer, fingerprint, first);
         if (val) check_same_tokenizer(fingerprint, first, val->fingerprint(), val->info()[0].path);
         if (!fingerprint && !from.empty()) fingerprint = checkpoint_fingerprint(from);
+    }
+
+    // Refuses to start where a process has another program, configuration or data than the first one.
+    void check_agreement() const {
+        if (comm.world == 1) return;
+        const MappedFile program("/proc/self/exe");
+        std::vector<Comm::Item> items = {
+            {"program", std::string(SAMBA_COMMIT) + " " + BUILD_NAME + " " + std::to_string(fnv1a64(program.data, program.size)), "build once and copy that file to every host"},
+            {"model configuration", config_to_json(config).dump(), "copy that file to every host"}};
+        const json given = options_to_json(app);
+        for (const auto& [name, value] : given.items())
+            if (name != "data" && name != "val" && name != "tokenizer" && name != "gpu") items.push_back({"--" + name, value.get<std::string>(), "start all ranks with the same options"});
+        std::string samples;
+        for (const Shards* set : data->sets()) samples += data_sample(*set) + " ";
+        items.push_back({"content of --data", samples, "copy the same shards to every host"});
+        if (val) items.push_back({"content of --val", data_sample(*val), "copy the same shards to every host"});
+        comm.agree(items);
+    }
+    // Names and lengths of the shards, and what a few samples all over them hold
+    std::string data_sample(const Shards& shards) const {
+        const int64_t T = std::min<int64_t>(o.seq_len, 1024), samples = shards.samples(T), count = std::min<int64_t>(samples, 64);
+        std::vector<int> tokens(2 * T);
+        uint64_t h = fnv1a64("", 0);
+        for (int64_t i = 0; i < count; i++) {
+            shards.read(i * samples / count, T, tokens.data(), tokens.data() + T);
+            h = fnv1a64(tokens.data(), tokens.size() * sizeof(int), h);
+        }
+        return "shards " + std::to_string(shards_identity(shards.info(), fnv1a64("", 0))) + ", tokens " + std::to_string(h);
     }
 
     // The checkpoint directory to load before the first step; "" for none. Refuses to mix two runs in one directory.
@@ -532,19 +613,39 @@ struct Trainer {
     }
 
     void checkpoint() {
-        const std::string dir = save_checkpoint(*m, run, o, options, identity, fingerprint);
+        const std::string dir = save_checkpoint(*m, *parallel, run, o, options, identity, fingerprint);
         log->write({{"type", "checkpoint"}, {"step", run.step}, {"dir", dir}});
         printf("checkpoint %s\n", dir.c_str());
         fflush(stdout);
+    }
+
+    // Goes through the last step again, which was skipped and left the weights as they were, and looks at every layer.
+    std::string where_not_finite() {
+        std::string own;
+        loader->seek(run.sample - o.global_batch / o.seq_len);
+        for (int64_t micro = 0; micro < accumulate && own.empty(); micro++) {
+            const Batch batch = loader->next();
+            upload_tokens(*m, batch.tokens, batch.targets, o.micro_batch * o.seq_len);
+            parallel->micro_batch(false);
+            forward_backward(*m, (int)o.micro_batch, o.seq_len, 1.0f, true);
+            own = first_not_finite(*m, (int)o.micro_batch, o.seq_len);
+        }
+        const std::vector<std::string> found = comm.all_texts(own);
+        for (int r = 0; r < comm.world; r++)
+            if (!found[r].empty()) return found[r] + (comm.world > 1 ? " on rank " + std::to_string(r) : "");
+        return "the sum of all gradients";
     }
 
     void loop() {
         const double flops = flops_per_token(m->layout, o.seq_len), start = now_seconds();
         const int64_t start_step = run.step;
         int64_t saved_at = run.step, skips = 0;
-        while (run.step < o.steps && !stop_requested) {
+        bool stop = false;
+        comm.watch(o.rank_timeout);
+        while (run.step < o.steps && !stop) {
             const double before = now_seconds(), lr = learning_rate(o, run.step + 1);
-            const StepResult r = train_step(*m, *loader, o, accumulate, run, lr);
+            const StepResult r = train_step(*m, *parallel, *loader, o, accumulate, run, lr);
+            stop = r.stop;
             const double seconds = now_seconds() - before, tok_s = (double)o.global_batch / seconds;
             const double mfu = device.peak_bf16 > 0 ? tok_s * flops / device.peak_bf16 : 0;
             log->write({{"type", "train"}, {"step", run.step}, {"tokens", run.tokens}, {"loss", r.loss}, {"grad_norm", r.norm}, {"lr", lr}, {"ms", seconds * 1e3},
@@ -554,7 +655,8 @@ struct Trainer {
             skips = r.applied ? 0 : skips + 1;
             run.skipped += !r.applied;
             if (skips >= o.max_skips && o.max_skips > 0)
-                fail("%lld steps in a row had a gradient that is not finite (loss %f at step %lld); lower --lr, or resume from an older checkpoint", (long long)skips, r.loss, (long long)run.step);
+                fail("%lld steps in a row had a gradient that is not finite (loss %f at step %lld), first %s; lower --lr, or resume from an older checkpoint", (long long)skips, r.loss,
+                     (long long)run.step, where_not_finite().c_str());
             if (validation && o.val_every > 0 && run.step % o.val_every == 0 && run.step < o.steps) validate_and_log(*validation, *log, run.step);
             if (o.checkpoint_every > 0 && run.step % o.checkpoint_every == 0 && run.step < o.steps) {
                 checkpoint();
@@ -563,18 +665,26 @@ struct Trainer {
         }
         if (validation && run.step >= o.steps && run.step > start_step) validate_and_log(*validation, *log, run.step);
         if (run.step > saved_at) checkpoint();
-        if (stop_requested) printf("stopped by a signal after step %lld; continue with --resume\n", (long long)run.step);
+        if (stop) printf("stopped by a signal after step %lld; continue with --resume\n", (long long)run.step);
         if (ON_GPU) printf("GPU memory in use: %s\n", human_bytes((double)device.total_bytes - (double)device_free_bytes()).c_str());
     }
 };
 
-inline void run_train(TrainOptions& o, CLI::App& app) {
-    Trainer t(o, app);
-    o.resuming = app.get_option("--resume")->count() > 0;
-    resolve(o, app, t.config);
+inline void run_train(TrainOptions& o, CLI::App& app, Comm& comm) {
     catch_stop_signals();
-    t.set_up();
-    t.loop();
+    comm.start();
+    if (!comm.main() && !freopen("/dev/null", "w", stdout)) fail("cannot open /dev/null");     // the main process speaks for all
+    Trainer t(comm, o, app);
+    try {
+        o.resuming = app.get_option("--resume")->count() > 0;
+        resolve(o, app, t.config, comm.world);
+        t.set_up();
+        t.loop();
+        comm.finish();
+    } catch (const std::exception& e) {
+        if (comm.world > 1) comm.give_up(e.what());        // before t goes: it would wait for the others
+        throw;
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -605,7 +715,8 @@ inline void run_eval(const EvalOptions& o) {
     auto m = load_for_inference(dir, o.micro_batch, T);
     const Shards shards(o.data, m->config().vocab_size);
     check_same_tokenizer(checkpoint_fingerprint(dir), "the checkpoint " + dir, shards.fingerprint(), shards.info()[0].path);
-    Validation validation(*m, shards, length_multiples(o.val_lengths), o.micro_batch, T, o.batches);
+    const Comm alone;
+    Validation validation(*m, alone, shards, length_multiples(o.val_lengths), o.micro_batch, T, o.batches);
     for (auto [length, loss] : validation.run()) printf("length %lld | loss %.4f | perplexity %.3f\n", (long long)length, loss, std::exp(loss));
 }
 
@@ -675,7 +786,7 @@ inline void run_generate(const GenerateOptions& o) {
 
 struct InfoOptions {
     std::string model;
-    int64_t micro_batch = 8, seq_len = 0;
+    int64_t micro_batch = 8, seq_len = 0, ranks = 1;
     bool device = false;
 };
 
@@ -719,6 +830,11 @@ inline void run_info(const InfoOptions& o) {
     for (auto& [name, n] : by_name) printf("    %-28s x%-4lld %15lld\n", name.c_str(), (long long)n.first, (long long)n.second);
     printf("\n  memory at micro-batch %lld, %lld tokens a sequence (%s)\n", (long long)B, (long long)T, BUILD_NAME);
     printf("    parameters, gradients, moments   %s\n", human_bytes((double)parameter_bytes(layout, true)).c_str());
+    if (o.ranks > 1) {
+        const std::vector<int64_t> bounds = DataParallel::shards(layout, (int)o.ranks);
+        printf("    the same on each of %-5lld ranks    %s with --zero 1 (%s without)\n", (long long)o.ranks, human_bytes((double)parameter_bytes(layout, true, {bounds[0], bounds[1]})).c_str(),
+               human_bytes((double)parameter_bytes(layout, true)).c_str());
+    }
     for (Recompute level : {Recompute::none, Recompute::light, Recompute::full})
         printf("    activations, recompute %-6s    %s\n", recompute_name(level), human_bytes((double)activation_bytes(layout, B, T, true, level)).c_str());
     printf("    sequence state of generation     %s\n", human_bytes((double)state_bytes(layout, 1, T)).c_str());
@@ -727,7 +843,7 @@ inline void run_info(const InfoOptions& o) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-inline int run_main(int argc, char** argv) {
+inline int run_main(int argc, char** argv, Comm& comm) {
     // `train` is what the program does; the word may be written or not
     std::vector<char*> args(argv, argv + argc);
     if (args.size() > 1 && std::string(args[1]) == "train") args.erase(args.begin() + 1);
@@ -764,6 +880,7 @@ inline int run_main(int argc, char** argv) {
     info_app->add_option("--model", info.model, "A named configuration or a .json file");
     add_count(*info_app, "--micro-batch", info.micro_batch, "Sequences in a pass");
     add_count(*info_app, "--seq-len", info.seq_len, "Tokens in a sequence; 0: the model's training length");
+    add_count(*info_app, "--ranks", info.ranks, "Processes that share the optimizer's memory");
     info_app->add_flag("--device", info.device, "Only name the device that this build runs on");
     app.require_subcommand(0, 1);
 
@@ -777,15 +894,15 @@ inline int run_main(int argc, char** argv) {
     if (*eval_app) run_eval(eval);
     else if (*generate_app) run_generate(generate);
     else if (*info_app) run_info(info);
-    else run_train(train, app);
+    else run_train(train, app, comm);
     return 0;
 }
 
 int main(int argc, char** argv) {
+    Comm comm;
     try {
-        return run_main(argc, argv);
+        return run_main(argc, argv, comm);
     } catch (const std::exception& e) {
-        fprintf(stderr, "error: %s\n", e.what());
-        return 1;
+        return comm.give_up(e.what());
     }
 }

@@ -45,7 +45,8 @@ class RunLog {
     std::string path;
 
 public:
-    explicit RunLog(const std::string& path) : path(path) {
+    explicit RunLog(const std::string& path /*"": writes nothing*/) : path(path) {
+        if (path.empty()) return;
         bool torn = false;
         if (access(path.c_str(), F_OK) == 0) {
             const MappedFile old(path);
@@ -57,11 +58,12 @@ public:
     }
     RunLog(const RunLog&) = delete;
     RunLog& operator=(const RunLog&) = delete;
-    ~RunLog() { close(fd); }
+    ~RunLog() { if (fd >= 0) close(fd); }
     void write(const nlohmann::ordered_json& record) { append(record.dump() + "\n"); }
 
 private:
     void append(const std::string& text) {
+        if (fd < 0) return;
         const ssize_t n = ::write(fd, text.data(), text.size());
         if (n != (ssize_t)text.size()) fail("cannot write %s: %s", path.c_str(), n < 0 ? strerror(errno) : "the disk is full");
     }

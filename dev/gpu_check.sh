@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds both GPU variants with all cores and runs what only a GPU can show, in one go:
-#   dev/gpu_check.sh [tests] [sanitize] [ops] [attention]        default: tests ops
+#   dev/gpu_check.sh [tests] [sanitize] [ops] [attention] [parallel]        default: tests ops
 # Logs go to $OUT (default build/gpu_check); a short summary is printed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -12,6 +12,7 @@ has() { [[ " $what " == *" $1 "* ]]; }
 bf16=(build/gpu-bf16/train_samba)
 fp32=()
 if has tests || has sanitize; then bf16+=(build/gpu-bf16/test_samba); fp32+=(build/gpu-fp32/test_samba); fi
+if has parallel; then fp32+=(build/gpu-fp32/train_samba); fi
 if has ops; then bf16+=(build/gpu-bf16/bench_ops); fi
 if has attention; then bf16+=(build/gpu-bf16/bench_attention); fi
 started=$SECONDS
@@ -37,3 +38,4 @@ if has sanitize; then
 fi
 if has ops; then timeout 200 build/gpu-bf16/bench_ops 2>&1 | tee "$out/bench_ops.log"; fi
 if has attention; then timeout 200 build/gpu-bf16/bench_attention 2>&1 | tee "$out/bench_attention.log"; fi
+if has parallel; then PROGRAM=build/gpu-fp32/train_samba dev/parallel_check.sh 2>&1 | tee "$out/parallel.log"; fi

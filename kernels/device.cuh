@@ -6,6 +6,7 @@
 //   make PRECISION=FP32    SAMBA_FP32    float            cudaStream_t
 //   make CPU=1             SAMBA_CPU     float            an empty struct: every call is synchronous
 #pragma once
+#include <chrono>
 #include <cmath>
 #include <cstdarg>
 #include <cstddef>
@@ -78,6 +79,15 @@ inline void copy_to_device(void* dst, const void* src, size_t bytes, Stream) { i
 inline void copy_to_host(void* dst, const void* src, size_t bytes, Stream) { if (bytes) memcpy(dst, src, bytes); }
 inline void copy_on_device(void* dst, const void* src, size_t bytes, Stream) { if (bytes) memmove(dst, src, bytes); }
 inline void device_zero(void* dst, size_t bytes, Stream) { if (bytes) memset(dst, 0, bytes); }
+struct Event {};
+inline Event event_create() { return {}; }
+inline void event_destroy(Event) {}
+inline void event_record(Event, Stream) {}
+inline void event_sync(Event) {}
+inline void stream_wait(Stream, Event) {}
+inline void stream_delay(Stream, int) {}
+inline void device_fill(void* dst, int byte, size_t bytes, Stream) { if (bytes) memset(dst, byte, bytes); }
+inline std::string device_identity() { return ""; }
 inline void device_select(int) {}
 inline int device_count() { return 0; }
 inline size_t device_free_bytes() { return SIZE_MAX; }
@@ -129,6 +139,23 @@ inline void copy_to_device(void* dst, const void* src, size_t bytes, Stream s) {
 inline void copy_to_host(void* dst, const void* src, size_t bytes, Stream s) { CUDA_CHECK(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDeviceToHost, s)); }
 inline void copy_on_device(void* dst, const void* src, size_t bytes, Stream s) { CUDA_CHECK(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDeviceToDevice, s)); }
 inline void device_zero(void* dst, size_t bytes, Stream s) { CUDA_CHECK(cudaMemsetAsync(dst, 0, bytes, s)); }
+using Event = cudaEvent_t;
+inline Event event_create() { Event e; CUDA_CHECK(cudaEventCreateWithFlags(&e, cudaEventDisableTiming)); return e; }
+inline void event_destroy(Event e) { CUDA_CHECK(cudaEventDestroy(e)); }
+inline void event_record(Event e, Stream s) { CUDA_CHECK(cudaEventRecord(e, s)); }
+inline void event_sync(Event e) { CUDA_CHECK(cudaEventSynchronize(e)); }
+inline void stream_wait(Stream s, Event e) { CUDA_CHECK(cudaStreamWaitEvent(s, e, 0)); }       // what the stream does next waits for the event
+inline void stream_delay(Stream s, int microseconds) {                                         // for tests of the order between streams
+    CUDA_CHECK(cudaLaunchHostFunc(s, [](void* us) { std::this_thread::sleep_for(std::chrono::microseconds((intptr_t)us)); }, (void*)(intptr_t)microseconds));
+}
+inline void device_fill(void* dst, int byte, size_t bytes, Stream s) { CUDA_CHECK(cudaMemsetAsync(dst, byte, bytes, s)); }
+inline std::string device_identity() {                                                         // of the GPU in use, different for each in a machine
+    int index = 0;
+    char bus[64] = "";
+    CUDA_CHECK(cudaGetDevice(&index));
+    CUDA_CHECK(cudaDeviceGetPCIBusId(bus, sizeof bus, index));
+    return bus;
+}
 inline void device_select(int index) { CUDA_CHECK(cudaSetDevice(index)); }
 inline int device_count() { int n = 0; return cudaGetDeviceCount(&n) == cudaSuccess ? n : 0; }
 inline size_t device_free_bytes() { size_t f = 0, t = 0; CUDA_CHECK(cudaMemGetInfo(&f, &t)); return f; }

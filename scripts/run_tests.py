@@ -29,6 +29,10 @@ class Totals:
         self.failures.append((suite, test))
 
 
+def has_gpu():
+    return bool(shutil.which("nvidia-smi")) and b"GPU " in subprocess.run(["nvidia-smi", "-L"], capture_output=True).stdout
+
+
 def variants():
     """(name, make variables) of the builds to test"""
     builds = [("cpu", ["CPU=1"])]
@@ -118,7 +122,7 @@ def print_skipped(skipped):
 def main():
     totals = Totals()
     for name, arguments in variants():
-        targets = ["test_samba", "train_samba"] if name == "cpu" else ["test_samba"]
+        targets = ["test_samba", "train_samba"] if name == "cpu" or has_gpu() else ["test_samba"]
         if build(name, arguments, targets, totals):
             run_googletest(name, totals)
     run_pytest(totals)

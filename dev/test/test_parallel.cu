@@ -1,0 +1,173 @@
+// What several processes share, tested in one: how the flat order is cut, that any cut saves and loads the same moments, in
+// which order buckets complete, and where a run that is no longer finite says that it went wrong. Processes: test_parallel.py.
+#include <gtest/gtest.h>
+
+#include "../../data/model_io.h"
+#include "../../samba.cuh"
+#include "test_files.h"
+#include "test_util.h"
+
+namespace {
+
+#define NEEDS_DEVICE() if (ON_GPU) REQUIRE_GPU()
+
+Config small_config(const std::string& blocks) {
+    Config c;
+    c.name = "parallel-" + blocks;
+    c.blocks = blocks;
+    c.d_model = 32; c.n_head = 2; c.n_kv_head = 1; c.head_dim = 16; c.d_ff = 48;
+    c.window = 9; c.seq_len = 16; c.vocab_size = 61;
+    validate(c, "test");
+    return c;
+}
+
+std::vector<float> read(const float* device, int64_t n, Stream stream) {
+    std::vector<float> host((size_t)n);
+    copy_to_host(host.data(), device, host.size() * sizeof(float), stream);
+    stream_sync(stream);
+    return host;
+}
+
+// A process's parameters, with moments that differ in every element
+struct Shard {
+    Model m;
+    Shard(const Config& c, int rank, int world) : m(c) {
+        const std::vector<int64_t> bounds = DataParallel::shards(m.layout, world);
+        m.w.create(m.layout, true, {bounds[rank], bounds[rank + 1]});
+        initialise(m, 1);
+    }
+    void fill() {
+        std::vector<float> values((size_t)m.w.own.size());
+        for (float* moment : {m.w.m, m.w.v}) {
+            for (size_t i = 0; i < values.size(); i++) values[i] = (float)(m.w.own.begin + (int64_t)i) + (moment == m.w.v ? 0.5f : 0.f);
+            copy_to_device(moment, values.data(), values.size() * sizeof(float), m.stream);
+            stream_sync(m.stream);
+        }
+    }
+};
+
+// In a tensor element i of the flat order must be i (+ 0.5); what lies between tensors is nobody's.
+void expect_filled(const Shard& s) {
+    for (const float* moment : {s.m.w.m, s.m.w.v}) {
+        const std::vector<float> values = read(moment, s.m.w.own.size(), s.m.stream);
+        for (const Tensor& t : s.m.layout.tensors) {
+            const int64_t flat = s.m.layout.flat(t);
+            const Range part = s.m.w.own & Range{flat, flat + t.size};
+            for (int64_t i = part.begin; i < part.end; i++)
+                ASSERT_EQ(values[(size_t)(i - s.m.w.own.begin)], (float)i + (moment == s.m.w.v ? 0.5f : 0.f)) << t.name;
+        }
+    }
+}
+
+void save(Shard& s, const std::string& folder, int rank, int world) { save_moments(s.m, folder + "/" + moments_file(world > 1, rank, world)); }
+
+} // namespace
+
+TEST(Parallel, ShardsCoverEverythingOnce) {
+    for (int64_t n : {1, 127, 128, 129, 1000, 421793280})
+        for (int world : {1, 2, 3, 7, 64}) {
+            const std::vector<int64_t> bounds = shard_bounds(n, world, 128);
+            ASSERT_EQ(bounds.front(), 0);
+            ASSERT_EQ(bounds.back(), n);
+            for (int r = 0; r < world; r++) {
+                ASSERT_LE(bounds[r], bounds[r + 1]);
+                ASSERT_LE(bounds[r + 1] - bounds[r], n / world + 256);
+                if (bounds[r] < n) { ASSERT_EQ(bounds[r] % 128, 0); }
+            }
+        }
+}
+
+TEST(Parallel, RangesIntersect) {
+    const Range a{10, 20};
+    EXPECT_EQ((a & Range{0, 5}).size(), 0);
+    EXPECT_EQ((a & Range{15, 40}).size(), 5);
+    EXPECT_EQ((a & Range{30, 40}).size(), 0);
+    EXPECT_EQ((a & Range{0, 100}).begin, 10);
+}
+
+TEST(Parallel, MomentsPassThroughFourThreeAndOneProcesses) {
+    NEEDS_DEVICE();
+    const Config c = small_config("MS");
+    std::vector<std::unique_ptr<TempFolder>> folders;
+    int before = 0;
+    for (int world : {4, 3, 1, 2}) {
+        folders.push_back(std::make_unique<TempFolder>());
+        for (int rank = 0; rank < world; rank++) {
+            Shard shard(c, rank, world);
+            if (before == 0) shard.fill();
+            else load_checkpoint_moments(shard.m, folders[folders.size() - 2]->root);
+            expect_filled(shard);
+            save(shard, folders.back()->root, rank, world);
+        }
+        EXPECT_EQ((int)folders.back()->list().size(), world);
+        before = world;
+    }
+}
+
+TEST(Parallel, AMissingPieceIsNamed) {
+    NEEDS_DEVICE();
+    const Config c = small_config("MS");
+    TempFolder folder;
+    for (int rank : {0, 1, 3}) {
+        Shard shard(c, rank, 4);
+        shard.fill();
+        save(shard, folder.root, rank, 4);
+    }
+    Shard reader(c, 0, 1);
+    try {
+        load_checkpoint_moments(reader.m, folder.root);
+        FAIL() << "no error";
+    } catch (const Error& e) {
+        EXPECT_NE(std::string(e.what()).find("a part is missing"), std::string::npos) << e.what();
+    }
+}
+
+// Whatever the buckets' size: together they are everything, each once, and none is sent before its layers are through.
+TEST(Parallel, BucketsFollowBackward) {
+    NEEDS_DEVICE();
+    for (const char* blocks : {"MSMS", "TT", "ss", "mmm", "PF"})
+        for (int64_t bytes : {1, 5000, 20000, 1 << 30}) {
+            Comm comm;
+            comm.forced = true;
+            Model m(small_config(blocks));
+            m.w.create(m.layout, true);
+            DataParallel parallel(comm, m, 1, bytes);
+            std::vector<int> sent((size_t)m.w.n);
+            int64_t below = m.layout.layer_matrices.back();
+            for (const auto& b : parallel.buckets) {
+                EXPECT_EQ(b.matrices.end, below);
+                EXPECT_EQ(b.matrices.begin, b.last_layer < 0 ? 0 : m.layout.layer_matrices[b.last_layer]);
+                below = b.matrices.begin;
+                for (Range r : {b.matrices, b.vectors})
+                    for (int64_t i = r.begin; i < r.end; i++) sent[(size_t)i]++;
+            }
+            EXPECT_EQ(parallel.buckets.back().last_layer, -1);
+            for (int count : sent) ASSERT_EQ(count, 1);
+            if (bytes == 1) { EXPECT_EQ(parallel.buckets.size(), m.layout.layers.size()); }
+            m.before_layer = m.after_layer = nullptr;
+        }
+}
+
+TEST(Parallel, NamesTheFirstLayerThatIsNotFinite) {
+    NEEDS_DEVICE();
+    constexpr int B = 1;
+    constexpr int64_t T = 16;
+    Model m(small_config("MS"));
+    m.w.create(m.layout, true);
+    m.acts.create(m.layout, B, T, true, Recompute::full);
+    const std::vector<int> tokens(T, 3);
+    const auto where = [&](const char* name) {
+        initialise(m, 1);
+        for (const Tensor& t : m.layout.tensors)
+            if (t.name == name) upload_tensor(m, t, std::vector<float>((size_t)t.size, NAN).data());
+        upload_tokens(m, tokens.data(), tokens.data(), T);
+        forward_backward(m, B, T, 1, true);
+        return first_not_finite(m, B, T);
+    };
+    EXPECT_EQ(where(""), "");
+    EXPECT_EQ(where("lm_head.weight"), "the output of the embedding");
+    EXPECT_EQ(where("transformer.h.0.attn.A_log"), "the output of layer 0, the mamba of block 0");
+    EXPECT_EQ(where("transformer.h.0.mlp.swiglu.w3.weight"), "the output of layer 1, the mlp of block 0");
+    EXPECT_EQ(where("transformer.h.1.attn.proj.weight"), "the output of layer 2, the attention of block 1");
+    EXPECT_EQ(where("transformer.ln_f.weight"), "the output of the head");
+}

@@ -1,0 +1,499 @@
+"""Several processes of the CPU build: the same training as one, and a job that ends with a reason when one of them fails.
+
+Runs build/cpu/train_samba (SAMBA_PROGRAM=PATH: another build) on a model of a few thousand parameters, under mpirun and by
+RANK, WORLD_SIZE and MASTER_ADDR. Every rank computes with one thread: the machine may have fewer cores than ranks.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+
+import numpy as np
+import pytest
+
+from test_cli import MODEL, PROGRAM, ROOT, VOCAB, error_line, records, run, world, write_shard  # noqa: F401  world is a fixture
+
+ENVIRONMENT = {**{k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_", "PMI_", "SLURM_", "RANK", "WORLD_SIZE", "MASTER_"))}, "OMP_NUM_THREADS": "1"}
+needs_mpi = pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is not installed")
+
+
+def options(world, out, *extra, steps=6, micro_batch=1):
+    """12 sequences of 16 tokens a step: 1, 2, 3 and 4 ranks divide it"""
+    return [str(a) for a in (PROGRAM, "--model", world / "model.json", "--data", f"{world}/train_*.bin", "--out", out, "--micro-batch", micro_batch, "--global-batch", 192, "--steps",
+                             steps, "--lr", "3e-3", "--warmup-steps", 0, "--schedule", "constant", "--checkpoint-every", 0, "--keep", 0, *extra)]
+
+
+def mpirun(ranks, arguments):
+    return ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", str(ranks), *arguments]
+
+
+def launch(ranks, arguments):
+    return run(*(mpirun(ranks, arguments) if ranks > 1 else arguments), env=ENVIRONMENT)
+
+
+def train(ranks, world, out, *extra, **more):
+    result = launch(ranks, options(world, out, *extra, **more))
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def losses(out):
+    return [r["loss"] for r in records(out, "train")]
+
+
+def tensors(path):
+    """{name: flat array} of a safetensors file, and its metadata"""
+    data = open(path, "rb").read()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    metadata = header.pop("__metadata__", {})
+    return {name: np.frombuffer(data[8 + size + t["data_offsets"][0] : 8 + size + t["data_offsets"][1]], "<f4") for name, t in header.items()}, metadata
+
+
+def moments(folder):
+    """The optimizer's state of a checkpoint, whatever number of processes wrote it"""
+    pieces = {}
+    for name in os.listdir(folder):
+        if name.startswith("optimizer"):
+            values, metadata = tensors(f"{folder}/{name}")
+            begins = json.loads(metadata.get("begin", "{}"))
+            for key, value in values.items():
+                pieces.setdefault(key, []).append((begins.get(key.split(".", 1)[1], 0), value))
+    return {key: np.concatenate([v for _, v in sorted(parts, key=lambda p: p[0])]) for key, parts in pieces.items()}
+
+
+def state(out, step):
+    """Everything that a resumed run begins with"""
+    folder = f"{out}/step_{step:08d}"
+    return {**tensors(f"{folder}/model.safetensors")[0], **moments(folder)}
+
+
+def same_bits(a, b):
+    return a.keys() == b.keys() and all(a[k].tobytes() == b[k].tobytes() for k in a)
+
+
+def assert_close(a, b, tolerance):
+    assert a.keys() == b.keys()
+    for key in a:
+        assert np.linalg.norm(a[key] - b[key]) <= tolerance * np.linalg.norm(b[key]) + 1e-12, key
+
+
+@pytest.fixture(scope="module")
+def single(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("single") / "run"
+    train(1, world, out, "--val", f"{world}/val_*.bin", steps=20)
+    return out
+
+
+# Float rounding of sums in another order, through 20 AdamW steps: 1e-4 in a loss of 4 is a hundred times the unit in the last place.
+@needs_mpi
+@pytest.mark.parametrize("ranks,extra", [(2, ["--zero", "0"]), (2, ["--bucket", "1"]), (3, ["--zero", "1", "--bucket", "8k"]), (4, []), (4, ["--zero", "0", "--bucket", "8k"])])
+def test_losses_do_not_depend_on_the_number_of_ranks(world, tmp_path, single, ranks, extra):
+    result = train(ranks, world, tmp_path / "run", "--val", f"{world}/val_*.bin", *extra, steps=20)
+    assert losses(tmp_path / "run") == pytest.approx(losses(single), abs=1e-4)
+    assert [r["loss"] for r in records(tmp_path / "run", "val")] == pytest.approx([r["loss"] for r in records(single, "val")], abs=1e-4)
+    assert_close(state(tmp_path / "run", 20), state(single, 20), 1e-2)
+    assert result.stdout.count(f"ranks    {ranks} on 1 hosts") == 1 and "MPI through host memory" in result.stdout
+
+
+@needs_mpi
+def test_two_runs_on_as_many_ranks_are_the_same_bits(world, tmp_path):
+    for out, extra in (("a", []), ("b", []), ("buckets", ["--bucket", "4k"]), ("delays", ["--bucket", "4k"])):
+        environment = {**ENVIRONMENT, **({"SAMBA_TEST_DELAY": "100"} if out == "delays" else {})}
+        result = run(*mpirun(3, options(world, tmp_path / out, *extra)), env=environment)
+        assert result.returncode == 0, result.stderr
+    for other in ("b", "buckets", "delays"):
+        assert same_bits(state(tmp_path / "a", 6), state(tmp_path / other, 6))
+
+
+@needs_mpi
+def test_a_run_of_4_ranks_goes_on_with_3_and_with_1(world, tmp_path):
+    """Saved at 4, resumed at 3 and at 1: the same state read, the same data following."""
+    train(4, world, tmp_path / "run")
+    assert sorted(f for f in os.listdir(tmp_path / "run/step_00000006") if "optimizer" in f) == [f"optimizer.0000{r}-of-00004.safetensors" for r in range(4)]
+    outs = {}
+    for ranks in (4, 3, 1):
+        outs[ranks] = tmp_path / f"resumed_{ranks}"
+        shutil.copytree(tmp_path / "run", outs[ranks], symlinks=True)
+        train(ranks, world, outs[ranks], "--resume", steps=10)
+    whole = tmp_path / "whole"
+    train(4, world, whole, steps=10)
+    assert same_bits(state(outs[4], 10), state(whole, 10))
+    for ranks in (3, 1):
+        assert losses(outs[ranks]) == pytest.approx(losses(whole), abs=1e-4)
+        assert_close(state(outs[ranks], 10), state(whole, 10), 1e-2)
+    # and back: one process wrote it, four read it
+    train(4, world, outs[1], "--resume", steps=12)
+    assert len(losses(outs[1])) == 12
+
+
+@needs_mpi
+def test_a_checkpoint_passes_unchanged_through_any_number_of_ranks(world, tmp_path):
+    """With a learning rate of 0 a step keeps the weights: what was saved at 4 is saved again at 3 and 1, bit for bit."""
+    out = tmp_path / "run"
+    train(4, world, out)
+    for ranks, step in ((3, 7), (1, 8)):
+        train(ranks, world, out, "--resume", "--lr", "0", steps=step)
+        assert same_bits(tensors(f"{out}/step_{step:08d}/model.safetensors")[0], tensors(f"{out}/step_00000006/model.safetensors")[0])
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return s.getsockname()[1]
+
+
+def start_by_environment(ranks, arguments_of, prefix_of=lambda rank: [], master="127.0.0.1"):
+    port = free_port()
+    return [subprocess.Popen([*prefix_of(r), *arguments_of(r)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                             env={**ENVIRONMENT, "RANK": str(r), "WORLD_SIZE": str(ranks), "MASTER_ADDR": master, "MASTER_PORT": str(port)}) for r in range(ranks)]
+
+
+def finish(processes, timeout=60):
+    return [(*p.communicate(timeout=timeout), p.returncode) for p in processes]
+
+
+def test_ranks_meet_by_the_environment_alone(world, tmp_path, single):
+    ended = finish(start_by_environment(3, lambda r: options(world, tmp_path / "run", steps=20)))
+    assert all(code == 0 for _, _, code in ended), ended
+    assert "TCP through host memory" in ended[0][0] and ended[1][0] == ""
+    assert losses(tmp_path / "run") == pytest.approx(losses(single), abs=1e-4)
+
+
+def test_a_rank_that_never_comes_is_named(world, tmp_path):
+    """The ones that came wait 60 s; here only the message of a wrong world size, at once."""
+    arguments = options(world, tmp_path / "run")
+    port = str(free_port())
+    first, second = [subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                      env={**ENVIRONMENT, "RANK": str(r), "WORLD_SIZE": str(n), "MASTER_ADDR": "localhost", "MASTER_PORT": port}) for r, n in ((0, 2), (1, 3))]
+    assert second.wait(timeout=60) == 1 and "set the same WORLD_SIZE everywhere" in second.stderr.read()
+    first.kill()
+    first.communicate()
+
+
+@pytest.mark.parametrize("change,expected", [
+    (["--lr", "1e-3"], r"rank 1 on \S+ has another --lr than rank 0 on \S+: 0.001, not 0.003"),
+    (["--model", "OTHER"], "has another model configuration"),
+    (["--data", "OTHER"], "has another content of --data"),
+])
+def test_ranks_that_disagree_are_refused(world, tmp_path, change, expected):
+    if change[0] == "--model":
+        (tmp_path / "model.json").write_text(json.dumps({**MODEL, "intermediate_size": 64}))
+        change = ["--model", tmp_path / "model.json"]
+    if change[0] == "--data":                               # the same names and lengths, another content
+        for name in ("train_000", "train_001"):
+            raw = bytearray((world / f"{name}.bin").read_bytes())
+            raw[1024:] = (np.frombuffer(bytes(raw[1024:]), "<u2") ^ 1).astype("<u2").tobytes()
+            (tmp_path / f"{name}.bin").write_bytes(bytes(raw))
+        change = []
+    folder = lambda r: tmp_path if r == 1 and not change else world
+    ended = finish(start_by_environment(2, lambda r: [a.replace(f"{world}/train", f"{folder(r)}/train") for a in options(world, tmp_path / "run", *(change if r == 1 else []))]))
+    assert [code for _, _, code in ended] == [1, 1]
+    assert re.search(expected, ended[0][1]), ended[0][1]
+
+
+def until_step(process, step=2):
+    while not re.match(rf"step +{step}/", line := process.stdout.readline()):
+        assert line, process.stderr.read()
+
+
+def test_a_killed_rank_ends_the_job_with_its_name(world, tmp_path):
+    processes = start_by_environment(3, lambda r: options(world, tmp_path / "run", steps=100000))
+    until_step(processes[0])
+    started = time.time()
+    processes[2].kill()
+    ended = finish(processes)
+    assert time.time() - started < 20
+    assert ended[0][2] == 1 and ended[1][2] == 1
+    assert re.search(r"error: rank 2 on \S+: it died", ended[0][1]), ended[0][1]
+
+
+def test_the_loss_of_rank_0_ends_the_job_too(world, tmp_path):
+    processes = start_by_environment(2, lambda r: options(world, tmp_path / "run", steps=100000))
+    until_step(processes[0])
+    processes[0].kill()
+    ended = finish(processes)
+    assert ended[1][2] == 1 and re.search(r"error: rank 0 on \S+: it died", ended[1][1])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_rank_ends_the_job_with_its_name(world, tmp_path, rank):
+    processes = start_by_environment(2, lambda r: options(world, tmp_path / "run", "--rank-timeout", "4", steps=100000))
+    until_step(processes[0])
+    processes[rank].send_signal(signal.SIGSTOP)
+    started = time.time()
+    other = processes[1 - rank]
+    _, err = other.communicate(timeout=30)
+    assert other.returncode == 1 and time.time() - started < 15
+    assert re.search(rf"error: rank {rank} on \S+: no sign of life for \d+ s", err), err
+    processes[rank].kill()
+    processes[rank].communicate()
+
+
+def child_pids(pid):
+    return [int(c) for c in subprocess.run(["pgrep", "-P", str(pid), "-f", "train_samba"], capture_output=True, text=True).stdout.split()]
+
+
+@needs_mpi
+def test_killed_under_mpirun_and_resumed(world, tmp_path, single):
+    """A rank killed at several moments, some of them while a checkpoint is written: what `latest` names is whole each time."""
+    out = tmp_path / "run"
+    in_checkpoint = 0
+    for attempt in range(4):
+        process = subprocess.Popen(mpirun(3, options(world, out, "--resume", "--checkpoint-every", 1, steps=100000)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                   env=ENVIRONMENT)
+        while not (line := process.stdout.readline()).startswith("checkpoint "):
+            assert line, process.stderr.read()
+        while attempt % 2 and not any(n.startswith(".tmp_step") for n in os.listdir(out)):
+            pass
+        in_checkpoint += attempt % 2
+        os.kill(child_pids(process.pid)[attempt % 3], signal.SIGKILL)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode != 0 and ("it died" in err or "exited on signal 9" in err), err
+        newest = os.readlink(out / "latest")
+        saved = json.load(open(out / newest / "state.json"))
+        assert all(os.path.getsize(out / newest / f) == size for f, size in saved["files"].items()) and len(saved["files"]) == 4
+    assert in_checkpoint == 2
+    step = int(newest[5:])
+    for name in os.listdir(out):                            # half-written checkpoints go when their process has really left
+        while name.startswith(".tmp_step") and os.path.exists(f"/proc/{name.rsplit('.', 1)[1]}"):
+            time.sleep(0.1)
+    train(3, world, out, "--resume", steps=step + 3)
+    assert not [n for n in os.listdir(out) if n.startswith(".tmp_step")]
+    seen = {r["step"]: r["loss"] for r in records(out, "train")}
+    assert [seen[s] for s in range(1, min(step, 20) + 1)] == pytest.approx(losses(single)[:min(step, 20)], abs=1e-4)
+
+
+@needs_mpi
+def test_a_signal_to_any_rank_saves_and_leaves(world, tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen(mpirun(2, options(world, out, steps=100000)), stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    until_step(process)
+    os.kill(child_pids(process.pid)[1], signal.SIGTERM)
+    rest = process.stdout.read()
+    assert process.wait(timeout=60) == 0 and "continue with --resume" in rest
+    assert records(out, "checkpoint")[-1]["step"] == records(out, "train")[-1]["step"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_full_disk_of_one_rank_ends_the_job_and_harms_nothing(world, tmp_path, rank):
+    out = tmp_path / "run"
+    arguments = lambda r: options(world, out, "--resume", "--checkpoint-every", 3)
+    assert all(code == 0 for _, _, code in finish(start_by_environment(2, lambda r: options(world, out, steps=3))))
+    before = state(out, 3)
+    limited = lambda r: ["bash", "-c", 'ulimit -f 8; exec "$@"', "limited"] if r == rank else []
+    ended = finish(start_by_environment(2, arguments, limited))
+    assert [code for _, _, code in ended] == [1, 1]
+    assert re.search(rf"error: rank {rank} on \S+: cannot write \S+/(model|optimizer\.00001-of-00002)\.safetensors", ended[0][1]), ended
+    assert same_bits(before, state(out, 3)) and os.readlink(out / "latest") == "step_00000003"
+    assert all(code == 0 for _, _, code in finish(start_by_environment(2, arguments)))
+    assert os.readlink(out / "latest") == "step_00000006"
+
+
+def test_a_rank_that_hangs_is_named(world, tmp_path):
+    """Alive, with its threads running, and not a step forward: SAMBA_TEST_HANG makes rank 1 sleep for ever."""
+    port = str(free_port())
+    processes = [subprocess.Popen(options(world, tmp_path / "run", "--rank-timeout", "4", steps=100000), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                  env={**ENVIRONMENT, "RANK": str(r), "WORLD_SIZE": "3", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "SAMBA_TEST_HANG": "1"}) for r in range(3)]
+    ended = finish(processes)
+    assert [code for _, _, code in ended] == [1, 1, 1]
+    assert re.search(r"error: rank 1 on \S+: it hangs: \d+ s without progress", ended[0][1]), ended[0][1]
+
+
+@needs_mpi
+def test_a_stopped_rank_under_mpirun(world, tmp_path):
+    process = subprocess.Popen(mpirun(2, options(world, tmp_path / "run", "--rank-timeout", "3", steps=100000)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    until_step(process)
+    pids = child_pids(process.pid)
+    os.kill(pids[1], signal.SIGSTOP)
+    _, err = process.communicate(timeout=50)
+    assert process.returncode != 0 and re.search(r"error: rank 1 on \S+: no sign of life", err), err
+    assert not any(os.path.exists(f"/proc/{p}/exe") for p in pids)
+
+
+@needs_mpi
+def test_the_run_script_starts_again_from_latest(world, tmp_path):
+    """scripts/run_421m_8gpu.sh with two ranks and a small model; one of them is killed, and the script finishes the run"""
+    out = tmp_path / "run"
+    shards = {"DATA": f"{world}/train_*.bin", "OUT": str(out), "RANKS": "2", "PROGRAM": PROGRAM, "RESTART_WAIT": "0"}
+    recipe = options(world, out, "--checkpoint-every", 20, "--log-every", 1, steps=300)[1:]
+    process = subprocess.Popen([os.path.join(ROOT, "scripts/run_421m_8gpu.sh"), *recipe], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**ENVIRONMENT, **shards})
+    while not (line := process.stdout.readline()).startswith("checkpoint "):
+        assert line, process.stderr.read()
+    mpi = int(subprocess.run(["pgrep", "-P", str(process.pid), "mpirun"], capture_output=True, text=True).stdout)
+    os.kill(child_pids(mpi)[1], signal.SIGKILL)
+    rest, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    assert "starting again from step_" in err and re.search(r"resumed  \S+ at step \d+0\n", rest)
+    assert records(out, "train")[-1]["step"] == 300
+    assert os.readlink(out / "latest") == "step_00000300"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is not finite
+
+def shard_with_a_rare_token(path):
+    """64 samples of 16 tokens, of which the 10th, 31st and 50th hold the token 63"""
+    tokens = np.random.default_rng(2).integers(0, 60, 64 * 16 + 1)
+    tokens[[10 * 16 + 5, 31 * 16 + 5, 50 * 16 + 5]] = 63
+    write_shard(path, tokens)
+
+
+def poison(path, name, row):
+    """Makes one row of a tensor NaN in a safetensors file"""
+    raw = bytearray(open(path, "rb").read())
+    size = int.from_bytes(raw[:8], "little")
+    tensor = json.loads(raw[8 : 8 + size])[name]
+    begin, width = 8 + size + tensor["data_offsets"][0], 4 * tensor["shape"][1]
+    raw[begin + row * width : begin + (row + 1) * width] = np.full(tensor["shape"][1], np.nan, "<f4").tobytes()
+    open(path, "wb").write(bytes(raw))
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory):
+    """A model whose embedding of token 63 is not a number, and data in which three samples of 64 hold that token"""
+    folder = tmp_path_factory.mktemp("poisoned")
+    (folder / "model.json").write_text(json.dumps({**MODEL, "tied": False}))
+    shard_with_a_rare_token(folder / "train_000.bin")
+    assert launch(1, options(folder, folder / "run", steps=1)).returncode == 0
+    poison(folder / "run/step_00000001/model.safetensors", "transformer.wte.weight", 63)
+    return folder
+
+
+@needs_mpi
+def test_what_is_not_finite_on_one_rank_skips_the_step_on_all(poisoned, tmp_path):
+    outs = [tmp_path / "one", tmp_path / "three"]
+    for ranks, out in zip((1, 3), outs):
+        result = launch(ranks, options(poisoned, out, "--init-from", poisoned / "run", "--global-batch", 48, steps=20))
+        assert result.returncode == 0, result.stderr
+    skipped = [[r["skipped"] for r in records(out, "train")] for out in outs]
+    assert skipped[0] == skipped[1] and skipped[0][:20].count(True) in (2, 3)
+    finite = [[r["loss"] for r in records(out, "train") if not r["skipped"]] for out in outs]
+    assert finite[1] == pytest.approx(finite[0], abs=1e-4)
+    assert f"{skipped[1].count(True)}" == str(json.load(open(outs[1] / "step_00000020/state.json"))["skipped"])
+
+
+@needs_mpi
+def test_a_run_that_stays_not_finite_stops_and_names_the_layer(poisoned, tmp_path):
+    result = launch(2, options(poisoned, tmp_path / "run", "--init-from", poisoned / "run", "--global-batch", 64 * 16, "--max-skips", 3, steps=20))
+    assert result.returncode != 0
+    assert re.search(r"error: rank 0 on \S+: 3 steps in a row had a gradient that is not finite .* first the output of the embedding on rank [01]; lower --lr", result.stderr), result.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Machines: network namespaces, each with an address and a host name of its own
+
+@pytest.fixture(scope="module")
+def two_hosts(tmp_path_factory):
+    """Two namespaces with a cable between them: (names, addresses, a command in one, a folder with mpirun's host file and agent)"""
+    names = [f"samba{os.getpid()}{side}" for side in "ab"]
+    addresses = ["10.66.0.1", "10.66.0.2"]
+    ip = lambda *a: subprocess.run(["ip", *a], capture_output=True, text=True, check=True)
+    if not shutil.which("ip") or not shutil.which("unshare") or os.geteuid() != 0:
+        pytest.skip("network namespaces need root, ip and unshare")
+    try:
+        try:
+            for name in names:
+                ip("netns", "add", name)
+                ip("-n", name, "link", "set", "lo", "up")
+            ip("-n", names[0], "link", "add", "eth0", "type", "veth", "peer", "name", "eth1")
+            ip("-n", names[0], "link", "set", "eth1", "netns", names[1])
+            for name, address, device in zip(names, addresses, ("eth0", "eth1")):
+                ip("-n", name, "addr", "add", f"{address}/24", "dev", device)
+                ip("-n", name, "link", "set", device, "up")
+            subprocess.run(["ip", "netns", "exec", names[0], "true"], check=True, capture_output=True)
+        except (subprocess.CalledProcessError, OSError) as error:
+            pytest.skip(f"this machine does not allow network namespaces: {getattr(error, 'stderr', error)}")
+        folder = tmp_path_factory.mktemp("hosts")
+        (folder / "hosts").write_text("".join(f"{a} slots=2\n" for a in addresses))
+        cases = "".join(f"{a}) name={n} ;; " for n, a in zip(names, addresses))
+        (folder / "agent.sh").write_text(f'#!/bin/bash\n# what ssh is elsewhere: HOST COMMAND...\nhost=$1; shift\ncase $host in {cases}esac\n'
+                                         'exec ip netns exec $name unshare --uts bash -c "hostname $name; $*"\n')
+        (folder / "agent.sh").chmod(0o755)
+        inside = lambda i: ["ip", "netns", "exec", names[i], "unshare", "--uts", "bash", "-c", f'hostname {names[i]}; exec "$@"', "inside"]
+        yield names, addresses, inside, folder
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+@needs_mpi
+def test_two_hosts_through_an_mpi_host_file(world, tmp_path, single, two_hosts):
+    """The README's command as it stands there; the environment says how to reach a host, which elsewhere is ssh, and that this is root."""
+    names, _, inside, folder = two_hosts
+    environment = {**ENVIRONMENT, "OMPI_MCA_plm_rsh_agent": str(folder / "agent.sh"), "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    result = run(*inside(0), "mpirun", "--hostfile", "hosts", "-np", "4", *options(world, tmp_path / "run", steps=20), env=environment, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert "ranks    4 on 2 hosts" in result.stdout and f"{names[0]}: 0 1\n" in result.stdout and f"{names[1]}: 2 3\n" in result.stdout
+    assert losses(tmp_path / "run") == pytest.approx(losses(single), abs=1e-4)
+
+
+def test_two_hosts_by_the_environment(world, tmp_path, single, two_hosts):
+    names, addresses, inside, _ = two_hosts
+    ended = finish(start_by_environment(4, lambda r: options(world, tmp_path / "run", steps=20), lambda r: inside(r // 2), addresses[0]))
+    assert all(code == 0 for _, _, code in ended), ended
+    assert f"{names[1]}: 2 3\n" in ended[0][0]
+    assert losses(tmp_path / "run") == pytest.approx(losses(single), abs=1e-4)
+
+
+def test_a_host_whose_cable_is_cut_ends_the_job(world, tmp_path, two_hosts):
+    names, addresses, inside, _ = two_hosts
+    processes = start_by_environment(2, lambda r: options(world, tmp_path / "run", "--rank-timeout", "4", steps=100000), inside, addresses[0])
+    until_step(processes[0])
+    subprocess.run(["ip", "-n", names[1], "link", "set", "eth1", "down"], check=True)
+    try:
+        ended = finish(processes)
+        assert [code for _, _, code in ended] == [1, 1]
+        assert re.search(rf"error: rank 1 on {names[1]}: no sign of life", ended[0][1]) and re.search(rf"error: rank 0 on {names[0]}: no sign of life", ended[1][1])
+    finally:
+        subprocess.run(["ip", "-n", names[1], "link", "set", "eth1", "up"], check=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a GPU: the float build, whose numbers are those of the CPU to rounding
+
+GPU_PROGRAM = os.environ.get("SAMBA_GPU_PROGRAM", os.path.join(ROOT, "build/gpu-fp32/train_samba"))
+needs_gpu = pytest.mark.skipif(not shutil.which("nvidia-smi") or subprocess.run(["nvidia-smi", "-L"], capture_output=True).stdout.count(b"GPU ") < 1 or not os.path.exists(GPU_PROGRAM),
+                               reason="needs a GPU and build/gpu-fp32/train_samba")
+
+
+def on_gpu(arguments):
+    return [GPU_PROGRAM, *arguments[1:]]
+
+
+@pytest.fixture(scope="module")
+def single_gpu(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("single_gpu") / "run"
+    result = run(*on_gpu(options(world, out, steps=20)), env=ENVIRONMENT)
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+@needs_gpu
+@pytest.mark.parametrize("zero", [0, 1])
+def test_nccl_with_one_rank_changes_no_bit(world, tmp_path, single_gpu, zero):
+    """Every collective, bucket and event of a run on many GPUs, with one; and once more with delays, which show an event that is missing."""
+    for delay in ("0", "2000"):
+        out = tmp_path / f"delay_{delay}"
+        result = run(*on_gpu(options(world, out, "--collectives", "nccl", "--zero", zero, "--bucket", "8k", steps=20)), env={**ENVIRONMENT, "SAMBA_TEST_DELAY": delay})
+        assert result.returncode == 0, result.stderr
+        assert "by NCCL" in result.stdout
+        assert same_bits(state(out, 20), state(single_gpu, 20))
+
+
+@needs_gpu
+@pytest.mark.parametrize("zero", [0, 1])
+def test_two_ranks_that_share_a_gpu(world, tmp_path, single_gpu, zero):
+    environments = [{"CUDA_VISIBLE_DEVICES": "0"}] * 2
+    port = str(free_port())
+    processes = [subprocess.Popen(on_gpu(options(world, tmp_path / "run", "--zero", str(zero), steps=20)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                  env={**ENVIRONMENT, **environments[r], "RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}) for r in range(2)]
+    ended = finish(processes, timeout=120)
+    assert all(code == 0 for _, _, code in ended), ended
+    assert "ranks 0 and 1 share a GPU, which NCCL refuses: gradients go through host memory" in ended[0][0]
+    assert losses(tmp_path / "run") == pytest.approx(losses(single_gpu), abs=1e-4)
