@@ -210,3 +210,23 @@ def test_smoothing_keeps_a_constant_and_lags_behind_no_line():
     assert np.allclose(plot_log.smooth(np.full(1000, 3.0)), 3)
     line = np.arange(1000.0)
     assert np.allclose(plot_log.smooth(line)[:990], line[:990])
+
+
+def test_the_quick_start_in_small(tmp_path):
+    """scripts/quickstart.sh from text to a sample, a checkpoint and pictures, as `make train` runs it after the build."""
+    program = ROOT / "build/cpu/train_samba"
+    assert program.exists(), f"{program} is missing: make CPU=1 builds it"
+    library = Path(subprocess.__file__).parent
+    for name in ("subprocess", "argparse", "shutil", "zipfile", "tarfile", "typing", "inspect", "datetime", "decimal", "ast", "pickle", "socket"):
+        source = library / f"{name}.py"
+        (tmp_path / f"{name}.txt").write_text(source.read_text() if source.exists() else "x = 1\n" * 500)
+    data, out = tmp_path / "data", tmp_path / "out"
+    run = lambda *command: subprocess.run([str(c) for c in command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    prepared = run(sys.executable, "-m", "data.prepare", "--text", tmp_path / "*.txt", "--vocab-size", 512, "--val-fraction", 0.2, "--out", data)
+    assert prepared.returncode == 0, prepared.stderr
+    model = tmp_path / "model.json"
+    model.write_text(json.dumps({"blocks": "MS", "n_embd": 32, "n_head": 2, "head_size": 16, "intermediate_size": 64, "local_window": 16, "block_size": 32, "padded_vocab_size": 512}))
+    result = run("bash", "scripts/quickstart.sh", program, data, out, "--model", model, "--steps", 30, "--warmup-steps", 2, "--val-every", 0)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "validation loss" in result.stdout and "import os" in result.stdout and "checkpoint    " in result.stdout
+    assert (out / "overview.png").exists() and (out / "latest/tokenizer.model").exists() and (out / "log.jsonl").exists()
