@@ -19,7 +19,7 @@ fi
 echo
 echo "A sample:"
 echo "----------------------------------------------------------------------"
-"$program" generate --checkpoint "$out" --prompt $'import os\nimport sys\n\ndef ' --max-tokens 250 --temperature 0.7 --top-p 0.95 --seed 1
+"$program" generate --checkpoint "$out" --prompt $'import os\nimport sys\n\ndef ' --max-tokens 250 --temperature 0.5 --top-p 0.9 --seed 1
 echo "----------------------------------------------------------------------"
 .venv/bin/python scripts/plot_log.py "$out/log.jsonl" --out "$out"
 .venv/bin/python - "$out/log.jsonl" "$data/meta.json" <<'PYTHON'
