@@ -215,9 +215,9 @@ struct Comm {
             if (!fresh && shared.empty()) shared = "ranks " + std::to_string(first->second) + " and " + std::to_string(r) + " share a GPU";
         }
         if (mode == Mode::nccl && !shared.empty()) fail("--collectives nccl: %s on %s, which NCCL refuses; start fewer ranks, or use --collectives host", shared.c_str(), hosts[0].c_str());
+        forced = mode == Mode::nccl || forced;
         nccl_used_ = ON_GPU && mode != Mode::host && shared.empty() && active();
         note_ = !ON_GPU || mode == Mode::host || shared.empty() ? "" : shared + ", which NCCL refuses: gradients go through host memory";
-        forced = mode == Mode::nccl || forced;
         if (const char* delay = std::getenv("SAMBA_TEST_DELAY")) test_delay_ = atoi(delay);
         if (nccl_used_) start_nccl();
         order_event_ = event_create();
