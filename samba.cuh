@@ -734,9 +734,10 @@ struct Model {
     Activations acts;
     // Called where given: before forward reads a layer's weights (-1: the embedding's), after backward has made its gradients
     std::function<void(int layer)> before_layer, after_layer;
+    Event uploaded;                        // the tokens of the last upload have left the host's memory
 
-    explicit Model(const Config& config) : layout(config), stream(stream_create()) {}
-    ~Model() { stream_sync(stream); stream_destroy(stream); }
+    explicit Model(const Config& config) : layout(config), stream(stream_create()), uploaded(event_create()) {}
+    ~Model() { stream_sync(stream); stream_destroy(stream); event_destroy(uploaded); }
     Model(const Model&) = delete;
     Model& operator=(const Model&) = delete;
     const Config& config() const { return layout.config; }
@@ -1006,9 +1007,13 @@ inline void read_logits(Model& m, float* out, int64_t row, int64_t rows, int64_t
     }
 }
 
+// Tokens from the host, in order with the passes around it. The copy may be under way when this returns, behind a pass that
+// still computes; it is over when the next call returns. That is as long as DataLoader keeps a batch.
 inline void upload_tokens(Model& m, const int* tokens, const int* targets, int64_t BT) {
+    event_sync(m.uploaded);
     copy_to_device(m.acts.tokens, tokens, BT * sizeof(int), m.stream);
     if (targets) copy_to_device(m.acts.targets, targets, BT * sizeof(int), m.stream);
+    event_record(m.uploaded, m.stream);
 }
 
 // =====================================================================================================================

@@ -430,6 +430,28 @@ TEST(Training, MicroBatchesAddUpToTheBatch) {
     EXPECT_NEAR(losses[0], losses[1], EXACT ? 1e-5 : 1e-3);
 }
 
+// A host that runs ahead of the GPU must not fill a batch's memory again before the batch has been copied
+TEST(Training, ABatchIsCopiedBeforeTheOneAfterTheNextIsUploaded) {
+    REQUIRE_DEVICE();
+    Fixture f(small_config("MS"), 2, 24);
+    std::vector<int*> batches;
+    for (int i = 0; i < 2; i++) batches.push_back((int*)pinned_alloc(48 * sizeof(int)));
+    std::fill_n(batches[0], 48, 1);
+    stream_delay(f.m.stream, 100000);                      // the GPU is busy for a tenth of a second
+    upload_tokens(f.m, batches[0], nullptr, 48);
+    int* kept = (int*)device_alloc(48 * sizeof(int), "a copy");
+    copy_on_device(kept, f.m.acts.tokens, 48 * sizeof(int), f.m.stream);
+    std::fill_n(batches[1], 48, 2);
+    upload_tokens(f.m, batches[1], nullptr, 48);
+    std::fill_n(batches[0], 48, 3);                        // what the loader's thread may do from here on
+    std::vector<int> got(48);
+    copy_to_host(got.data(), kept, 48 * sizeof(int), f.m.stream);
+    stream_sync(f.m.stream);
+    EXPECT_EQ(got, std::vector<int>(48, 1));
+    device_free(kept);
+    for (int* p : batches) pinned_free(p);
+}
+
 TEST(Training, AGradientThatIsNotFiniteChangesNothing) {
     REQUIRE_DEVICE();
     Fixture f(small_config("MS"), 1, 8);
