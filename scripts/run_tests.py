@@ -60,10 +60,9 @@ def run_googletest(name, totals):
     if os.path.exists(report):
         os.remove(report)
     print(f"== {name}: tests", flush=True)
-    command = [os.path.join(ROOT, "build", name, "test_samba"), f"--gtest_output=json:{report}", "--gtest_brief=1"]
-    code = subprocess.run(command, cwd=ROOT).returncode
+    code, running, reasons = watch_googletest([os.path.join(ROOT, "build", name, "test_samba"), f"--gtest_output=json:{report}"])
     if not os.path.exists(report):
-        totals.fail(name, f"the test program ended with status {code} and no report")
+        totals.fail(name, f"{running}: the test program ended with status {code} and no report")
         return
     with open(report, encoding="utf-8") as file:
         suites = json.load(file)["testsuites"]
@@ -73,19 +72,29 @@ def run_googletest(name, totals):
             if test.get("failures"):
                 totals.fail(name, full)
             elif test.get("result") == "SKIPPED":
-                reason = skip_reason(test)
-                totals.skipped.append((name, full, reason))
+                totals.skipped.append((name, full, reasons.get(full, "no reason given")))
             else:
                 totals.passed += 1
 
 
-def skip_reason(test):
-    """GoogleTest gives a skip's message only in newer versions."""
-    for skipped in test.get("skipped", []):
-        lines = skipped.get("message", "").strip().splitlines()
-        if lines:
-            return lines[-1]
-    return "see its message above"
+def watch_googletest(command):
+    """Runs a test program and shows what is not routine. (status, last test begun, {skipped test: its message}): older
+    GoogleTests write a skip's message to the screen alone, on the line after "FILE:LINE: Skipped"."""
+    running, reasons, reason_next = "before the first test", {}, False
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, errors="replace")
+    for line in process.stdout:
+        text = line.rstrip("\n")
+        if text.startswith("[ RUN      ] "):
+            running = text[13:]
+        elif text.endswith(": Skipped"):
+            reason_next = True
+            continue
+        elif reason_next:
+            reasons[running] = text
+        elif text and not text.startswith(("[       OK", "[  SKIPPED", "[---", "Note: ")):
+            print(text, flush=True)
+        reason_next = False
+    return process.wait(), running, reasons
 
 
 def run_pytest(totals):
