@@ -12,6 +12,7 @@
 #include <CLI/CLI.hpp>
 
 #include "samba.cuh"
+#include "kernels/data_parallel.cuh"
 
 #include "data/checkpoint.h"
 #include "data/loader.h"

@@ -26,12 +26,6 @@
 #include <nccl.h>
 #endif
 
-struct Range {                                     // [begin, end) of a flat array
-    int64_t begin = 0, end = 0;
-    int64_t size() const { return std::max<int64_t>(0, end - begin); }
-    Range operator&(Range o) const { return {std::max(begin, o.begin), std::max(std::max(begin, o.begin), std::min(end, o.end))}; }
-};
-
 // Shards of n elements: as equal as multiples of `alignment` allow
 inline std::vector<int64_t> shard_bounds(int64_t n, int world, int64_t alignment) {
     std::vector<int64_t> bounds(world + 1);

@@ -6,6 +6,7 @@
 //   make PRECISION=FP32    SAMBA_FP32    float            cudaStream_t
 //   make CPU=1             SAMBA_CPU     float            an empty struct: every call is synchronous
 #pragma once
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdarg>
@@ -46,6 +47,12 @@ struct Error : std::runtime_error {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+struct Range {                                     // [begin, end) of a flat array
+    int64_t begin = 0, end = 0;
+    int64_t size() const { return std::max<int64_t>(0, end - begin); }
+    Range operator&(Range o) const { return {std::max(begin, o.begin), std::max(std::max(begin, o.begin), std::min(end, o.end))}; }
+};
 
 struct DeviceInfo {
     std::string name;          // "NVIDIA H100 80GB HBM3" or "CPU, 8 threads"

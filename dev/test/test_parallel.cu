@@ -3,7 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "../../data/model_io.h"
-#include "../../samba.cuh"
+#include "../../kernels/data_parallel.cuh"
 #include "test_files.h"
 #include "test_util.h"
 
