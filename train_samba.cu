@@ -20,6 +20,9 @@
 #include "data/run_log.h"
 #include "data/tokenizer.h"
 
+#include "commands/eval.h"
+#include "commands/validation.h"
+
 #ifndef SAMBA_COMMIT
 #define SAMBA_COMMIT "unknown"
 #endif
@@ -46,30 +49,6 @@ struct TrainOptions {
     double rank_timeout = 45;
     bool resuming = false;                 // --resume was given, with or without a directory
 };
-
-// "20b" -> 20000000000: numbers take k, m, b suffixes, powers of a thousand (k = 1024 for nobody: 4k tokens is 4000).
-inline std::string expand_count(std::string text) {
-    const std::string given = text;
-    double factor = 1;
-    if (!text.empty()) {
-        const char unit = (char)std::tolower(text.back());
-        if (unit == 'k' || unit == 'm' || unit == 'b') {
-            factor = unit == 'k' ? 1e3 : unit == 'm' ? 1e6 : 1e9;
-            text.pop_back();
-        }
-    }
-    size_t used = 0;
-    double value = 0;
-    try { value = std::stod(text, &used); } catch (const std::exception&) {}
-    value *= factor;
-    if (used == 0 || used != text.size() || value != std::floor(value) || std::abs(value) > 9e15)
-        throw CLI::ValidationError(given + " is not a whole number (suffixes k, m, b are allowed)");
-    return std::to_string((int64_t)value);
-}
-
-inline CLI::Option* add_count(CLI::App& app, const std::string& name, int64_t& value, const std::string& help) {
-    return app.add_option(name, value, help)->transform(CLI::Validator([](std::string& s) { s = expand_count(s); return std::string(); }, "COUNT"))->capture_default_str();
-}
 
 inline void add_train_options(CLI::App& app, TrainOptions& o) {
     app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);      // given twice, the later counts
@@ -180,20 +159,6 @@ inline double learning_rate(const TrainOptions& o, int64_t step) {
     return (double)step <= decay_from ? o.lr : o.lr + (o.min_lr - o.lr) * ((double)step - decay_from) / ((double)o.steps - decay_from);
 }
 
-// "1x","4x" -> {1,4}, sorted
-inline std::vector<int64_t> length_multiples(const std::vector<std::string>& texts) {
-    std::vector<int64_t> multiples;
-    for (const std::string& text : texts) {
-        char* end = nullptr;
-        const long n = std::strtol(text.c_str(), &end, 10);
-        if (n < 1 || n > 1000000 || std::string(end) != "x") fail("--val-lengths %s: write multiples of --seq-len as 1x,2x,4x", text.c_str());
-        multiples.push_back(n);
-    }
-    std::sort(multiples.begin(), multiples.end());
-    multiples.erase(std::unique(multiples.begin(), multiples.end()), multiples.end());
-    return multiples;
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
 // Signals: the first asks to finish the step, save and leave; a second leaves at once. Of several processes any may get it.
 
@@ -210,79 +175,6 @@ inline void catch_stop_signals() {
     sigaction(SIGUSR1, &action, nullptr);  // what mpirun passes on, and Slurm sends before the time is up
     std::signal(SIGXFSZ, SIG_IGN);         // a file over the size limit is a failed write with an error line, not a death
 }
-
-inline void select_gpu(int index) {
-    if (!ON_GPU) return;
-    const int count = device_count();
-    if (count == 0) fail("this build needs an NVIDIA GPU and none is visible; build for the CPU with: make CPU=1");
-    if (index < 0 || index >= count) fail("--gpu %d: this machine has GPUs 0 to %d", index, count - 1);
-    device_select(index);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Validation: mean loss over the first k*T tokens, for several k, in one pass over the longest. The sequence is read in
-// chunks of T with the state carried along, so that memory does not depend on k.
-
-// Processes take turns with the batches.
-struct Validation {
-    Model& m;
-    const Comm& comm;
-    const int64_t T;
-    std::vector<int64_t> multiples;
-    int64_t B = 0, batches = 0;
-    std::unique_ptr<DataLoader> loader;
-    SequenceState state;
-    std::vector<int> tokens, targets;      // (B,T) of one chunk
-    std::vector<float> losses;             // (B,T)
-
-    // Lengths that the data is too short for are dropped with a line that says so.
-    Validation(Model& m, const Comm& comm, const Shards& shards, std::vector<int64_t> wanted, int64_t max_B, int64_t T, int64_t max_batches)
-        : m(m), comm(comm), T(T), multiples(std::move(wanted)) {
-        while (!multiples.empty() && shards.samples(multiples.back() * T) == 0) {
-            if (comm.main()) fprintf(stderr, "validation at %lld tokens is left out: no validation shard is that long\n", (long long)(multiples.back() * T));
-            multiples.pop_back();
-        }
-        if (multiples.empty()) fail("%s: too short to validate on: a sequence of %lld + 1 tokens is needed", shards.info()[0].path.c_str(), (long long)T);
-        const int64_t samples = shards.samples(multiples.back() * T);
-        B = std::min(max_B, samples);
-        batches = std::min(max_batches, samples / B);
-        loader = std::make_unique<DataLoader>(shards, B, multiples.back() * T, B * comm.world, comm.rank, comm.world, 0, false);
-        tokens.resize(B * T);
-        targets.resize(B * T);
-        losses.resize(B * T);
-        state.create(m.layout, B, multiples.back() * T, m.stream);
-    }
-
-    // (length in tokens, mean loss) for each multiple
-    std::vector<std::pair<int64_t, double>> run() {
-        const int64_t chunks = multiples.back();
-        std::vector<double> own(batches * chunks, 0.0), sums(chunks, 0.0);
-        ProgressBar bar("validation", (double)(batches * chunks));
-        loader->seek(0);
-        for (int64_t i = comm.rank; i < batches; i += comm.world) {
-            const Batch batch = loader->next();                                                            // (B,chunks*T)
-            state.reset(m.layout, m.stream);
-            for (int64_t k = 0; k < chunks; k++) {
-                for (int64_t b = 0; b < B; b++) {
-                    std::copy_n(batch.tokens + (b * chunks + k) * T, T, tokens.data() + b * T);
-                    std::copy_n(batch.targets + (b * chunks + k) * T, T, targets.data() + b * T);
-                }
-                upload_tokens(m, tokens.data(), targets.data(), B * T);
-                evaluate(m, (int)B, T, &state);
-                copy_to_host(losses.data(), m.acts.losses, B * T * sizeof(float), m.stream);
-                stream_sync(m.stream);
-                own[i * chunks + k] = std::accumulate(losses.begin(), losses.end(), 0.0);
-                bar.add(comm.world);
-            }
-        }
-        const std::vector<std::vector<double>> all = comm.all_rows(own);
-        for (int64_t i = 0; i < batches * chunks; i++) sums[i % chunks] += all[i / chunks % comm.world][i];
-        std::vector<std::pair<int64_t, double>> result;
-        for (int64_t k : multiples)
-            result.emplace_back(k * T, std::accumulate(sums.begin(), sums.begin() + k, 0.0) / (double)(batches * B * T * k));
-        return result;
-    }
-};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // A run and its checkpoints
@@ -343,30 +235,6 @@ inline std::string save_checkpoint(const Model& m, DataParallel& parallel, const
     return o.out + "/" + checkpoint_name(run.step);
 }
 
-inline nlohmann::json read_state(const std::string& dir) {
-    const nlohmann::json state = nlohmann::json::parse(MappedFile(dir + "/state.json").text(), nullptr, false);
-    if (state.is_discarded()) fail("%s/state.json is not JSON; remove this checkpoint to resume from an older one", dir.c_str());
-    return state;
-}
-
-// Fingerprint of the tokenizer that a checkpoint was trained with, 0 where nothing says; that of a file, 0 without one
-inline uint64_t file_fingerprint(const std::string& path) {
-    if (path.empty() || access(path.c_str(), R_OK) != 0) return 0;
-    const MappedFile file(path);
-    return fnv1a64(file.data, file.size);
-}
-inline uint64_t checkpoint_fingerprint(const std::string& dir) {
-    const nlohmann::json state = read_state(dir);
-    const std::string text = state.value("tokenizer_fingerprint", "0");
-    const uint64_t said = std::strtoull(text.c_str(), nullptr, 10);
-    return said ? said : file_fingerprint(dir + "/tokenizer.model");
-}
-// Tokens of another tokenizer mean something else to the model, however well they fit its vocabulary.
-inline void check_same_tokenizer(uint64_t ours, const std::string& who, uint64_t of_data, const std::string& path) {
-    if (ours && of_data && ours != of_data)
-        fail("%s: made with another tokenizer (fingerprint %016llx) than %s (%016llx); prepare it with that tokenizer", path.c_str(), (unsigned long long)of_data, who.c_str(), (unsigned long long)ours);
-}
-
 inline RunState load_checkpoint(Model& m, const std::string& dir, const TrainOptions& o, uint64_t identity) {
     const nlohmann::json state = read_state(dir);
     RunState run;
@@ -395,28 +263,6 @@ inline bool has_checkpoint(const std::string& out) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Set-up
-
-// Bytes of activations at a recompute level, by a dry run of the plan
-inline size_t activation_bytes(const Layout& layout, int64_t B, int64_t T, bool training, Recompute level) {
-    Activations dry;
-    dry.B = B; dry.T = T; dry.training = training; dry.recompute = level;
-    dry.plan(layout);
-    return dry.bytes();
-}
-inline size_t state_bytes(const Layout& layout, int64_t B, int64_t max_context) {
-    SequenceState dry;
-    dry.B = B;
-    dry.plan(layout, max_context);
-    return dry.arena.bytes();
-}
-// Of one process that owns this part of the flat order
-inline int64_t parameter_bytes(const Layout& layout, bool training, Range own) {
-    Parameters dry;
-    dry.own = own;
-    dry.plan(layout, training);
-    return (int64_t)dry.arena.bytes();
-}
-inline int64_t parameter_bytes(const Layout& layout, bool training) { return parameter_bytes(layout, training, {0, layout.elements()}); }
 
 constexpr size_t MEMORY_RESERVE = (size_t)768 << 20;       // for the driver, cuBLASLt and fragmentation
 
@@ -691,36 +537,6 @@ inline void run_train(TrainOptions& o, CLI::App& app, Comm& comm) {
 // ---------------------------------------------------------------------------------------------------------------------
 // The other subcommands
 
-// A model for inference from a checkpoint directory, with room for B sequences in chunks of T tokens.
-inline std::unique_ptr<Model> load_for_inference(const std::string& dir, int64_t B, int64_t T) {
-    const std::string path = dir + "/model.safetensors";
-    auto m = std::make_unique<Model>(read_config(path));
-    m->w.create(m->layout, false);
-    m->acts.create(m->layout, B, T, false, Recompute::full);
-    initialise(*m, 0);
-    load_parameters(*m, path);
-    return m;
-}
-
-struct EvalOptions {
-    std::string checkpoint;
-    std::vector<std::string> data, val_lengths = {"1x", "2x", "3x", "4x"};
-    int64_t micro_batch = 4, seq_len = 0, batches = 10;
-    int gpu = 0;
-};
-
-inline void run_eval(const EvalOptions& o) {
-    select_gpu(o.gpu);
-    const std::string dir = find_checkpoint(o.checkpoint);
-    const int64_t T = o.seq_len > 0 ? o.seq_len : read_config(dir + "/model.safetensors").seq_len;
-    auto m = load_for_inference(dir, o.micro_batch, T);
-    const Shards shards(o.data, m->config().vocab_size);
-    check_same_tokenizer(checkpoint_fingerprint(dir), "the checkpoint " + dir, shards.fingerprint(), shards.info()[0].path);
-    const Comm alone;
-    Validation validation(*m, alone, shards, length_multiples(o.val_lengths), o.micro_batch, T, o.batches);
-    for (auto [length, loss] : validation.run()) printf("length %lld | loss %.4f | perplexity %.3f\n", (long long)length, loss, std::exp(loss));
-}
-
 struct GenerateOptions {
     std::string checkpoint, prompt, tokenizer;
     int64_t max_tokens = 200, top_k = 0;
@@ -855,14 +671,7 @@ inline int run_main(int argc, char** argv, Comm& comm) {
     add_train_options(app, train);
 
     EvalOptions eval;
-    CLI::App* eval_app = app.add_subcommand("eval", "Loss and perplexity of a checkpoint at several context lengths");
-    eval_app->add_option("--checkpoint", eval.checkpoint, "A checkpoint, or a run's directory")->required();
-    eval_app->add_option("--data", eval.data, "Token shards")->required();
-    eval_app->add_option("--val-lengths", eval.val_lengths, "Context lengths as multiples of --seq-len")->delimiter(',')->capture_default_str();
-    add_count(*eval_app, "--micro-batch", eval.micro_batch, "Sequences at a time");
-    add_count(*eval_app, "--seq-len", eval.seq_len, "Tokens in a chunk; 0: the training length");
-    add_count(*eval_app, "--batches", eval.batches, "Batches to average over");
-    eval_app->add_option("--gpu", eval.gpu, "Index of the GPU to use")->capture_default_str();
+    CLI::App* eval_app = add_eval(app, eval);
 
     GenerateOptions generate;
     CLI::App* generate_app = app.add_subcommand("generate", "Continue a prompt");

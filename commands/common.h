@@ -1,0 +1,111 @@
+// What the subcommands share: numbers on the command line, the device, the tokenizer's identity, a model to read with.
+#pragma once
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+#include <string>
+
+#include <CLI/CLI.hpp>
+
+#include "../samba.cuh"
+
+#include "../data/checkpoint.h"
+#include "../data/model_io.h"
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Options
+
+// "20b" -> 20000000000: numbers take k, m, b suffixes, powers of a thousand (k = 1024 for nobody: 4k tokens is 4000).
+inline std::string expand_count(std::string text) {
+    const std::string given = text;
+    double factor = 1;
+    if (!text.empty()) {
+        const char unit = (char)std::tolower(text.back());
+        if (unit == 'k' || unit == 'm' || unit == 'b') {
+            factor = unit == 'k' ? 1e3 : unit == 'm' ? 1e6 : 1e9;
+            text.pop_back();
+        }
+    }
+    size_t used = 0;
+    double value = 0;
+    try { value = std::stod(text, &used); } catch (const std::exception&) {}
+    value *= factor;
+    if (used == 0 || used != text.size() || value != std::floor(value) || std::abs(value) > 9e15)
+        throw CLI::ValidationError(given + " is not a whole number (suffixes k, m, b are allowed)");
+    return std::to_string((int64_t)value);
+}
+
+inline CLI::Option* add_count(CLI::App& app, const std::string& name, int64_t& value, const std::string& help) {
+    return app.add_option(name, value, help)->transform(CLI::Validator([](std::string& s) { s = expand_count(s); return std::string(); }, "COUNT"))->capture_default_str();
+}
+
+inline void select_gpu(int index) {
+    if (!ON_GPU) return;
+    const int count = device_count();
+    if (count == 0) fail("this build needs an NVIDIA GPU and none is visible; build for the CPU with: make CPU=1");
+    if (index < 0 || index >= count) fail("--gpu %d: this machine has GPUs 0 to %d", index, count - 1);
+    device_select(index);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What memory a plan takes, by a dry run of it
+
+// Bytes of activations at a recompute level, by a dry run of the plan
+inline size_t activation_bytes(const Layout& layout, int64_t B, int64_t T, bool training, Recompute level) {
+    Activations dry;
+    dry.B = B; dry.T = T; dry.training = training; dry.recompute = level;
+    dry.plan(layout);
+    return dry.bytes();
+}
+inline size_t state_bytes(const Layout& layout, int64_t B, int64_t max_context) {
+    SequenceState dry;
+    dry.B = B;
+    dry.plan(layout, max_context);
+    return dry.arena.bytes();
+}
+// Of one process that owns this part of the flat order
+inline int64_t parameter_bytes(const Layout& layout, bool training, Range own) {
+    Parameters dry;
+    dry.own = own;
+    dry.plan(layout, training);
+    return (int64_t)dry.arena.bytes();
+}
+inline int64_t parameter_bytes(const Layout& layout, bool training) { return parameter_bytes(layout, training, {0, layout.elements()}); }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Checkpoints and their tokenizers
+
+inline nlohmann::json read_state(const std::string& dir) {
+    const nlohmann::json state = nlohmann::json::parse(MappedFile(dir + "/state.json").text(), nullptr, false);
+    if (state.is_discarded()) fail("%s/state.json is not JSON; remove this checkpoint to resume from an older one", dir.c_str());
+    return state;
+}
+
+// Fingerprint of the tokenizer that a checkpoint was trained with, 0 where nothing says; that of a file, 0 without one
+inline uint64_t file_fingerprint(const std::string& path) {
+    if (path.empty() || access(path.c_str(), R_OK) != 0) return 0;
+    const MappedFile file(path);
+    return fnv1a64(file.data, file.size);
+}
+inline uint64_t checkpoint_fingerprint(const std::string& dir) {
+    const nlohmann::json state = read_state(dir);
+    const std::string text = state.value("tokenizer_fingerprint", "0");
+    const uint64_t said = std::strtoull(text.c_str(), nullptr, 10);
+    return said ? said : file_fingerprint(dir + "/tokenizer.model");
+}
+// Tokens of another tokenizer mean something else to the model, however well they fit its vocabulary.
+inline void check_same_tokenizer(uint64_t ours, const std::string& who, uint64_t of_data, const std::string& path) {
+    if (ours && of_data && ours != of_data)
+        fail("%s: made with another tokenizer (fingerprint %016llx) than %s (%016llx); prepare it with that tokenizer", path.c_str(), (unsigned long long)of_data, who.c_str(), (unsigned long long)ours);
+}
+
+// A model for inference from a checkpoint directory, with room for B sequences in chunks of T tokens.
+inline std::unique_ptr<Model> load_for_inference(const std::string& dir, int64_t B, int64_t T) {
+    const std::string path = dir + "/model.safetensors";
+    auto m = std::make_unique<Model>(read_config(path));
+    m->w.create(m->layout, false);
+    m->acts.create(m->layout, B, T, false, Recompute::full);
+    initialise(*m, 0);
+    load_parameters(*m, path);
+    return m;
+}
