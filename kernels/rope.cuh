@@ -6,23 +6,24 @@
 #pragma once
 #include <algorithm>
 
+#include "cpu/rope.h"
 #include "device.cuh"
 
 namespace gpu {
 
-constexpr int ROPE_TABLE_ROWS = 16;
+constexpr int ROPE_TABLE_ROWS = 16, ROPE_MAX_HALF = 128;
 
-// A thread fills ROWS rows with one frequency: pow() in double is the dear part.
-template <int ROWS> __global__ void rope_table_kernel(float2* table, int64_t position, int64_t T, int half, double base) {
+struct RopeTurns { uint64_t turn[ROPE_MAX_HALF]; };       // of each pair: rope_turn() in the twin
+
+// A thread fills ROWS rows of one pair.
+template <int ROWS> __global__ void rope_table_kernel(float2* table, int64_t position, int64_t T, int half, const RopeTurns turns) {
     const int64_t t0 = (int64_t)blockIdx.x * ROWS, t1 = min(T, t0 + ROWS);
-    for (int j = threadIdx.x; j < half; j += blockDim.x) {
-        const double frequency = pow(base, -(double)j / half);
+    for (int j = threadIdx.x; j < half; j += blockDim.x)
         for (int64_t t = t0; t < t1; t++) {
             double sine, cosine;
-            sincos((double)(position + t) * frequency, &sine, &cosine);
+            sincospi((double)(int64_t)((uint64_t)(position + t) * turns.turn[j]) * 0x1p-63, &sine, &cosine);
             table[t * half + j] = make_float2((float)cosine, (float)sine);
         }
-    }
 }
 
 // A block turns one row (b, t). An item is V pairs of one query or key head.
@@ -61,12 +62,14 @@ template <class X> inline void rope_launch(X* qkv, const float* table, float sig
     LAUNCH_CHECK();
 }
 
-// table (T, head_dim/2, 2): cos and sin of rows position .. position + T - 1, computed in double, rounded to fp32
+// table (T, head_dim/2, 2): cos and sin of rows position .. position + T - 1, rounded to fp32
 inline void rope_table(float* table, int64_t position, int64_t T, int head_dim, double base, Stream stream = {}) {
-    if (head_dim % 2 != 0) fail("rope: head_dim %d is odd", head_dim);
-    if (T == 0) return;
     const int half = head_dim / 2;
-    rope_table_kernel<ROPE_TABLE_ROWS><<<ceil_div(T, ROPE_TABLE_ROWS), round_up(std::min(half, 256), WARP), 0, stream>>>((float2*)table, position, T, half, base);
+    if (head_dim % 2 != 0 || half > ROPE_MAX_HALF) fail("rope: head_dim %d: must be even and at most %d", head_dim, 2 * ROPE_MAX_HALF);
+    if (T == 0) return;
+    RopeTurns turns{};
+    for (int j = 0; j < half; j++) turns.turn[j] = cpu::rope_turn(j, head_dim, base);
+    rope_table_kernel<ROPE_TABLE_ROWS><<<ceil_div(T, ROPE_TABLE_ROWS), round_up(half, WARP), 0, stream>>>((float2*)table, position, T, half, turns);
     LAUNCH_CHECK();
 }
 inline void rope_forward(floatX* qkv, const float* table, int B, int64_t T, int H, int G, int head_dim, Stream stream = {}) {
