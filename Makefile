@@ -90,6 +90,9 @@ LINK = $(NVCC) $(GENCODE) -Xcompiler -fopenmp $(LDFLAGS)
 LIBRARIES += -lcublasLt
 endif
 
+# Programs for readers, in the order in which to read and run them
+LADDER := $(patsubst dev/%.cu,$(BUILD)/%,$(sort $(wildcard dev/ladder/*/[0-9]*.cu)))
+
 TEST_SOURCES := test_samba.cu $(wildcard dev/test/test_*.cu)
 TEST_OBJECTS := $(patsubst %.cu,$(BUILD)/obj/%.o,$(notdir $(TEST_SOURCES)))
 vpath %.cu . dev/test dev/bench
@@ -121,6 +124,18 @@ $(BUILD)/bench_%: $(BUILD)/obj/bench_%.o
 	@echo "  link $@"
 	@$(LINK) $^ -o $@ $(LIBRARIES)
 
+$(BUILD)/ladder/%.o: dev/ladder/%.cu $(BUILD)/flags
+	@echo "  compile $<"
+	@mkdir -p $(@D)
+	@$(COMPILE) -c $< -o $@
+
+$(LADDER): %: %.o
+	@$(LINK) $^ -o $@
+
+.PHONY: $(BUILD)/ladder-programs
+$(BUILD)/ladder-programs: $(LADDER)
+.SECONDARY: $(LADDER:=.o)
+
 $(BUILD)/obj/train_samba.o: DEFINES += -DSAMBA_COMMIT='"$(COMMIT)"'
 
 $(BUILD)/obj:
@@ -133,7 +148,7 @@ $(BUILD)/flags: FORCE | $(BUILD)/obj
 .PHONY: FORCE
 FORCE:
 
--include $(wildcard $(BUILD)/obj/*.d)
+-include $(wildcard $(BUILD)/obj/*.d $(BUILD)/ladder/*/*.d)
 
 .PHONY: report
 report: ## What this machine has, and what to do about what it lacks
@@ -191,6 +206,17 @@ golden: ## The golden files alone (SAMBA_GOLDEN_DIR=DIR: any directory of such f
 
 # ---------------------------------------------------------------------------------------------------------------------
 ##@ Measure
+
+# Every program checks itself. Those of a GPU say so and end where there is none.
+.PHONY: ladder ladder-run
+ladder: ## dev/ladder/: from the plain loop to the final kernel, a program for each idea; builds and runs all, one table
+ifeq ($(NVCC),)
+	@echo "error: make ladder needs the CUDA compiler nvcc and finds none; install the CUDA Toolkit or add it to PATH" >&2; exit 1
+else
+	@$(MAKE) --no-print-directory CPU=0 PRECISION=BF16 ladder-run
+endif
+ladder-run: $(BUILD)/ladder-programs
+	@for program in $(LADDER); do $$program || exit 1; done
 
 .PHONY: bench-ops
 bench-ops: ## Every operation of a Samba-421M step alone, on this GPU: ms, GB/s, TFLOP/s
