@@ -21,6 +21,7 @@
 #include "data/tokenizer.h"
 
 #include "commands/eval.h"
+#include "commands/retrieve.h"
 #include "commands/validation.h"
 
 #ifndef SAMBA_COMMIT
@@ -673,6 +674,9 @@ inline int run_main(int argc, char** argv, Comm& comm) {
     EvalOptions eval;
     CLI::App* eval_app = add_eval(app, eval);
 
+    RetrieveOptions retrieve;
+    CLI::App* retrieve_app = add_retrieve(app, retrieve);
+
     GenerateOptions generate;
     CLI::App* generate_app = app.add_subcommand("generate", "Continue a prompt");
     generate_app->add_option("--checkpoint", generate.checkpoint, "A checkpoint, or a run's directory")->required();
@@ -702,6 +706,7 @@ inline int run_main(int argc, char** argv, Comm& comm) {
         return 1;
     }
     if (*eval_app) run_eval(eval);
+    else if (*retrieve_app) run_retrieve(retrieve);
     else if (*generate_app) run_generate(generate);
     else if (*info_app) run_info(info);
     else run_train(train, app, comm);
