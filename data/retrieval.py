@@ -8,7 +8,8 @@
 A passkey document is filler that repeats itself, a statement of a five-digit key at some depth of it, and the question at the
 end. A phone book is lines of a name and a ten-digit number, then a few of them asked for again. Each begins with the end-of-text
 token and has exactly the length asked for. `train` packs samples of --length tokens, one document each or, with --min-length,
-several whose lengths are spread evenly on a logarithmic scale. `prompts` writes what `train_samba retrieve` reads:
+several whose lengths
+are spread evenly on a logarithmic scale. `prompts` writes what `train_samba retrieve` reads:
 
     prompts.json   {"task": ..., "vocabulary": ..., "files": [{"file", "length", "rows": [{"answer": tokens, ...labels}]}]}
     *.bin          a shard each: rows of `length` tokens, every one a prompt and behind it its `answer` last tokens; then EOS
@@ -223,11 +224,11 @@ class Phonebook:
 # ----------------------------------------------------------------------------------------------------------------- output
 
 
-def document_lengths(total: int, shortest: int, rng: random.Random) -> list[int]:
-    """Lengths that add up to total, each log-uniform from shortest to what is left; a rest too short for a document joins the last."""
+def document_lengths(total: int, shortest: int, longest: int, rng: random.Random) -> list[int]:
+    """Lengths that add up to total, each log-uniform from shortest to longest; a rest too short for a document joins the last."""
     lengths, left = [], total
     while left:
-        length = min(left, int(shortest * (total / shortest) ** rng.random()))
+        length = min(left, int(shortest * (longest / shortest) ** rng.random()))
         if left - length < shortest:
             length = left
         lengths.append(length)
@@ -238,27 +239,31 @@ def document_lengths(total: int, shortest: int, rng: random.Random) -> list[int]
 def write_shard(path: Path, pieces, vocabulary) -> int:
     """Pieces of tokens as one shard, written aside, synced and renamed: its number of tokens."""
     aside, tokens = path.with_name(path.name + ".tmp"), 0
-    with open(aside, "wb") as file:
-        file.write(make_header(0, vocabulary.vocab_size, vocabulary.eos_id, vocabulary.fingerprint))
-        for piece in pieces:
-            file.write(piece.astype("<u2", copy=False).tobytes())
-            tokens += len(piece)
-        file.seek(0)
-        file.write(make_header(tokens, vocabulary.vocab_size, vocabulary.eos_id, vocabulary.fingerprint))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    identity = (vocabulary.vocab_size, vocabulary.eos_id, vocabulary.fingerprint)
+    try:
+        with open(aside, "wb") as file:
+            file.write(make_header(0, *identity))
+            for piece in pieces:
+                file.write(piece.astype("<u2", copy=False).tobytes())
+                tokens += len(piece)
+            file.seek(0)
+            file.write(make_header(tokens, *identity))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
     sync_folder(path.parent)
     return tokens
 
 
-def write_training(out: Path, task, documents: int, length: int, min_length: int, seed: int) -> int:
-    """`documents` samples of `length` tokens: one document each, or several of at least min_length."""
+def write_training(out: Path, task, documents: int, length: int, min_length: int, max_length: int, seed: int) -> int:
+    """`documents` samples of `length` tokens: one document each, or several of min_length to max_length."""
     rng = random.Random(f"{task.name} train {seed}")
 
     def pieces():
         for _ in range(documents):
-            for part in document_lengths(length, min_length, rng) if min_length else [length]:
+            for part in document_lengths(length, min_length, max_length, rng) if min_length else [length]:
                 yield task.training_document(part, rng)
         yield np.array([task.vocabulary.eos_id], dtype="<u2")  # the last sample's last target
 
@@ -326,6 +331,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--documents", type=count_of, default=1024, help="train: samples to make")
     top.add_argument("--length", type=count_of, default=4096, help="train: tokens in a sample")
     top.add_argument("--min-length", type=count_of, default=0, help="train: pack several documents of at least this length into a sample")
+    top.add_argument("--max-length", type=count_of, default=0, help="train: the longest of them; default: --length")
     top.add_argument("--queries", type=count_of, default=3, help="phonebook: entries asked for; all but the last are answered in the prompt")
     top.add_argument("--lengths", type=counts_of, default=counts_of("4k,8k,16k,32k,64k,128k,256k"), help="passkey prompts: tokens, answer included")
     top.add_argument("--depths", type=count_of, default=11, help="passkey prompts: depths from 0 to 1")
@@ -344,7 +350,10 @@ def run(options: argparse.Namespace) -> str:
     if options.purpose == "train":
         if options.min_length and not task.shortest <= options.min_length <= options.length:
             raise PrepareError(f"--min-length {options.min_length}: must be from {task.shortest} (a {task.name} with nothing else in it) to --length {options.length}")
-        tokens = write_training(options.out, task, options.documents, options.length, options.min_length, options.seed)
+        max_length = options.max_length or options.length
+        if not options.min_length <= max_length <= options.length or (options.max_length and not options.min_length):
+            raise PrepareError(f"--max-length {max_length}: must be from --min-length {options.min_length}, which goes with it, to --length {options.length}")
+        tokens = write_training(options.out, task, options.documents, options.length, options.min_length, max_length, options.seed)
         return f"{options.out}/train_000.bin: {options.documents} samples of {options.length} tokens, {tokens} tokens, vocabulary {vocabulary.vocab_size}"
     groups = passkey_prompts(task, options.lengths, options.depths, options.keys, options.seed) if task.name == "passkey" else \
         phonebook_prompts(task, options.entries, options.books, options.seed)  # fmt: skip

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Passkey retrieval: trains a model to find a five-digit key in filler, then asks at many lengths and depths.
+#
+#   scripts/passkey.sh RECIPE OUT START [options of train_samba, which win over the recipe's]
+#
+#   START    a checkpoint or a run's folder to fine-tune, or a --model to train from nothing (a name or a .json file)
+#   RECIPE   paper   500 steps of 2,048 documents of 4,096 tokens, AdamW with weight decay 0.1, 250 steps up to 1e-4 (the paper
+#                    does not say what follows; here cosine). 65,536 documents, each seen about 16 times
+#            gpu     for a small model from nothing on one GPU in a minute or two: documents of 80 to 256 tokens until
+#                    it copies the key, then of 80 to 4,096
+#            cpu     a few steps of the same, to see that everything works
+#
+# Writes OUT/passkey.json (every answer) and OUT/passkey.png (accuracy by length and depth). Documents and prompts are made
+# when they are needed and removed afterwards.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+[ $# -ge 3 ] || { echo "usage: scripts/passkey.sh paper|gpu|cpu OUT CHECKPOINT_OR_MODEL [options of train_samba]" >&2; exit 1; }
+recipe=$1 out=$2 start_from=$3 task=passkey
+shift 3
+case $recipe in paper | gpu | cpu) ;; *) echo "error: recipe $recipe: choose paper, gpu or cpu" >&2; exit 1 ;; esac
+. scripts/retrieval.sh
+
+case $recipe in
+paper)
+    train tuned "--documents 65536 --length 4096" --seq-len 4096 --micro-batch 8 --global-batch 8388608 --steps 500 --lr 1e-4 --warmup-steps 250 \
+        --weight-decay 0.1 --checkpoint-every 50 "$@"
+    ask "--lengths 4k,8k,16k,32k,64k,128k,256k --depths 11 --keys 5" --micro-batch 11
+    ;;
+gpu)
+    train short "--documents 8000 --length 4096 --min-length 80 --max-length 256" --seq-len 4096 --micro-batch 16 --steps 500 --lr 2e-3 --warmup-steps 40 \
+        --schedule constant --decay matrices --log-every 50 "$@"
+    train long "--documents 16000 --length 4096 --min-length 80" --seq-len 4096 --micro-batch 16 --steps 1000 --lr 1e-3 --warmup-steps 40 \
+        --schedule linear --decay matrices --log-every 50 "$@"
+    ask "--lengths 4k,8k,16k,32k,64k,128k,256k --depths 11 --keys 5" --micro-batch 55
+    ;;
+cpu)
+    train short "--documents 64 --length 128 --min-length 80" --seq-len 128 --micro-batch 8 --steps 8 --lr 2e-3 --warmup-steps 2 --decay matrices "$@"
+    ask "--lengths 128,256,512 --depths 3 --keys 2" --micro-batch 6
+    ;;
+esac

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Phone-book retrieval: trains a model to answer with the number that stands beside a name, then asks in books of many sizes.
+#
+#   scripts/phonebook.sh RECIPE OUT START [options of train_samba, which win over the recipe's]
+#
+#   START    a checkpoint or a run's folder to fine-tune, or a --model to train from nothing (a name or a .json file)
+#   RECIPE   paper   100 steps of documents of 4,096 tokens (the rest of the recipe is not published: as passkey.sh's, with 10
+#                    steps up to 1e-4); books of 20 to 480 entries
+#            gpu     for a small model from nothing on one GPU: short books until it copies numbers, then whole ones
+#            cpu     a few steps of the same, to see that everything works
+#
+# Writes OUT/phonebook.json (every answer) and OUT/phonebook.png (accuracy by entries).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+[ $# -ge 3 ] || { echo "usage: scripts/phonebook.sh paper|gpu|cpu OUT CHECKPOINT_OR_MODEL [options of train_samba]" >&2; exit 1; }
+recipe=$1 out=$2 start_from=$3 task=phonebook
+shift 3
+case $recipe in paper | gpu | cpu) ;; *) echo "error: recipe $recipe: choose paper, gpu or cpu" >&2; exit 1 ;; esac
+. scripts/retrieval.sh
+
+case $recipe in
+paper)
+    train tuned "--documents 65536 --length 4096" --seq-len 4096 --micro-batch 8 --global-batch 8388608 --steps 100 --lr 1e-4 --warmup-steps 10 \
+        --weight-decay 0.1 --checkpoint-every 50 "$@"
+    ask "--entries 20,60,100,140,180,220,260,300,340,380,420,460,480 --books 20" --micro-batch 20
+    ;;
+gpu)
+    train short "--documents 8000 --length 4096 --min-length 256 --max-length 512 --queries 6" --seq-len 4096 --micro-batch 16 --steps 500 --lr 2e-3 \
+        --warmup-steps 40 --schedule constant --decay matrices --log-every 50 "$@"
+    train long "--documents 16000 --length 4096 --min-length 256 --queries 6" --seq-len 4096 --micro-batch 16 --steps 1000 --lr 1e-3 --warmup-steps 40 \
+        --schedule linear --decay matrices --log-every 50 "$@"
+    ask "--entries 10,20,40,60,80,120,160,240,320,480 --books 20" --micro-batch 20
+    ;;
+cpu)
+    train short "--documents 64 --length 160 --queries 2" --seq-len 160 --micro-batch 8 --steps 8 --lr 2e-3 --warmup-steps 2 --decay matrices "$@"
+    ask "--entries 3,6 --books 4" --micro-batch 4
+    ;;
+esac
