@@ -4,6 +4,7 @@
 //   train_samba [train] --model samba-421m --data 'data/slim/train_*.bin' --val 'data/slim/val_*.bin' --out out/421m
 //   train_samba eval     --checkpoint out/421m --data 'data/slim/val_*.bin'
 //   train_samba generate --checkpoint out/421m --prompt "import os"
+//   train_samba retrieve --checkpoint out/421m --prompts out/prompts
 //   train_samba info     --model samba-421m
 #include <csignal>
 #include <cstdlib>
