@@ -223,6 +223,11 @@ bench-ops: ## Every operation of a Samba-421M step alone, on this GPU: ms, GB/s,
 	@$(MAKE) --no-print-directory $(BUILD)/bench_ops
 	@$(BUILD)/bench_ops
 
+.PHONY: bench-scan
+bench-scan: ## Selective scan and convolution at the shapes of training: errors, ms, GB/s, % of what bounds them
+	@$(MAKE) --no-print-directory $(BUILD)/bench_scan
+	@$(BUILD)/bench_scan
+
 .PHONY: bench-loader
 bench-loader: ## Tokens/s of the DataLoader with a warm page cache
 	@$(MAKE) --no-print-directory $(BUILD)/bench_loader

@@ -3,28 +3,12 @@
 #include <exception>
 #include <utility>
 
+#include "../bench/errors.cuh"
 #include "../bench/timing.cuh"
 
 namespace ladder {
 
-// ||got - want|| / ||want||, infinity where anything is not finite
-inline double relative_error(const std::vector<double>& got, const std::vector<double>& want) {
-    double difference = 0, norm = 0;
-    for (size_t i = 0; i < want.size(); i++) {
-        if (!std::isfinite(got[i])) return INFINITY;
-        difference += (got[i] - want[i]) * (got[i] - want[i]);
-        norm += want[i] * want[i];
-    }
-    return std::sqrt(difference / (norm > 0 ? norm : 1));
-}
-
-template <class T> std::vector<double> to_host(const T* device, int64_t n) {
-    std::vector<T> values(n);
-    CUDA_CHECK(cudaMemcpy(values.data(), device, n * sizeof(T), cudaMemcpyDeviceToHost));
-    std::vector<double> out(n);
-    for (int64_t i = 0; i < n; i++) out[i] = to_float(values[i]);
-    return out;
-}
+using bench::relative_error, bench::to_host;
 
 // One line of the table. rate: of `unit`; errors: by name, each at most its bound, or the program ends with an error.
 struct Figure { const char* name; double error, bound; };
