@@ -25,10 +25,6 @@
 #include "commands/retrieve.h"
 #include "commands/validation.h"
 
-#ifndef SAMBA_COMMIT
-#define SAMBA_COMMIT "unknown"
-#endif
-
 using json = nlohmann::ordered_json;
 
 // ---------------------------------------------------------------------------------------------------------------------

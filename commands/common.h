@@ -12,6 +12,10 @@
 #include "../data/checkpoint.h"
 #include "../data/model_io.h"
 
+#ifndef SAMBA_COMMIT
+#define SAMBA_COMMIT "unknown"
+#endif
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Options
 

@@ -58,17 +58,24 @@ public:
         const size_t s = (size_t)(std::upper_bound(ends.begin(), ends.end(), sample) - ends.begin());
         if (sample < 0 || s == ends.size()) fail("sample %lld does not exist: there are %lld samples of %lld tokens", (long long)sample, (long long)ends.back(), (long long)T);
         const int64_t k = s ? sample - ends[s - 1] : sample;
-        const uint16_t* p = (const uint16_t*)(files_[s].data + header_bytes_[s]) + k * T;
-        for (int64_t t = 0; t < T; t++) tokens[t] = p[t];
-        for (int64_t t = 0; t < T; t++) targets[t] = p[t + 1];
-        if (starts) {
-            starts[0] = k == 0 || p[-1] == eos;
-            for (int64_t t = 1; t < T; t++) starts[t] = p[t - 1] == eos;
-        }
-        if (vocab_size_ > 0) check_tokens(s, k * T, p, T + 1);
+        read_at(s, k * T, T, tokens, targets);
+        if (!starts) return;
+        const uint16_t* p = shard_tokens(s) + k * T;
+        starts[0] = k == 0 || p[-1] == eos;
+        for (int64_t t = 1; t < T; t++) starts[t] = p[t - 1] == eos;
+    }
+    // The same `count` tokens and targets from any place of a shard: position first
+    void read_at(size_t shard, int64_t first, int64_t count, int* tokens, int* targets) const {
+        if (shard >= info_.size() || first < 0 || count < 0 || first + count >= info_[shard].tokens)
+            fail("%lld tokens from position %lld of shard %zu do not exist", (long long)count, (long long)first, shard);
+        const uint16_t* p = shard_tokens(shard) + first;
+        for (int64_t t = 0; t < count; t++) tokens[t] = p[t];
+        for (int64_t t = 0; t < count; t++) targets[t] = p[t + 1];
+        if (vocab_size_ > 0) check_tokens(shard, first, p, count + 1);
     }
 
 private:
+    const uint16_t* shard_tokens(size_t shard) const { return (const uint16_t*)(files_[shard].data + header_bytes_[shard]); }
     static int64_t samples_of(const ShardInfo& shard, int64_t T) {
         if (T < 1) fail("a sample must have at least 1 token, not %lld", (long long)T);
         return (shard.tokens - 1) / T;
