@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from test_cli import PROGRAM, error_line, write_shard
+from test_cli import PROGRAM, ROOT, error_line, write_shard
 from test_cli import run as run_program
 
 # As small as a model with every part can be: four million tokens take seconds
@@ -100,6 +102,18 @@ def test_memory_is_the_same_at_64k_and_4m(reader):
     assert used["4m"]["length"] == 64 * used["64k"]["length"] == 1 << 22 and used["4m"]["sequences"] == 1
     assert used["4m"]["device_bytes"] == used["64k"]["device_bytes"]
     assert abs(used["4m"]["host_bytes"] - used["64k"]["host_bytes"]) < 1 << 20
+
+
+def test_the_plots_are_drawn(reader, tmp_path):
+    evaluate(reader, "--lengths", "512,...,4k", "--tokens", "8192", "--last", "256")
+    script = os.path.join(ROOT, "scripts/plot_context.py")
+    drawn = subprocess.run([sys.executable, script, f"mine={reader}/context.json", reader / "context.json", "--out", tmp_path], capture_output=True, text=True)
+    assert drawn.returncode == 0, drawn.stderr
+    for name in ("context.png", "context_paper.png"):
+        assert (tmp_path / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    for file, expected in ((reader / "model.json", "is not what train_samba eval"), ("/nowhere.json", "/nowhere.json")):
+        bad = subprocess.run([sys.executable, script, file, "--out", tmp_path], capture_output=True, text=True)
+        assert bad.returncode == 1 and expected in bad.stderr and bad.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("options,expected", [
