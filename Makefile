@@ -218,6 +218,36 @@ endif
 ladder-run: $(BUILD)/ladder-programs
 	@for program in $(LADDER); do $$program || exit 1; done
 
+# MODEL=samba-1.3b MICRO_BATCH=4: another model or size
+MODEL ?= samba-421m
+MICRO_BATCH ?= 8
+
+.PHONY: bench
+bench: ## A training step of Samba-421M and 1.3B: tokens/s, share of the peak, memory, a table of every operation
+	@$(MAKE) --no-print-directory $(BUILD)/train_samba
+	@$(BUILD)/train_samba bench --model samba-421m --micro-batch 8
+	@echo
+	@$(BUILD)/train_samba bench --model samba-1.3b --micro-batch 4
+
+.PHONY: profile
+profile: ## Nsight Systems on a few steps, a range for each layer and operation (MODEL=, MICRO_BATCH=): build/profile.nsys-rep
+	@command -v nsys >/dev/null || { echo "error: nsys is missing: install NVIDIA Nsight Systems"; exit 1; }
+	@$(MAKE) --no-print-directory $(BUILD)/train_samba
+	nsys profile --trace cuda,nvtx --force-overwrite true --output build/profile $(BUILD)/train_samba bench --model $(MODEL) --micro-batch $(MICRO_BATCH) --graphs off --repeats 2 --accumulate 1
+
+# TORCH_PYTHON: one that has PyTorch, mamba_ssm and causal_conv1d
+TORCH_PYTHON ?= python3
+
+.PHONY: bench-torch
+bench-torch: ## The same model in PyTorch with mamba_ssm and FlashAttention-2, then this one, on one GPU; and the ratio (MODEL=, MICRO_BATCH=)
+	@$(MAKE) --no-print-directory $(BUILD)/train_samba
+	@$(TORCH_PYTHON) dev/parity/run.py bench --program $(BUILD)/train_samba --model $(MODEL) --micro-batch $(MICRO_BATCH)
+
+.PHONY: parity
+parity: ## The same weights and batches through this and PyTorch for 50 steps: losses and gradient norms (DATASET=, MODEL=, MICRO_BATCH=)
+	@$(MAKE) --no-print-directory $(BUILD)/train_samba
+	@$(TORCH_PYTHON) dev/parity/run.py parity --program $(BUILD)/train_samba --model $(MODEL) --micro-batch $(MICRO_BATCH) --data '$(DATA)/train_*.bin'
+
 .PHONY: bench-ops
 bench-ops: ## Every operation of a Samba-421M step alone, on this GPU: ms, GB/s, TFLOP/s
 	@$(MAKE) --no-print-directory $(BUILD)/bench_ops

@@ -413,6 +413,9 @@ private:
     }
 };
 
+// "mamba of block 0"
+inline std::string layer_name(const Layout& layout, size_t l) { return std::string(kind_name(layout.layers[l].kind)) + " of block " + std::to_string(layout.layers[l].block); }
+
 // Element i of stream `key`: a number in (0,1) from a counter, so that a tensor's values depend only on (seed, name, i).
 inline double counter_uniform(uint64_t key, uint64_t i) {
     uint64_t z = key + (i + 1) * 0x9e3779b97f4a7c15ull;
@@ -501,6 +504,7 @@ struct Activations {
     std::vector<float*> x;                 // L+1 of (B,T,d): the residual stream before each layer, and after the last
     std::vector<LayerActivations> layers;
     int *tokens, *targets;                 // (B,T)
+    int* staged;                           // (2,B,T)       the next batch's, on their way
     float* rope;                           // (T,hd/2,2)
     float* rstd_f;                         // (B,T)
     floatX* n_f;                           // (B,T,d)       what the head reads
@@ -609,6 +613,7 @@ inline void Activations::plan(const Layout& layout) {
     scratch.rewind();
     tokens = kept.take<int>(BT);
     targets = kept.take<int>(BT);
+    staged = kept.take<int>(2 * BT);
     rope = kept.take<float>(T * std::max(c.head_dim, 2));
     losses = kept.take<float>(BT);
     loss = kept.take<float>(1);
@@ -727,18 +732,36 @@ struct SequenceState {
 // =====================================================================================================================
 // 5. Layers
 
+// Forward and backward of a micro-batch, captured: what forward_backward() below enqueues for the same arguments.
+struct MicroBatchGraph {
+    int B;
+    int64_t T;
+    float weight;
+    bool first;
+    Graph graph;
+};
+
 struct Model {
     Layout layout;
-    Stream stream;
+    Stream stream, copies;                 // computes; brings the next batch
     ops::Matmul matmul;
     Parameters w;
     Activations acts;
     // Called where given: before forward reads a layer's weights (-1: the embedding's), after backward has made its gradients
     std::function<void(int layer)> before_layer, after_layer;
-    Event uploaded;                        // the tokens of the last upload have left the host's memory
+    Event uploaded, taken;                 // the tokens of the last upload have left the host's memory; have left acts.staged
+    std::vector<MicroBatchGraph> graphs;
 
-    explicit Model(const Config& config) : layout(config), stream(stream_create()), uploaded(event_create()) {}
-    ~Model() { stream_sync(stream); stream_destroy(stream); event_destroy(uploaded); }
+    explicit Model(const Config& config) : layout(config), stream(stream_create()), copies(stream_create()), uploaded(event_create()), taken(event_create()) {}
+    ~Model() {
+        stream_sync(copies);
+        stream_sync(stream);
+        for (MicroBatchGraph& g : graphs) graph_destroy(g.graph);
+        stream_destroy(copies);
+        stream_destroy(stream);
+        event_destroy(uploaded);
+        event_destroy(taken);
+    }
     Model(const Model&) = delete;
     Model& operator=(const Model&) = delete;
     const Config& config() const { return layout.config; }
@@ -755,6 +778,7 @@ struct Pass {
     int B;
     int64_t T;
     SequenceState* state;                  // null: the sequence begins here and is not continued
+    bool add = false;                      // backward: to the gradients of matrices that the step's earlier micro-batches left
     int64_t BT() const { return B * T; }
 };
 
@@ -810,15 +834,15 @@ inline void mamba_backward(Pass& p, const Layer& layer, LayerActivations& a, con
     ops::selective_scan_backward(a.du, a.ddt, a.d_in + e, 2 * e, a.dx_dbl + R, R2N, a.out, w.grad(t.A_log), w.grad(t.D), w.grad(t.dt_bias),
                                  a.d_out, a.u, a.dt, a.x_dbl + R, R2N, a.xz + e, 2 * e, w(t.A_log), w(t.D), w(t.dt_bias), no_h,
                                  a.states, workspace, B, T, e, N, stream);                                                   // du, ddt, dz, dB|dC, out
-    ops::matmul_wgrad(m.matmul, w.grad(t.out_proj), dy, d, a.out, e, BT, d, e, stream);
+    ops::matmul_wgrad(m.matmul, w.grad(t.out_proj), dy, d, a.out, e, BT, d, e, p.add, stream);
     ops::matmul_dgrad(m.matmul, a.dx_dbl, R2N, a.ddt, e, w(t.dt_proj), BT, e, R, false, stream);                             // (B,T,R)
-    ops::matmul_wgrad(m.matmul, w.grad(t.dt_proj), a.ddt, e, a.x_dbl, R2N, BT, e, R, stream);
+    ops::matmul_wgrad(m.matmul, w.grad(t.dt_proj), a.ddt, e, a.x_dbl, R2N, BT, e, R, p.add, stream);
     ops::matmul_dgrad(m.matmul, a.du, e, a.dx_dbl, R2N, w(t.x_proj), BT, R2N, e, true, stream);                              // du +=
-    ops::matmul_wgrad(m.matmul, w.grad(t.x_proj), a.dx_dbl, R2N, a.u, e, BT, R2N, e, stream);
+    ops::matmul_wgrad(m.matmul, w.grad(t.x_proj), a.dx_dbl, R2N, a.u, e, BT, R2N, e, p.add, stream);
     ops::conv1d_backward(a.d_in, 2 * e, w.grad(t.conv_w), w.grad(t.conv_b), a.du, a.xz, 2 * e, no_halo, w(t.conv_w), w(t.conv_b),
                          workspace, B, T, e, stream);                                                                        // dx
     ops::matmul_dgrad(m.matmul, a.dn, d, a.d_in, 2 * e, w(t.in_proj), BT, 2 * e, d, false, stream);                          // (B,T,d)
-    ops::matmul_wgrad(m.matmul, w.grad(t.in_proj), a.d_in, 2 * e, a.n, d, BT, 2 * e, d, stream);
+    ops::matmul_wgrad(m.matmul, w.grad(t.in_proj), a.d_in, 2 * e, a.n, d, BT, 2 * e, d, p.add, stream);
     ops::rmsnorm_backward(m.acts.dx, m.acts.dy, w.grad(t.norm), a.dn, x, a.rstd, w(t.norm), workspace, BT, d, true, stream); // dx +=
 }
 
@@ -859,11 +883,11 @@ inline void attention_backward(Pass& p, const Layer& layer, LayerActivations& a,
 
     attention_inner(p, layer, a, x, nullptr, make_missing(m.acts.recompute));
     ops::matmul_dgrad(m.matmul, a.d_out, c.q_dim(), dy, d, w(t.proj), BT, d, c.q_dim(), false, stream);                      // (B,T,H hd)
-    ops::matmul_wgrad(m.matmul, w.grad(t.proj), dy, d, a.out, c.q_dim(), BT, d, c.q_dim(), stream);
+    ops::matmul_wgrad(m.matmul, w.grad(t.proj), dy, d, a.out, c.q_dim(), BT, d, c.q_dim(), p.add, stream);
     ops::attention_backward(a.d_in, a.d_out, a.out, a.qkv, a.lse, m.acts.workspace, B, T, H, G, hd, layer.window, stream);   // (B,T,(H+2G)hd)
     if (c.rope) ops::rope_backward(a.d_in, m.acts.rope, B, T, H, G, hd, stream);
     ops::matmul_dgrad(m.matmul, a.dn, d, a.d_in, c.qkv_dim(), w(t.qkv), BT, c.qkv_dim(), d, false, stream);                  // (B,T,d)
-    ops::matmul_wgrad(m.matmul, w.grad(t.qkv), a.d_in, c.qkv_dim(), a.n, d, BT, c.qkv_dim(), d, stream);
+    ops::matmul_wgrad(m.matmul, w.grad(t.qkv), a.d_in, c.qkv_dim(), a.n, d, BT, c.qkv_dim(), d, p.add, stream);
     ops::rmsnorm_backward(m.acts.dx, m.acts.dy, w.grad(t.norm), a.dn, x, a.rstd, w(t.norm), m.acts.workspace, BT, d, true, stream);  // dx +=
 }
 
@@ -898,33 +922,39 @@ inline void mlp_backward(Pass& p, const Layer& layer, LayerActivations& a, const
 
     mlp_inner(p, layer, a, x_norm, make_missing(m.acts.recompute));
     ops::matmul_dgrad(m.matmul, a.d_out, F, dy, d, w(t.w3), BT, d, F, false, stream);                                        // (B,T,F)
-    ops::matmul_wgrad(m.matmul, w.grad(t.w3), dy, d, a.out, F, BT, d, F, stream);
+    ops::matmul_wgrad(m.matmul, w.grad(t.w3), dy, d, a.out, F, BT, d, F, p.add, stream);
     ops::swiglu_backward(a.d_in, a.d_out, a.gate_up, BT, F, stream);                                                         // (B,T,2F)
     ops::matmul_dgrad(m.matmul, a.dn, d, a.d_in, 2 * F, w(t.w1), BT, 2 * F, d, false, stream);                               // (B,T,d)
-    ops::matmul_wgrad(m.matmul, w.grad(t.w1), a.d_in, 2 * F, a.n, d, BT, 2 * F, d, stream);
+    ops::matmul_wgrad(m.matmul, w.grad(t.w1), a.d_in, 2 * F, a.n, d, BT, 2 * F, d, p.add, stream);
     ops::rmsnorm_backward(m.acts.dx, dy_next, w.grad(t.norm), a.dn, x_norm, a.rstd, w(t.norm), m.acts.workspace, BT, d, true, stream);  // dx +=
 }
 
 // =====================================================================================================================
 // 6. The network
 
+// acts.rope (T,hd/2,2) for T tokens from `position`, made anew only where it holds others
+inline void prepare_rope(Model& m, int64_t position, int64_t T) {
+    Activations& acts = m.acts;
+    const Config& c = m.config();
+    if (!c.rope || c.head_dim == 0 || (acts.rope_position == position && acts.rope_T >= T)) return;
+    ops::rope_table(acts.rope, position, T, c.head_dim, c.rope_base, m.stream);
+    acts.rope_position = position;
+    acts.rope_T = T;
+}
+
 // acts.tokens (B,T) -> acts.n_f (B,T,d), what the head reads. With a state: continues it, and leaves it after the chunk.
 inline void forward_layers(Model& m, int B, int64_t T, SequenceState* state) {
     Pass p{m, B, T, state};
     Activations& acts = m.acts;
     const Config& c = m.config();
-    const int64_t position = state ? state->position : 0;
-    if (c.rope && c.head_dim > 0 && (acts.rope_position != position || acts.rope_T < T)) {
-        ops::rope_table(acts.rope, position, T, c.head_dim, c.rope_base, m.stream);                                          // (T,hd/2,2)
-        acts.rope_position = position;
-        acts.rope_T = T;
-    }
+    prepare_rope(m, state ? state->position : 0, T);
     if (m.before_layer) m.before_layer(-1);
     ops::embedding_forward(acts.x[0], acts.tokens, m.w(m.layout.network.embedding), p.BT(), c.d_model, m.stream);            // (B,T,d)
     for (size_t l = 0; l < m.layout.layers.size(); l++) {
         const Layer& layer = m.layout.layers[l];
         LayerState* s = state ? &state->layers[l] : nullptr;
         float *x = acts.x[l], *x_next = acts.x[l + 1];
+        const ProfilerRange range("forward, " + layer_name(m.layout, l));
         if (m.before_layer) m.before_layer((int)l);
         switch (layer.kind) {
         case Kind::mamba: mamba_forward(p, layer, acts.layers[l], x_next, x, s); break;
@@ -951,7 +981,7 @@ inline void evaluate(Model& m, int B, int64_t T, SequenceState* state) {
 
 // The last layer and its loss in one go, a few rows at a time: logits live only until their gradient has been used.
 // `weight` is this micro-batch's share of the step's mean loss. Leaves acts.dn_f (B,T,d).
-inline void head_forward_backward(Model& m, int64_t BT, float weight) {
+inline void head_forward_backward(Model& m, int64_t BT, float weight, bool add) {
     Activations& acts = m.acts;
     const Matrix head = m.layout.network.head;
     const int d = m.config().d_model, V = m.config().vocab_size;
@@ -961,27 +991,30 @@ inline void head_forward_backward(Model& m, int64_t BT, float weight) {
         ops::matmul_forward(m.matmul, acts.logits, V, n, d, m.w(head), rows, V, d, m.stream);                                // (rows,V)
         ops::cross_entropy_fused(acts.losses + row, acts.logits, acts.targets + row, weight / (float)BT, rows, V, m.stream); // -> dlogits
         ops::matmul_dgrad(m.matmul, acts.dn_f + row * d, d, acts.logits, V, m.w(head), rows, V, d, false, m.stream);         // (rows,d)
-        ops::matmul_wgrad(m.matmul, m.w.grad(head), acts.logits, V, n, d, rows, V, d, m.stream);
+        ops::matmul_wgrad(m.matmul, m.w.grad(head), acts.logits, V, n, d, rows, V, d, add || row > 0, m.stream);                  // (V,d)
     }
 }
 
 // One micro-batch of B x T tokens (already in acts.tokens and acts.targets): acts.loss (+)= weight * mean loss, gradients +=.
-// `first` of a step: gradients and loss start from zero.
+// `first` of a step: gradients and loss start from zero. Those of matrices do by being written instead of added to, but for an
+// embedding of its own, whose rows are only added to.
 inline void forward_backward(Model& m, int B, int64_t T, float weight, bool first) {
-    Pass p{m, B, T, nullptr};
+    Pass p{m, B, T, nullptr, !first};
     Activations& acts = m.acts;
     const NetworkTensors& t = m.layout.network;
-    const int64_t BT = p.BT();
+    const int64_t BT = p.BT(), V = m.config().vocab_size;
     const int d = m.config().d_model;
-    if (first) device_zero(m.w.grads, m.w.n * sizeof(float), m.stream);
+    if (first) device_zero(m.w.grads + m.w.n_matrix, (m.w.n - m.w.n_matrix) * sizeof(float), m.stream);
+    if (first && !m.config().tied) device_zero(m.w.grad(t.embedding), V * d * sizeof(float), m.stream);
 
     forward_layers(m, B, T, nullptr);
-    head_forward_backward(m, BT, weight);
+    head_forward_backward(m, BT, weight, p.add);
     ops::mean_losses(acts.loss, acts.losses, BT, !first, weight, m.stream);
     ops::rmsnorm_backward(acts.dx, acts.dy, m.w.grad(t.norm_f), acts.dn_f, acts.x.back(), acts.rstd_f, m.w(t.norm_f), acts.workspace, BT, d,
                           false, m.stream);                                                                                  // dx =
     for (size_t l = m.layout.layers.size(); l-- > 0;) {
         const Layer& layer = m.layout.layers[l];
+        const ProfilerRange range("backward, " + layer_name(m.layout, l));
         switch (layer.kind) {
         case Kind::mamba: mamba_backward(p, layer, acts.layers[l], acts.x[l]); break;
         case Kind::attention: attention_backward(p, layer, acts.layers[l], acts.x[l]); break;
@@ -1008,13 +1041,48 @@ inline void read_logits(Model& m, float* out, int64_t row, int64_t rows, int64_t
     }
 }
 
-// Tokens from the host, in order with the passes around it. The copy may be under way when this returns, behind a pass that
+// The same, replayed as one graph; the first call with these arguments captures it. Every operation must have run once before
+// (rehearse() below): what a first call sets up cannot be captured. The hooks of other processes are no part of it.
+inline void forward_backward_graph(Model& m, int B, int64_t T, float weight, bool first) {
+    auto found = std::find_if(m.graphs.begin(), m.graphs.end(), [&](const MicroBatchGraph& g) { return g.B == B && g.T == T && g.weight == weight && g.first == first; });
+    prepare_rope(m, 0, T);                 // before the graph, not in it: a validation in between leaves another table
+    if (found == m.graphs.end()) {
+        const auto before = std::exchange(m.before_layer, nullptr), after = std::exchange(m.after_layer, nullptr);
+        m.graphs.push_back({B, T, weight, first, graph_capture(m.stream, [&m, B, T, weight, first] { forward_backward(m, B, T, weight, first); })});
+        m.before_layer = before;
+        m.after_layer = after;
+        found = std::prev(m.graphs.end());
+    }
+    graph_launch(found->graph, m.stream);
+}
+
+// Tokens from the host, in order with the passes around it. The copy may be under way when this returns, beside the pass that
 // still computes; it is over when the next call returns. That is as long as DataLoader keeps a batch.
 inline void upload_tokens(Model& m, const int* tokens, const int* targets, int64_t BT) {
     event_sync(m.uploaded);
-    copy_to_device(m.acts.tokens, tokens, BT * sizeof(int), m.stream);
-    if (targets) copy_to_device(m.acts.targets, targets, BT * sizeof(int), m.stream);
-    event_record(m.uploaded, m.stream);
+    stream_wait(m.copies, m.taken);
+    copy_to_device(m.acts.staged, tokens, BT * sizeof(int), m.copies);
+    if (targets) copy_to_device(m.acts.staged + BT, targets, BT * sizeof(int), m.copies);
+    event_record(m.uploaded, m.copies);
+    stream_wait(m.stream, m.uploaded);
+    copy_on_device(m.acts.tokens, m.acts.staged, BT * sizeof(int), m.stream);
+    if (targets) copy_on_device(m.acts.targets, m.acts.staged + BT, BT * sizeof(int), m.stream);
+    event_record(m.taken, m.stream);
+}
+
+// One step's passes on tokens that mean nothing, before the first: loads every kernel, and times the candidates of matrix products
+// that have no choice yet. Leaves gradients and activations to be overwritten; nothing else changes.
+inline void rehearse(Model& m, int B, int64_t T, bool several_micro_batches) {
+    std::vector<int> tokens(B * T);
+    for (size_t i = 0; i < tokens.size(); i++) tokens[i] = (int)(counter_uniform(1, i) * m.config().vocab_size);
+    const auto before = std::exchange(m.before_layer, nullptr), after = std::exchange(m.after_layer, nullptr);
+    m.matmul.rehearsal = true;
+    upload_tokens(m, tokens.data(), tokens.data(), B * T);
+    for (int pass = 0; pass < 1 + several_micro_batches; pass++) forward_backward(m, B, T, 1.0f, pass == 0);
+    stream_sync(m.stream);
+    m.matmul.rehearsal = false;
+    m.before_layer = before;
+    m.after_layer = after;
 }
 
 // =====================================================================================================================
@@ -1087,7 +1155,7 @@ inline std::string first_not_finite(const Model& m, int B, int64_t T) {
     for (size_t l = 0; l <= layers.size(); l++) {
         if (finite(m.acts.x[l], B * T * m.config().d_model)) continue;
         if (l == 0) return "the output of the embedding";
-        return "the output of layer " + std::to_string(l - 1) + ", the " + kind_name(layers[l - 1].kind) + " of block " + std::to_string(layers[l - 1].block);
+        return "the output of layer " + std::to_string(l - 1) + ", the " + layer_name(m.layout, l - 1);
     }
     if (!finite(m.acts.losses, B * T)) return "the output of the head";
     for (size_t i = m.layout.tensors.size(); i-- > 0;)

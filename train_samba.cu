@@ -21,11 +21,15 @@
 #include "data/run_log.h"
 #include "data/tokenizer.h"
 
+#include "commands/bench.h"
 #include "commands/eval.h"
+#include "commands/plans.h"
 #include "commands/retrieve.h"
 #include "commands/validation.h"
 
 using json = nlohmann::ordered_json;
+
+const double launched = now_seconds();     // of the program, but for the time it took to load
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Options. Help, command line and --config all come from the one table in add_train_options().
@@ -42,7 +46,7 @@ struct TrainOptions {
     int64_t val_every = 0, val_batches = 10, checkpoint_every = 1000, keep = 3, log_every = 1, max_skips = 10;
     std::vector<std::string> val_lengths = {"1x", "2x", "3x", "4x"};
     int gpu = 0, zero = 1;
-    std::string collectives = "auto";
+    std::string collectives = "auto", graphs = "on", plans;
     int64_t bucket = 0;
     double rank_timeout = 45;
     bool resuming = false;                 // --resume was given, with or without a directory
@@ -84,6 +88,8 @@ inline void add_train_options(CLI::App& app, TrainOptions& o) {
     app.add_option("--init-from", o.init_from, "Start from this checkpoint's weights, with a fresh optimizer and data order");
     app.add_option("--recompute", o.recompute, "What backward computes again to save memory; auto: as little as fits")
         ->check(CLI::IsMember({"auto", "none", "light", "full"}))->capture_default_str();
+    app.add_option("--graphs", o.graphs, "Replay a micro-batch as one CUDA graph; the same numbers either way")->check(CLI::IsMember({"on", "off"}))->capture_default_str();
+    app.add_option("--plans", o.plans, PLANS_HELP);
     app.add_option("--tokenizer", o.tokenizer, "tokenizer.model to keep with the checkpoints; default: the one beside the data, if there is one");
     add_count(app, "--log-every", o.log_every, "Steps between lines on the screen; the log has every step");
     add_count(app, "--max-skips", o.max_skips, "Steps in a row with a gradient that is not finite before the run stops");
@@ -107,14 +113,6 @@ inline json options_to_json(CLI::App& app) {
         all[name] = option->get_default_str();
     }
     return all;
-}
-
-// A named configuration or a .json file
-inline Config load_config(const std::string& model) {
-    if (!model.ends_with(".json")) return config_from_name(model);
-    const nlohmann::json j = nlohmann::json::parse(MappedFile(model).text(), nullptr, false);
-    if (j.is_discarded()) fail("%s is not JSON", model.c_str());
-    return config_from_json(j, model);
 }
 
 // Sets what the command line left open and checks what no single option can check.
@@ -262,17 +260,6 @@ inline bool has_checkpoint(const std::string& out) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Set-up
 
-constexpr size_t MEMORY_RESERVE = (size_t)768 << 20;       // for the driver, cuBLASLt and fragmentation
-
-inline Recompute choose_recompute(const std::string& wanted, const Layout& layout, int64_t B, int64_t T, size_t other_bytes) {
-    for (Recompute level : {Recompute::none, Recompute::light, Recompute::full}) {
-        if (wanted == recompute_name(level)) return level;
-        if (wanted == "auto" && activation_bytes(layout, B, T, true, level) + other_bytes + MEMORY_RESERVE <= device_free_bytes()) return level;
-    }
-    fail("--micro-batch %lld with --seq-len %lld needs %s even with --recompute full, and %s are free; use a smaller --micro-batch", (long long)B, (long long)T,
-         human_bytes((double)(activation_bytes(layout, B, T, true, Recompute::full) + other_bytes)).c_str(), human_bytes((double)device_free_bytes()).c_str());
-}
-
 // Who takes part, a line for each host
 inline void print_ranks(const Comm& comm, const DataParallel& parallel) {
     std::map<std::string, std::string> hosts;
@@ -316,7 +303,10 @@ inline StepResult train_step(Model& m, DataParallel& parallel, DataLoader& loade
         const Batch batch = loader.next();
         upload_tokens(m, batch.tokens, batch.targets, o.micro_batch * o.seq_len);
         parallel.micro_batch(micro == accumulate - 1);
-        forward_backward(m, (int)o.micro_batch, o.seq_len, 1.0f / (float)(accumulate * parallel.comm.world), micro == 0);
+        const bool with_others = parallel.comm.active() && (micro == 0 || micro == accumulate - 1);    // weights on their way, gradients
+        const auto pass = o.graphs == "on" && !with_others ? forward_backward_graph : forward_backward;
+        pass(m, (int)o.micro_batch, o.seq_len, 1.0f / (float)(accumulate * parallel.comm.world), micro == 0);
+        parallel.comm.tick();
     }
     parallel.update(AdamW{(float)lr, (float)o.beta1, (float)o.beta2, (float)o.eps, (float)o.weight_decay, run.updates + 1}, (float)o.clip, o.decay == "all", stop_requested);
     const StepResult result = parallel.result(stop_requested);
@@ -405,6 +395,7 @@ struct Trainer {
                     {"parameters", m->layout.parameters()}, {"flops_per_token", flops_per_token(m->layout, o.seq_len)}, {"ranks", comm.world}, {"step", run.step}});
         print_run(o, *m, device, *data, accumulate, *parallel);
         if (!from.empty()) printf("  %s %s at step %lld\n", o.resuming ? "resumed " : "weights of", from.c_str(), (long long)run.step);
+        plan_matmuls(*m, comm, o.plans, (int)o.micro_batch, o.seq_len, accumulate > 1);
     }
 
     // One tokenizer for the checkpoint, the data, the validation data and the file that the checkpoints will hold
@@ -426,7 +417,7 @@ struct Trainer {
             {"model configuration", config_to_json(config).dump(), "copy that file to every host"}};
         const json given = options_to_json(app);
         for (const auto& [name, value] : given.items())
-            if (name != "data" && name != "val" && name != "tokenizer" && name != "gpu") items.push_back({"--" + name, value.get<std::string>(), "start all ranks with the same options"});
+            if (name != "data" && name != "val" && name != "tokenizer" && name != "gpu" && name != "plans") items.push_back({"--" + name, value.get<std::string>(), "start all ranks with the same options"});
         std::string samples;
         for (const Shards* set : data->sets()) samples += data_sample(*set) + " ";
         items.push_back({"content of --data", samples, "copy the same shards to every host"});
@@ -491,6 +482,7 @@ struct Trainer {
             const double before = now_seconds(), lr = learning_rate(o, run.step + 1);
             const StepResult r = train_step(*m, *parallel, *loader, o, accumulate, run, lr);
             stop = r.stop;
+            if (run.step == start_step + 1) printf("  the first step was done %.1f s after the launch\n", now_seconds() - launched);
             const double seconds = now_seconds() - before, tok_s = (double)o.global_batch / seconds;
             const double mfu = device.peak_bf16 > 0 ? tok_s * flops / device.peak_bf16 : 0;
             log->write({{"type", "train"}, {"step", run.step}, {"tokens", run.tokens}, {"loss", r.loss}, {"grad_norm", r.norm}, {"lr", lr}, {"ms", seconds * 1e3},
@@ -602,7 +594,7 @@ inline void run_generate(const GenerateOptions& o) {
 struct InfoOptions {
     std::string model;
     int64_t micro_batch = 8, seq_len = 0, ranks = 1;
-    bool device = false;
+    bool device = false, json = false;
 };
 
 // "gpu NVIDIA H100 80GB HBM3" or "cpu CPU, 8 threads": what this build would run on, for scripts
@@ -626,6 +618,10 @@ inline void run_info(const InfoOptions& o) {
     if (o.device) return print_device();
     if (o.model.empty()) return print_models();
     const Config c = load_config(o.model);
+    if (o.json) {
+        printf("%s\n", config_to_json(c).dump().c_str());
+        return;
+    }
     const Layout layout(c);
     const int64_t T = o.seq_len > 0 ? o.seq_len : c.seq_len, B = o.micro_batch;
     printf("%s: %lld parameters, blocks %s\n", c.name.c_str(), (long long)layout.parameters(), c.blocks.c_str());
@@ -651,7 +647,8 @@ inline void run_info(const InfoOptions& o) {
                human_bytes((double)parameter_bytes(layout, true)).c_str());
     }
     for (Recompute level : {Recompute::none, Recompute::light, Recompute::full})
-        printf("    activations, recompute %-6s    %s\n", recompute_name(level), human_bytes((double)activation_bytes(layout, B, T, true, level)).c_str());
+        printf("    activations, recompute %-6s    %s; in use altogether %s\n", recompute_name(level), human_bytes((double)activation_bytes(layout, B, T, true, level)).c_str(),
+               human_bytes((double)memory_in_use(layout, B, T, level)).c_str());
     printf("    sequence state of generation     %s\n", human_bytes((double)state_bytes(layout, 1, T)).c_str());
     printf("\n  training flops a token at length %lld: %s\n", (long long)T, human(flops_per_token(layout, T)).c_str());
 }
@@ -686,12 +683,16 @@ inline int run_main(int argc, char** argv, Comm& comm) {
     generate_app->add_option("--seed", generate.seed, "Of the random draws")->capture_default_str();
     generate_app->add_option("--gpu", generate.gpu, "Index of the GPU to use")->capture_default_str();
 
+    BenchOptions bench;
+    CLI::App* bench_app = add_bench(app, bench);
+
     InfoOptions info;
     CLI::App* info_app = app.add_subcommand("info", "What a model consists of and costs; without --model, the list of models");
     info_app->add_option("--model", info.model, "A named configuration or a .json file");
     add_count(*info_app, "--micro-batch", info.micro_batch, "Sequences in a pass");
     add_count(*info_app, "--seq-len", info.seq_len, "Tokens in a sequence; 0: the model's training length");
     add_count(*info_app, "--ranks", info.ranks, "Processes that share the optimizer's memory");
+    info_app->add_flag("--json", info.json, "Only the model's configuration, as JSON");
     info_app->add_flag("--device", info.device, "Only name the device that this build runs on");
     app.require_subcommand(0, 1);
 
@@ -706,6 +707,7 @@ inline int run_main(int argc, char** argv, Comm& comm) {
     else if (*retrieve_app) run_retrieve(retrieve);
     else if (*generate_app) run_generate(generate);
     else if (*info_app) run_info(info);
+    else if (*bench_app) run_bench(bench);
     else run_train(train, app, comm);
     return 0;
 }

@@ -54,6 +54,14 @@ inline void select_gpu(int index) {
 // ---------------------------------------------------------------------------------------------------------------------
 // What memory a plan takes, by a dry run of it
 
+// A named configuration or a .json file
+inline Config load_config(const std::string& model) {
+    if (!model.ends_with(".json")) return config_from_name(model);
+    const nlohmann::json j = nlohmann::json::parse(MappedFile(model).text(), nullptr, false);
+    if (j.is_discarded()) fail("%s is not JSON", model.c_str());
+    return config_from_json(j, model);
+}
+
 // Bytes of activations at a recompute level, by a dry run of the plan
 inline size_t activation_bytes(const Layout& layout, int64_t B, int64_t T, bool training, Recompute level) {
     Activations dry;
@@ -75,6 +83,25 @@ inline int64_t parameter_bytes(const Layout& layout, bool training, Range own) {
     return (int64_t)dry.arena.bytes();
 }
 inline int64_t parameter_bytes(const Layout& layout, bool training) { return parameter_bytes(layout, training, {0, layout.elements()}); }
+
+// What the driver and the kernels' code take besides, on an H200 with CUDA 13
+constexpr int64_t DRIVER_BYTES = ON_GPU ? (int64_t)640 << 20 : 0;
+
+// Of a GPU that trains by itself
+inline int64_t memory_in_use(const Layout& layout, int64_t B, int64_t T, Recompute level) {
+    return parameter_bytes(layout, true) + (int64_t)activation_bytes(layout, B, T, true, level) + (int64_t)ops::Matmul::WORKSPACE_BYTES + DRIVER_BYTES;
+}
+
+constexpr size_t MEMORY_RESERVE = (size_t)768 << 20;       // for the driver, cuBLASLt and fragmentation
+
+inline Recompute choose_recompute(const std::string& wanted, const Layout& layout, int64_t B, int64_t T, size_t other_bytes) {
+    for (Recompute level : {Recompute::none, Recompute::light, Recompute::full}) {
+        if (wanted == recompute_name(level)) return level;
+        if (wanted == "auto" && activation_bytes(layout, B, T, true, level) + other_bytes + MEMORY_RESERVE <= device_free_bytes()) return level;
+    }
+    fail("--micro-batch %lld with --seq-len %lld needs %s even with --recompute full, and %s are free; use a smaller --micro-batch", (long long)B, (long long)T,
+         human_bytes((double)(activation_bytes(layout, B, T, true, Recompute::full) + other_bytes)).c_str(), human_bytes((double)device_free_bytes()).c_str());
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Checkpoints and their tokenizers

@@ -6,6 +6,7 @@
 #pragma once
 #include "adamw_options.h"
 #include "device.cuh"
+#include "measure.cuh"
 #include "rmsnorm.cuh"   // aligned_16
 
 namespace gpu {
@@ -39,6 +40,7 @@ __global__ void adamw_kernel(W* w, float* master, float* m, float* v, const floa
 template <class W>
 inline void adamw_update(W* w /*(n)*/, float* master /*(n)*/, float* m /*(n)*/, float* v /*(n)*/, const float* grads /*(n)*/, const float* norm_result /*(2) device*/,
                          int64_t n, const AdamW& options, Stream stream) {
+    const Operation op("adamw", n * (28.0 + (w ? sizeof(W) : 0)), 0, stream);
     const AdamWFactors f = {options.lr, options.lr * options.weight_decay, options.beta1, options.beta2, options.eps,
                             (float)options.m_correction(), (float)options.v_correction()};
     constexpr int N = 4, THREADS = 256;

@@ -19,6 +19,7 @@
 
 #include "attention_sm90.cuh"
 #include "device.cuh"
+#include "measure.cuh"
 
 namespace gpu {
 namespace attn {
@@ -872,6 +873,12 @@ inline void check(int64_t T, int64_t capacity, int H, int G, int hd) {
     if (T > 1 << 29 || capacity > 1 << 29) fail("attention: T %lld, ring of %lld: at most 2^29 positions a call", (long long)T, (long long)capacity);
 }
 
+// Pairs of a query and a key it sees, where the ring holds nothing
+template <class X> inline double visible_pairs(const Args<X>& a) {
+    const double w = std::min<double>(a.window, a.T);
+    return (w * (w + 1) / 2 + (a.T - w) * w) * a.B * a.H;
+}
+
 // An item is four values of one key or value: (b, t, group, key | value, part)
 template <class X> __global__ void ring_update_kernel(X* ring, const Args<X> a, int first) {
     const int parts = a.hd / 4;
@@ -897,6 +904,7 @@ inline void attention_forward(floatX* out, float* lse, const floatX* qkv, const 
     a.ring = position > 0 && capacity > 0 ? ring : nullptr;
     const int64_t visible = T + (a.ring ? std::min(position, capacity) : 0);
     a.window = (int)(window <= 0 ? visible : std::min(window, visible));
+    const Operation op("attention forward", (double)B * T * (2 * H + 2 * G) * hd * sizeof(floatX), 4 * attn::visible_pairs(a) * hd, stream);
     attn::forward(a, portable, stream);
 }
 
@@ -912,6 +920,7 @@ inline void attention_backward(floatX* dqkv, const floatX* dout, const floatX* o
     a.dqkv = dqkv, a.dout = dout, a.saved_out = out, a.qkv = qkv, a.lse = const_cast<float*>(lse), a.B = B, a.T = (int)T, a.H = H, a.G = G, a.hd = hd;
     a.lse2 = (float*)workspace, a.delta = a.lse2 + (int64_t)B * H * T;
     a.window = (int)(window <= 0 ? T : std::min(window, T));
+    const Operation op("attention backward", (double)B * T * (4 * H + 4 * G) * hd * sizeof(floatX), 10 * attn::visible_pairs(a) * hd, stream);
     attn::backward(a, portable, stream);
 }
 

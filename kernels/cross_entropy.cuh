@@ -9,6 +9,7 @@
 #include <cfloat>
 
 #include "device.cuh"
+#include "measure.cuh"
 #include "rmsnorm.cuh"   // aligned_16
 
 namespace gpu {
@@ -63,6 +64,7 @@ cross_entropy_kernel(float* losses, X* gradient, const X* logits /*== gradient i
 }
 
 inline void cross_entropy_forward(float* losses /*(M)*/, const floatX* logits /*(M,V)*/, const int* targets /*(M)*/, int64_t M, int V, Stream stream) {
+    const Operation op("cross entropy forward", (double)M * V * sizeof(floatX), 0, stream);
     constexpr int W = 16 / sizeof(floatX);
     if (V % W == 0 && aligned_16(logits))
         cross_entropy_kernel<W, false, floatX><<<(unsigned)M, CROSS_ENTROPY_THREADS, 0, stream>>>(losses, nullptr, logits, targets, 0.f, V);
@@ -73,6 +75,7 @@ inline void cross_entropy_forward(float* losses /*(M)*/, const floatX* logits /*
 
 inline void cross_entropy_fused(float* losses /*(M)*/, floatX* logits /*(M,V) in: logits, out: their gradient*/, const int* targets /*(M)*/, float scale,
                                 int64_t M, int V, Stream stream) {
+    const Operation op("cross entropy", 2.0 * M * V * sizeof(floatX), 0, stream);
     constexpr int W = 16 / sizeof(floatX);
     if (V % W == 0 && aligned_16(logits))
         cross_entropy_kernel<W, true, floatX><<<(unsigned)M, CROSS_ENTROPY_THREADS, 0, stream>>>(losses, logits, logits, targets, scale, V);
@@ -90,6 +93,7 @@ template <int THREADS> __global__ void mean_losses_kernel(float* mean, const flo
 
 // mean = weight / M * sum(losses), or mean += that. One block: M is a few ten thousand.
 inline void mean_losses(float* mean /*(1)*/, const float* losses /*(M)*/, int64_t M, bool accumulate, float weight, Stream stream) {
+    const Operation op("mean of losses", 4.0 * M, 0, stream);
     mean_losses_kernel<1024><<<1, 1024, 0, stream>>>(mean, losses, M, accumulate, weight);
     LAUNCH_CHECK();
 }

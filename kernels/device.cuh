@@ -15,6 +15,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -60,6 +61,8 @@ struct DeviceInfo {
     int compute_major = 0, compute_minor = 0;
     int64_t total_bytes = 0;   // memory of the device; 0 where unknown
     double peak_bf16 = 0;      // dense bf16 FLOP/s of the data sheet; 0 where unknown, then no % of peak is printed
+    double bandwidth = 0;      // memory bytes/s, width times clock; 0 where unknown
+    double special_rate = 0;   // exp and its like, evaluations/s; 0 where unknown
 };
 
 #ifdef SAMBA_CPU
@@ -93,6 +96,15 @@ inline void event_record(Event, Stream) {}
 inline void event_sync(Event) {}
 inline void stream_wait(Stream, Event) {}
 inline void stream_delay(Stream, int) {}
+struct Timer { std::chrono::steady_clock::time_point at; };
+inline Timer timer_create() { return {}; }
+inline void timer_destroy(Timer) {}
+inline void timer_record(Timer& timer, Stream) { timer.at = std::chrono::steady_clock::now(); }
+inline double timer_ms(const Timer& from, const Timer& to) { return std::chrono::duration<double, std::milli>(to.at - from.at).count(); }
+using Graph = std::function<void()>;
+template <class Work> Graph graph_capture(Stream, const Work& work) { return work; }          // nothing to save on a CPU: the work itself
+inline void graph_launch(const Graph& graph, Stream) { graph(); }
+inline void graph_destroy(Graph&) {}
 inline void device_fill(void* dst, int byte, size_t bytes, Stream) { if (bytes) memset(dst, byte, bytes); }
 inline std::string device_identity() { return ""; }
 inline void device_select(int) {}
@@ -155,6 +167,37 @@ inline void stream_wait(Stream s, Event e) { CUDA_CHECK(cudaStreamWaitEvent(s, e
 inline void stream_delay(Stream s, int microseconds) {                                         // for tests of the order between streams
     CUDA_CHECK(cudaLaunchHostFunc(s, [](void* us) { std::this_thread::sleep_for(std::chrono::microseconds((intptr_t)us)); }, (void*)(intptr_t)microseconds));
 }
+struct Timer { cudaEvent_t event; };                                                           // a mark in a stream, with the time it was passed at
+inline Timer timer_create() { Timer t; CUDA_CHECK(cudaEventCreate(&t.event)); return t; }
+inline void timer_destroy(Timer t) { cudaEventDestroy(t.event); }
+inline void timer_record(Timer& t, Stream s) { CUDA_CHECK(cudaEventRecord(t.event, s)); }
+inline double timer_ms(const Timer& from, const Timer& to) {                                   // waits for `to`
+    float ms = 0;
+    CUDA_CHECK(cudaEventSynchronize(to.event));
+    CUDA_CHECK(cudaEventElapsedTime(&ms, from.event, to.event));
+    return ms;
+}
+
+// Everything that work() enqueues on the stream, without running it. One launch then replays it all.
+using Graph = cudaGraphExec_t;
+template <class Work> Graph graph_capture(Stream s, const Work& work) {
+    cudaGraph_t graph = nullptr;
+    Graph exec = nullptr;
+    CUDA_CHECK(cudaStreamBeginCapture(s, cudaStreamCaptureModeThreadLocal));                   // other threads may do as they like
+    try {
+        work();
+    } catch (...) {
+        cudaStreamEndCapture(s, &graph);
+        if (graph) cudaGraphDestroy(graph);
+        throw;
+    }
+    CUDA_CHECK(cudaStreamEndCapture(s, &graph));
+    CUDA_CHECK(cudaGraphInstantiate(&exec, graph, 0));
+    CUDA_CHECK(cudaGraphDestroy(graph));
+    return exec;
+}
+inline void graph_launch(Graph graph, Stream s) { CUDA_CHECK(cudaGraphLaunch(graph, s)); }
+inline void graph_destroy(Graph& graph) { cudaGraphExecDestroy(graph); }
 inline void device_fill(void* dst, int byte, size_t bytes, Stream s) { CUDA_CHECK(cudaMemsetAsync(dst, byte, bytes, s)); }
 inline std::string device_identity() {                                                         // of the GPU in use, different for each in a machine
     int index = 0;
@@ -178,6 +221,11 @@ inline DeviceInfo device_info() {
     info.compute_major = p.major;
     info.compute_minor = p.minor;
     info.total_bytes = (int64_t)p.totalGlobalMem;
+    int khz = 0, memory_khz = 0;
+    CUDA_CHECK(cudaDeviceGetAttribute(&khz, cudaDevAttrClockRate, index));
+    CUDA_CHECK(cudaDeviceGetAttribute(&memory_khz, cudaDevAttrMemoryClockRate, index));
+    info.bandwidth = 2.0 * memory_khz * 1e3 * p.memoryBusWidth / 8;                            // two transfers a clock
+    info.special_rate = 16.0 * p.multiProcessorCount * khz * 1e3;
     // Dense bf16 tensor-core peaks of NVIDIA's data sheets. The first name that occurs in the device's name counts.
     static const struct { const char* name; double flops; } PEAKS[] = {
         {"H100 PCIe", 756.5e12}, {"H100 NVL", 835e12}, {"H100", 989.4e12}, {"H200", 989.4e12}, {"GH200", 989.4e12},

@@ -13,6 +13,7 @@
 #include <cub/device/device_radix_sort.cuh>
 
 #include "device.cuh"
+#include "measure.cuh"
 #include "rmsnorm.cuh"   // aligned_16, row_threads
 
 namespace gpu {
@@ -32,6 +33,7 @@ template <int W, class X> __global__ void embedding_forward_kernel(float* out, c
 }
 
 inline void embedding_forward(float* out /*(BT,d)*/, const int* tokens /*(BT)*/, const floatX* wte /*(V,d)*/, int64_t BT, int d, Stream stream) {
+    const Operation op("embedding forward", (double)BT * d * (4 + sizeof(floatX)), 0, stream);
     if (d % 4 == 0 && aligned_16(out) && aligned_16(wte))
         embedding_forward_kernel<4><<<(unsigned)BT, row_threads(d / 4), 0, stream>>>(out, tokens, wte, d);
     else
@@ -147,6 +149,7 @@ inline void embedding_sum(float* dwte, float* partial, const float* dout, const 
 
 inline void embedding_backward(float* dwte /*(V,d) +=*/, const float* dout /*(BT,d)*/, const int* tokens /*(BT)*/, void* workspace /*256-byte aligned*/,
                                int64_t BT, int V, int d, Stream stream) {
+    const Operation op("embedding backward", (double)BT * d * 4, 0, stream);
     EmbeddingWorkspace w = embedding_workspace(BT, V, d);
     char* base = (char*)workspace;
     int *sorted = (int*)(base + w.sorted_tokens), *positions = (int*)(base + w.positions), *sorted_positions = (int*)(base + w.sorted_positions);

@@ -2,7 +2,7 @@
 //   forward    y (M,N)  = x (M,K) w^T            X in, X out
 //   residual   y (M,N)  = residual + x w^T       X in, float in and out: the residual stream is never rounded to X
 //   dgrad      dx (M,K) (+)= dy (M,N) w          X in, X out
-//   wgrad      dw (N,K) += dy^T x                X in, float in and out: micro-steps accumulate in fp32
+//   wgrad      dw (N,K) (+)= dy^T x              X in, float in and out: micro-steps accumulate in fp32
 // X = floatX. Products accumulate in fp32 (CUBLAS_COMPUTE_32F: no TF32 when X is float). 2 M N K flops each; the floor is the
 // tensor cores' peak except where K or N is small (x_proj, dt_proj), which are bound by memory.
 //
@@ -12,16 +12,23 @@
 //   wgrad      dw^T (K,N) =        A = x (K,M),             B = dy (N,M) transposed          "NT"
 //
 // Everything cuBLASLt needs for a call (descriptors, layouts, algorithm) is a Plan, made at the first call of a shape and found by
-// hashing after that. The heuristic's first answer is taken, never a timing, and split sums that would be rounded to X on the
-// way are forbidden, so two runs give the same bits on the same GPU and library.
+// hashing after that. Its algorithm is, in this order: a choice made earlier (data/matmul_plans.h keeps those in a file), the fastest
+// of the heuristic's candidates where this is a rehearsal, and else the heuristic's first answer. Split sums that would be rounded
+// to X on the way are forbidden. So two runs with the same file give the same bits on the same GPU and library.
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <map>
+#include <string>
 #include <unordered_map>
+#include <vector>
 
 #include <cublasLt.h>
 
 #include "device.cuh"
+#include "matmul_choice.h"
+#include "measure.cuh"
 
 namespace gpu {
 
@@ -51,6 +58,26 @@ struct MatmulShapeHash {
     }
 };
 
+// "TN 6144x32768x1536 ld 1536 1536 6144 align 256 256 256 256 f32+C": op(A) op(B), m x n x k, an fp32 result, added to C
+inline std::string matmul_name(const MatmulShape& s) {
+    char name[256];
+    snprintf(name, sizeof name, "%c%c %lldx%lldx%lld ld %lld %lld %lld align %d %d %d %d%s%s", s.transpose_a ? 'T' : 'N', s.transpose_b ? 'T' : 'N', (long long)s.m, (long long)s.n,
+             (long long)s.k, (long long)s.lda, (long long)s.ldb, (long long)s.ldc, s.align_a, s.align_b, s.align_c, s.align_d, s.float_out ? " f32" : "", s.accumulate ? "+C" : "");
+    return name;
+}
+
+static_assert(sizeof(cublasLtMatmulAlgo_t) == sizeof(MatmulChoice::algorithm));
+inline MatmulChoice to_choice(const cublasLtMatmulAlgo_t& algorithm) {
+    MatmulChoice choice;
+    memcpy(choice.algorithm.data(), &algorithm, sizeof algorithm);
+    return choice;
+}
+inline cublasLtMatmulAlgo_t to_algorithm(const MatmulChoice& choice) {
+    cublasLtMatmulAlgo_t algorithm;
+    memcpy(&algorithm, choice.algorithm.data(), sizeof algorithm);
+    return algorithm;
+}
+
 struct MatmulPlan {
     cublasLtMatmulDesc_t operation = nullptr;
     cublasLtMatrixLayout_t a = nullptr, b = nullptr, c = nullptr;   // c describes C and D
@@ -62,12 +89,15 @@ struct Matmul {
     static constexpr size_t WORKSPACE_BYTES = 64 << 20;
     cublasLtHandle_t handle = nullptr;
     void* workspace = nullptr;
+    bool rehearsal = false;                       // results do not matter: the candidates of a new shape are timed on its operands
+    MatmulChoices choices;
     std::unordered_map<MatmulShape, MatmulPlan, MatmulShapeHash> plans;
 
     Matmul() {
         CUBLAS_CHECK(cublasLtCreate(&handle));
         workspace = device_alloc(WORKSPACE_BYTES, "the cuBLASLt workspace");
     }
+    static int64_t library() { return (int64_t)cublasLtGetVersion(); }
     Matmul(const Matmul&) = delete;
     Matmul& operator=(const Matmul&) = delete;
     ~Matmul() {
@@ -110,7 +140,7 @@ inline int matmul_candidates(const Matmul& matmul, const MatmulPlan& plan, const
     return status == CUBLAS_STATUS_SUCCESS ? found : 0;
 }
 
-inline MatmulPlan make_matmul_plan(const Matmul& matmul, const MatmulShape& s) {
+inline MatmulPlan describe_matmul(const MatmulShape& s) {
     MatmulPlan plan;
     CUBLAS_CHECK(cublasLtMatmulDescCreate(&plan.operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
     const cublasOperation_t op_a = s.transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N, op_b = s.transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N;
@@ -119,20 +149,88 @@ inline MatmulPlan make_matmul_plan(const Matmul& matmul, const MatmulShape& s) {
     CUBLAS_CHECK(cublasLtMatrixLayoutCreate(&plan.a, CUDA_TYPE<floatX>, s.transpose_a ? s.k : s.m, s.transpose_a ? s.m : s.k, s.lda));
     CUBLAS_CHECK(cublasLtMatrixLayoutCreate(&plan.b, CUDA_TYPE<floatX>, s.transpose_b ? s.n : s.k, s.transpose_b ? s.k : s.n, s.ldb));
     CUBLAS_CHECK(cublasLtMatrixLayoutCreate(&plan.c, s.float_out ? CUDA_R_32F : CUDA_TYPE<floatX>, s.m, s.n, s.ldc));
+    return plan;
+}
 
-    constexpr int CANDIDATES = 8;
+struct MatmulOperands { const void *a, *b, *c; void* d; Stream stream; };
+
+inline cublasStatus_t start_matmul(const Matmul& matmul, const MatmulPlan& plan, const cublasLtMatmulAlgo_t& algorithm, bool accumulate, const MatmulOperands& o) {
+    const float alpha = 1, beta = accumulate ? 1 : 0;
+    return cublasLtMatmul(matmul.handle, plan.operation, &alpha, o.a, plan.a, o.b, plan.b, &beta, o.c, plan.c, o.d, plan.c, &algorithm, matmul.workspace,
+                          Matmul::WORKSPACE_BYTES, o.stream);
+}
+
+// ms a call, the mean of `repeats` in a row after one that is not counted; infinity where the algorithm refuses
+inline double time_matmul(const Matmul& matmul, const MatmulPlan& plan, const cublasLtMatmulAlgo_t& algorithm, bool accumulate, const MatmulOperands& o, int repeats) {
+    if (start_matmul(matmul, plan, algorithm, accumulate, o) != CUBLAS_STATUS_SUCCESS) return INFINITY;
+    cudaEvent_t begin, end;
+    CUDA_CHECK(cudaEventCreate(&begin));
+    CUDA_CHECK(cudaEventCreate(&end));
+    CUDA_CHECK(cudaEventRecord(begin, o.stream));
+    for (int i = 0; i < repeats; i++) CUBLAS_CHECK(start_matmul(matmul, plan, algorithm, accumulate, o));
+    CUDA_CHECK(cudaEventRecord(end, o.stream));
+    CUDA_CHECK(cudaEventSynchronize(end));
+    float ms = 0;
+    CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
+    CUDA_CHECK(cudaEventDestroy(begin));
+    CUDA_CHECK(cudaEventDestroy(end));
+    return ms / repeats;
+}
+
+// Every candidate three times; then the best five and the heuristic's first in turns, so that a clock that drifts is fair to all.
+// Another than the first must gain a hundredth.
+inline MatmulChoice fastest_matmul(const Matmul& matmul, const MatmulPlan& plan, const MatmulShape& shape, const std::vector<MatmulChoice>& candidates, const MatmulOperands& o) {
+    constexpr size_t FINALISTS = 6;
+    constexpr int ROUNDS = 3, CALLS = 6;
+    std::vector<std::pair<double, size_t>> order;            // ms, candidate
+    for (size_t i = 0; i < candidates.size(); i++) order.push_back({i == 0 ? 0 : time_matmul(matmul, plan, to_algorithm(candidates[i]), shape.accumulate, o, 3), i});
+    std::sort(order.begin(), order.end());
+    order.resize(std::min(order.size(), FINALISTS));
+    for (auto& [ms, i] : order) ms = INFINITY;
+    for (int round = 0; round < ROUNDS; round++)
+        for (auto& [ms, i] : order) ms = std::min(ms, time_matmul(matmul, plan, to_algorithm(candidates[i]), shape.accumulate, o, CALLS));
+    const double first_ms = order[0].first;                  // of candidate 0
+    const auto best = std::min_element(order.begin(), order.end());
+    const auto& chosen = best->first < 0.99 * first_ms ? *best : order[0];
+    MatmulChoice choice = candidates[chosen.second];
+    choice.ms = chosen.first;
+    choice.first_ms = first_ms;
+    return choice;
+}
+
+inline MatmulPlan make_matmul_plan(Matmul& matmul, const MatmulShape& s, const MatmulOperands& operands) {
+    MatmulPlan plan = describe_matmul(s);
+    const std::string name = matmul_name(s);
+    if (const auto made = matmul.choices.find(name); made != matmul.choices.end()) {
+        cublasLtMatmulHeuristicResult_t check;
+        const cublasLtMatmulAlgo_t algorithm = to_algorithm(made->second);
+        if (cublasLtMatmulAlgoCheck(matmul.handle, plan.operation, plan.a, plan.b, plan.c, plan.c, &algorithm, &check) == CUBLAS_STATUS_SUCCESS &&
+            check.workspaceSize <= Matmul::WORKSPACE_BYTES) {
+            plan.algorithm = algorithm;
+            return plan;
+        }
+        fprintf(stderr, "the stored matmul plan for %s does not run here: choosing again\n", name.c_str());
+        matmul.choices.erase(made);
+    }
+    constexpr int CANDIDATES = 32;
     cublasLtMatmulHeuristicResult_t results[CANDIDATES];
     int found = matmul_candidates(matmul, plan, s, false, results, CANDIDATES);
     if (!found) found = matmul_candidates(matmul, plan, s, true, results, CANDIDATES);
-    // To time the candidates instead: do it here, once, and keep the winner in a file named after GPU and library version. A choice
-    // that is timed anew in every run would change the order of additions, and with it the bits, from run to run.
+    std::vector<MatmulChoice> candidates;                    // the heuristic's best first
     for (int i = 0; i < found; i++)
-        if (results[i].state == CUBLAS_STATUS_SUCCESS) {
-            plan.algorithm = results[i].algo;
-            return plan;
+        if (results[i].state == CUBLAS_STATUS_SUCCESS) candidates.push_back(to_choice(results[i].algo));
+    if (candidates.empty())
+        fail("cuBLASLt has no algorithm for m=%lld n=%lld k=%lld lda=%lld ldb=%lld ldc=%lld %c%c (column-major) on this GPU; choose sizes that are multiples of 8",
+             (long long)s.m, (long long)s.n, (long long)s.k, (long long)s.lda, (long long)s.ldb, (long long)s.ldc, s.transpose_a ? 'T' : 'N', s.transpose_b ? 'T' : 'N');
+    plan.algorithm = to_algorithm(candidates[0]);
+    if (matmul.rehearsal) {
+        const MatmulChoice choice = fastest_matmul(matmul, plan, s, candidates, operands);
+        if (std::isfinite(choice.ms)) {
+            plan.algorithm = to_algorithm(choice);
+            matmul.choices[name] = choice;
         }
-    fail("cuBLASLt has no algorithm for m=%lld n=%lld k=%lld lda=%lld ldb=%lld ldc=%lld %c%c (column-major) on this GPU; choose sizes that are multiples of 8",
-         (long long)s.m, (long long)s.n, (long long)s.k, (long long)s.lda, (long long)s.ldb, (long long)s.ldc, s.transpose_a ? 'T' : 'N', s.transpose_b ? 'T' : 'N');
+    }
+    return plan;
 }
 
 // D = op(A) op(B) + C (accumulate) or op(A) op(B), column-major. C may be D.
@@ -141,32 +239,41 @@ inline void run_matmul(Matmul& matmul, Out* d, const Out* c, int64_t ldc, const 
                        int64_t m, int64_t n, int64_t k, bool accumulate, Stream stream) {
     const MatmulShape shape = {transpose_a, transpose_b, accumulate, sizeof(Out) == 4, pointer_alignment(a), pointer_alignment(b), pointer_alignment(c), pointer_alignment(d),
                                m, n, k, lda, ldb, ldc};
+    const MatmulOperands operands = {a, b, c, d, stream};
     auto found = matmul.plans.find(shape);
-    if (found == matmul.plans.end()) found = matmul.plans.emplace(shape, make_matmul_plan(matmul, shape)).first;
-    const MatmulPlan& plan = found->second;
-    const float alpha = 1, beta = accumulate ? 1 : 0;
-    CUBLAS_CHECK(cublasLtMatmul(matmul.handle, plan.operation, &alpha, a, plan.a, b, plan.b, &beta, c, plan.c, d, plan.c, &plan.algorithm,
-                                matmul.workspace, Matmul::WORKSPACE_BYTES, stream));
+    if (found == matmul.plans.end()) found = matmul.plans.emplace(shape, make_matmul_plan(matmul, shape, operands)).first;
+    CUBLAS_CHECK(start_matmul(matmul, found->second, found->second.algorithm, accumulate, operands));
+}
+
+constexpr double BYTES = sizeof(floatX);
+
+// "wgrad 6144x1536": which product of the weights (N,K)
+inline Operation matmul_operation(const char* pass, int64_t M, int N, int K, double bytes, Stream stream) {
+    return Operation(std::string(pass) + " " + std::to_string(N) + "x" + std::to_string(K), bytes, 2.0 * M * N * K, stream);
 }
 
 inline void matmul_forward(Matmul& matmul, floatX* y /*(M,N) row stride ldy*/, int64_t ldy, const floatX* x /*(M,K) row stride ldx*/, int64_t ldx,
                            const floatX* w /*(N,K)*/, int64_t M, int N, int K, Stream stream) {
+    const Operation op = matmul_operation("forward", M, N, K, BYTES * ((double)M * K + (double)N * K + (double)M * N), stream);
     run_matmul<floatX>(matmul, y, y, ldy, w, K, true, x, ldx, false, N, M, K, false, stream);
 }
 
 inline void matmul_residual(Matmul& matmul, float* y /*(M,N)*/, const float* residual /*(M,N), may equal y*/, const floatX* x /*(M,K)*/,
                             const floatX* w /*(N,K)*/, int64_t M, int N, int K, Stream stream) {
+    const Operation op = matmul_operation("residual", M, N, K, BYTES * ((double)M * K + (double)N * K) + 8.0 * M * N, stream);
     run_matmul<float>(matmul, y, residual, N, w, K, true, x, K, false, N, M, K, true, stream);
 }
 
 inline void matmul_dgrad(Matmul& matmul, floatX* dx /*(M,K) row stride lddx*/, int64_t lddx, const floatX* dy /*(M,N) row stride lddy*/, int64_t lddy,
                          const floatX* w /*(N,K)*/, int64_t M, int N, int K, bool accumulate, Stream stream) {
+    const Operation op = matmul_operation("dgrad", M, N, K, BYTES * ((double)M * N + (double)N * K + (accumulate ? 2.0 : 1.0) * M * K), stream);
     run_matmul<floatX>(matmul, dx, dx, lddx, w, K, false, dy, lddy, false, K, M, N, accumulate, stream);
 }
 
-inline void matmul_wgrad(Matmul& matmul, float* dw /*(N,K) +=*/, const floatX* dy /*(M,N) row stride lddy*/, int64_t lddy,
-                         const floatX* x /*(M,K) row stride ldx*/, int64_t ldx, int64_t M, int N, int K, Stream stream) {
-    run_matmul<float>(matmul, dw, dw, K, x, ldx, false, dy, lddy, true, K, N, M, true, stream);
+inline void matmul_wgrad(Matmul& matmul, float* dw /*(N,K)*/, const floatX* dy /*(M,N) row stride lddy*/, int64_t lddy,
+                         const floatX* x /*(M,K) row stride ldx*/, int64_t ldx, int64_t M, int N, int K, bool accumulate /*dw += or dw =*/, Stream stream) {
+    const Operation op = matmul_operation("wgrad", M, N, K, BYTES * ((double)M * N + (double)M * K) + (accumulate ? 8.0 : 4.0) * N * K, stream);
+    run_matmul<float>(matmul, dw, dw, K, x, ldx, false, dy, lddy, true, K, N, M, accumulate, stream);
 }
 
 } // namespace gpu

@@ -3,6 +3,7 @@
 // A new operation: a header here, its twin in cpu/, a line in both lists below, a test in dev/test/.
 #pragma once
 #include "device.cuh"
+#include "measure.cuh"
 
 #include "cpu/adamw.h"
 #include "cpu/attention.h"

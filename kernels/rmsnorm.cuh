@@ -7,6 +7,7 @@
 // memory, a second kernel adds the blocks in order. The number of blocks is fixed, so the result is the same on every GPU.
 #pragma once
 #include "device.cuh"
+#include "measure.cuh"
 
 namespace gpu {
 
@@ -42,6 +43,7 @@ __global__ void rmsnorm_forward_kernel(X* out, float* rstd, const float* x, cons
 }
 
 inline void rmsnorm_forward(floatX* out /*(N,d)*/, float* rstd /*(N)*/, const float* x /*(N,d)*/, const float* weight /*(d)*/, int64_t N, int d, float eps, Stream stream) {
+    const Operation op("rmsnorm forward", (double)N * d * (4 + sizeof(floatX)), 0, stream);
     if (d % 4 == 0 && aligned_16(out) && aligned_16(x) && aligned_16(weight))
         rmsnorm_forward_kernel<4><<<(unsigned)N, row_threads(d / 4), 0, stream>>>(out, rstd, x, weight, d, eps);
     else
@@ -118,6 +120,7 @@ inline size_t rmsnorm_backward_workspace(int64_t N, int d) { return (size_t)rmsn
 inline void rmsnorm_backward(float* dx /*(N,d)*/, floatX* dx_copy /*(N,d) or nullptr: dx after the update, rounded*/, float* dweight /*(d) +=*/, const floatX* dout /*(N,d)*/,
                              const float* x /*(N,d)*/, const float* rstd /*(N)*/, const float* weight /*(d)*/, void* workspace, int64_t N, int d,
                              bool accumulate /*dx += or dx =*/, Stream stream) {
+    const Operation op("rmsnorm backward", (double)N * d * (8 + 4 * accumulate + (dx_copy ? 2 : 1) * sizeof(floatX)), 0, stream);
     float* partial = (float*)workspace;
     const unsigned blocks = (unsigned)rmsnorm_backward_blocks(N);
     const size_t shared = (size_t)d * sizeof(float);

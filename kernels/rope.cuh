@@ -8,6 +8,7 @@
 
 #include "cpu/rope.h"
 #include "device.cuh"
+#include "measure.cuh"
 
 namespace gpu {
 
@@ -73,9 +74,11 @@ inline void rope_table(float* table, int64_t position, int64_t T, int head_dim, 
     LAUNCH_CHECK();
 }
 inline void rope_forward(floatX* qkv, const float* table, int B, int64_t T, int H, int G, int head_dim, Stream stream = {}) {
+    const Operation op("rope", 2.0 * B * T * (H + G) * head_dim * sizeof(floatX), 0, stream);
     rope_launch(qkv, table, 1.f, B, T, H, G, head_dim, stream);
 }
 inline void rope_backward(floatX* dqkv, const float* table, int B, int64_t T, int H, int G, int head_dim, Stream stream = {}) {
+    const Operation op("rope backward", 2.0 * B * T * (H + G) * head_dim * sizeof(floatX), 0, stream);
     rope_launch(dqkv, table, -1.f, B, T, H, G, head_dim, stream);
 }
 

@@ -22,6 +22,7 @@
 #pragma once
 #include <initializer_list>
 #include "device.cuh"
+#include "measure.cuh"
 
 namespace gpu {
 
@@ -385,6 +386,8 @@ inline void selective_scan_forward(floatX* out /*(B,T,e)*/, void* saved /*or nul
                                    const floatX* dt_raw /*(B,T,e)*/, const floatX* bc /*B at +0, C at +N of each row, row stride ldbc*/, int64_t ldbc,
                                    const floatX* z /*(B,T,e), row stride ldz*/, int64_t ldz, const float* A_log /*(e,N)*/, const float* D, const float* dt_bias,
                                    const float* h_in /*(B,e,N) or null*/, void* workspace, int B, int64_t T, int e, int N, Stream stream) {
+    const double elements = (double)B * T * e, states = saved ? (double)selective_scan_saved(B, T, e, N) : 0;
+    const Operation op("scan forward", 4 * elements * sizeof(floatX) + states, 0, stream, elements * (N + 3));
     scan_check_states(N);
     const ScanInput<floatX> p{u, dt_raw, bc, z, ldbc, ldz, A_log, D, dt_bias, T, e, N, 0};
     const ScanWorkspace w = scan_workspace<floatX>(workspace, B, T, e, N);
@@ -735,6 +738,8 @@ inline void selective_scan_backward(floatX* du /*(B,T,e)*/, floatX* ddt_raw /*(B
                                     const floatX* dout, const floatX* u, const floatX* dt_raw, const floatX* bc, int64_t ldbc, const floatX* z, int64_t ldz,
                                     const float* A_log, const float* D, const float* dt_bias, const float* /*h_in, which is the first saved state*/,
                                     const void* saved, void* workspace, int B, int64_t T, int e, int N, Stream stream) {
+    const double elements = (double)B * T * e, states = (double)selective_scan_saved(B, T, e, N);
+    const Operation op("scan backward", 8 * elements * sizeof(floatX) + states, 0, stream, elements * (N + 4));
     scan_check_states(N);
     const ScanInput<floatX> p{u, dt_raw, bc, z, ldbc, ldz, A_log, D, dt_bias, T, e, N, 0};
     const ScanWorkspace w = scan_workspace<floatX>(workspace, B, T, e, N);

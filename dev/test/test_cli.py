@@ -109,6 +109,11 @@ def test_recompute_levels_are_the_same_bits(world, tmp_path, reference):
     assert weights(tmp_path / "full") == weights(reference)
 
 
+def test_graphs_on_and_off_are_the_same_bits(world, tmp_path, reference):
+    train(world, tmp_path / "off", "--graphs", "off")
+    assert weights(tmp_path / "off") == weights(reference)
+
+
 def test_resumed_equals_uninterrupted(world, tmp_path, reference):
     """Killed outright at several moments, then resumed from whatever checkpoint was whole."""
     out = tmp_path / "run"

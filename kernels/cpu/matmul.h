@@ -1,6 +1,6 @@
 // Matrix products of the linear layers, CPU twin of kernels/matmul.cuh. All matrices row-major, W as stored: (N,K).
 //   forward   y  = x w^T              residual  y = residual + x w^T
-//   dgrad     dx (+)= dy w            wgrad     dw += dy^T x
+//   dgrad     dx (+)= dy w            wgrad     dw (+)= dy^T x
 // float goes through OpenBLAS where it is compiled in; double, and builds without OpenBLAS, through the plain loops, which
 // define the operation. Strides ld* are in elements between rows.
 #pragma once
@@ -12,11 +12,17 @@
 #include <omp.h>
 #endif
 #include "../device.cuh"
+#include "../matmul_choice.h"
 #include "sum.h"
 
 namespace cpu {
 
-struct Matmul {};   // the GPU twin keeps a handle, a workspace and plans here
+struct Matmul {   // the GPU twin keeps a handle, a workspace and plans here
+    static constexpr size_t WORKSPACE_BYTES = 0;
+    bool rehearsal = false;
+    MatmulChoices choices;
+    static int64_t library() { return 0; }
+};
 
 #ifdef SAMBA_OPENBLAS
 // C (m,n) = op(A) op(B) + beta C. Our threads take blocks of C's rows and OpenBLAS one thread in each: its own threads would
@@ -86,14 +92,16 @@ void matmul_dgrad(Matmul&, R* dx /*(M,K) row stride lddx*/, int64_t lddx, const 
 }
 
 template <class R>
-void matmul_wgrad(Matmul&, R* dw /*(N,K) +=*/, const R* dy /*(M,N) row stride lddy*/, int64_t lddy, const R* x /*(M,K) row stride ldx*/, int64_t ldx,
-                  int64_t M, int N, int K, Stream = {}) {
+void matmul_wgrad(Matmul&, R* dw /*(N,K)*/, const R* dy /*(M,N) row stride lddy*/, int64_t lddy, const R* x /*(M,K) row stride ldx*/, int64_t ldx,
+                  int64_t M, int N, int K, bool accumulate /*dw += or dw =*/, Stream = {}) {
 #ifdef SAMBA_OPENBLAS
-    if constexpr (std::is_same_v<R, float>) return sgemm(CblasTrans, CblasNoTrans, N, K, M, dy, lddy, x, ldx, 1.f, dw, K);
+    if constexpr (std::is_same_v<R, float>) return sgemm(CblasTrans, CblasNoTrans, N, K, M, dy, lddy, x, ldx, accumulate ? 1.f : 0.f, dw, K);
 #endif
 #pragma omp parallel for
     for (int j = 0; j < N; j++) {
         R* dwj = dw + (int64_t)j * K;
+        if (!accumulate)
+            for (int k = 0; k < K; k++) dwj[k] = 0;
         for (int64_t i = 0; i < M; i++) {
             const R g = dy[i * lddy + j], *xi = x + i * ldx;
 #pragma omp simd

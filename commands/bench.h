@@ -1,0 +1,168 @@
+// train_samba bench: a training step on random tokens, as a whole and operation by operation.
+#pragma once
+#include <map>
+
+#include <nlohmann/json.hpp>
+
+#include "common.h"
+#include "plans.h"
+
+struct BenchOptions {
+    std::string model = "samba-421m", recompute = "auto", graphs = "on", plans, json;
+    int64_t micro_batch = 8, seq_len = 0, accumulate = 8, repeats = 20;
+    int gpu = 0;
+};
+
+inline CLI::App* add_bench(CLI::App& app, BenchOptions& o) {
+    CLI::App* command = app.add_subcommand("bench", "A training step on random tokens: tokens/s, memory, and what each operation costs");
+    command->add_option("--model", o.model, "A named configuration or a .json file")->capture_default_str();
+    add_count(*command, "--micro-batch", o.micro_batch, "Sequences in a pass");
+    add_count(*command, "--seq-len", o.seq_len, "Tokens in a sequence; 0: the model's training length");
+    add_count(*command, "--accumulate", o.accumulate, "Micro-batches of the accumulated step");
+    add_count(*command, "--repeats", o.repeats, "Passes and steps to time; the median counts");
+    command->add_option("--recompute", o.recompute, "As in training")->check(CLI::IsMember({"auto", "none", "light", "full"}))->capture_default_str();
+    command->add_option("--graphs", o.graphs, "As in training")->check(CLI::IsMember({"on", "off"}))->capture_default_str();
+    command->add_option("--plans", o.plans, PLANS_HELP);
+    command->add_option("--json", o.json, "Also write the results to this file");
+    command->add_option("--gpu", o.gpu, "Index of the GPU to use")->capture_default_str();
+    return command;
+}
+
+// ms of each of `repeats` runs of work(), sorted. Between them the host does not wait.
+inline std::vector<double> time_runs(Stream stream, int64_t repeats, const std::function<void()>& work) {
+    std::vector<Timer> marks(repeats + 1);
+    for (Timer& mark : marks) mark = timer_create();
+    work();                                                // not counted: fills the queue
+    timer_record(marks[0], stream);
+    for (int64_t i = 0; i < repeats; i++) {
+        work();
+        timer_record(marks[i + 1], stream);
+    }
+    stream_sync(stream);
+    std::vector<double> ms(repeats);
+    for (int64_t i = 0; i < repeats; i++) ms[i] = timer_ms(marks[i], marks[i + 1]);
+    for (Timer& mark : marks) timer_destroy(mark);
+    std::sort(ms.begin(), ms.end());
+    return ms;
+}
+
+struct OperationCost {
+    int64_t calls = 0;
+    double ms = 0, bytes = 0, flops = 0, bound = 0;
+    std::string bound_by;
+};
+
+// "wgrad 6144x1536" -> "in_proj wgrad"; other operations' names as they are
+inline std::string readable_operation(const std::string& name, const Layout& layout) {
+    const size_t space = name.find(' ');
+    if (space == std::string::npos || !isdigit((unsigned char)name[space + 1])) return name;
+    const std::string shape = name.substr(space + 1), pass = name.substr(0, space);
+    for (const Layer& layer : layout.layers)
+        if (layer.kind == Kind::mlp && shape == std::to_string(2 * layer.d_ff) + "x" + std::to_string(layout.config.d_model)) return "w1|w2 " + pass;
+    for (const Tensor& t : layout.tensors) {
+        if (!t.is_matrix || shape != std::to_string(t.shape[0]) + "x" + std::to_string(t.shape[1])) continue;
+        const std::string stem = t.name.substr(0, t.name.rfind('.'));
+        return stem.substr(stem.rfind('.') + 1) + " " + pass;
+    }
+    return name;
+}
+
+inline std::map<std::string, OperationCost> add_up(const Recorder& recorder, const Layout& layout, const DeviceInfo& device, int64_t steps) {
+    std::map<std::string, OperationCost> costs;
+    for (const Recorder::Call& call : recorder.calls) {
+        OperationCost& cost = costs[readable_operation(call.name, layout)];
+        const std::pair<double, const char*> bounds[] = {{device.bandwidth > 0 ? call.bytes / device.bandwidth : 0, "memory"},
+                                                         {device.peak_bf16 > 0 ? call.flops / device.peak_bf16 : 0, "tensor cores"},
+                                                         {device.special_rate > 0 ? call.special / device.special_rate : 0, "special functions"}};
+        const auto& bound = *std::max_element(std::begin(bounds), std::end(bounds));
+        cost.calls++;
+        cost.ms += timer_ms(call.begin, call.end) / (double)steps;
+        cost.bytes += call.bytes / (double)steps;
+        cost.flops += call.flops / (double)steps;
+        cost.bound += bound.first * 1e3 / (double)steps;
+        cost.bound_by = bound.second;
+    }
+    for (auto& [name, cost] : costs) cost.calls /= steps;
+    return costs;
+}
+
+// Sorted by ms. `step_ms`: of a whole step with one micro-batch
+inline nlohmann::ordered_json print_operations(const std::map<std::string, OperationCost>& costs, double step_ms) {
+    std::vector<std::pair<double, std::string>> order;
+    for (const auto& [name, cost] : costs) order.push_back({-cost.ms, name});
+    std::sort(order.begin(), order.end());
+    nlohmann::ordered_json rows = nlohmann::ordered_json::array();
+    double sum = 0, bound = 0;
+    printf("\n%-24s %6s %9s %7s %9s %10s %9s %8s  %s\n", "operation", "calls", "ms", "step", "GB", "GFLOP", "bound ms", "of it", "bound by");
+    for (const auto& [minus_ms, name] : order) {
+        const OperationCost& c = costs.at(name);
+        printf("%-24s %6lld %9.3f %6.1f%% %9.2f %10.1f %9.3f %7.1f%%  %s\n", name.c_str(), (long long)c.calls, c.ms, 100 * c.ms / step_ms, c.bytes * 1e-9, c.flops * 1e-9, c.bound,
+               100 * c.bound / c.ms, c.bound_by.c_str());
+        rows.push_back({{"operation", name}, {"calls", c.calls}, {"ms", c.ms}, {"bytes", c.bytes}, {"flops", c.flops}, {"bound_ms", c.bound}, {"bound_by", c.bound_by}});
+        sum += c.ms;
+        bound += c.bound;
+    }
+    printf("%-24s %6s %9.3f %6.1f%% %9s %10s %9.3f %7.1f%%\n", "all of them", "", sum, 100 * sum / step_ms, "", "", bound, 100 * bound / sum);
+    return rows;
+}
+
+inline void run_bench(const BenchOptions& o) {
+    select_gpu(o.gpu);
+    const DeviceInfo device = device_info();
+    const Config c = load_config(o.model);
+    const int64_t T = o.seq_len > 0 ? o.seq_len : c.seq_len, B = o.micro_batch, tokens_count = B * T;
+    Model m(c);
+    const Recompute level = choose_recompute(o.recompute, m.layout, B, T, (size_t)parameter_bytes(m.layout, true));
+    m.w.create(m.layout, true);
+    m.acts.create(m.layout, (int)B, T, true, level);
+    initialise(m, 1);
+    printf("%s on %s (%s), %lld x %lld tokens, recompute %s, graphs %s\n", c.name.c_str(), device.name.c_str(), BUILD_NAME, (long long)B, (long long)T, recompute_name(level), o.graphs.c_str());
+    plan_matmuls(m, Comm(), o.plans, (int)B, T, o.accumulate > 1);
+
+    std::vector<int> tokens(tokens_count), targets(tokens_count);
+    for (int64_t i = 0; i < tokens_count; i++) tokens[i] = (int)(counter_uniform(7, i) * c.vocab_size), targets[i] = (int)(counter_uniform(8, i) * c.vocab_size);
+    const auto pass = [&](bool first, int64_t micro_batches) {
+        upload_tokens(m, tokens.data(), targets.data(), tokens_count);
+        (o.graphs == "on" ? forward_backward_graph : forward_backward)(m, (int)B, T, 1.0f / (float)micro_batches, first);
+    };
+    int64_t updates = 0;
+    const auto step = [&](int64_t micro_batches) {
+        for (int64_t i = 0; i < micro_batches; i++) pass(i == 0, micro_batches);
+        update(m, AdamW{1e-5f, 0.9f, 0.95f, 1e-8f, 0.1f, ++updates}, 1.0f, true);
+    };
+    const double flops = flops_per_token(m.layout, T);
+    const auto middle = [](const std::vector<double>& ms) { return ms[ms.size() / 2]; };
+    nlohmann::ordered_json report = {{"model", c.name}, {"device", device.name}, {"build", BUILD_NAME}, {"commit", SAMBA_COMMIT}, {"micro_batch", B}, {"seq_len", T}, {"recompute", recompute_name(level)},
+                   {"graphs", o.graphs}, {"flops_per_token", flops}};
+    const auto show = [&](const char* what, const char* key, const std::vector<double>& ms, int64_t micro_batches) {
+        const double tok_s = (double)(tokens_count * micro_batches) / middle(ms) * 1e3, mfu = device.peak_bf16 > 0 ? tok_s * flops / device.peak_bf16 : 0;
+        printf("%-40s %9.2f ms (%.2f to %.2f)  %.0f tok/s", what, middle(ms), ms.front(), ms.back(), tok_s);
+        printf(mfu > 0 ? "  %.1f%% of bf16 peak\n" : "\n", 100 * mfu);
+        report[key] = {{"ms", middle(ms)}, {"fastest", ms.front()}, {"slowest", ms.back()}, {"tok_s", tok_s}, {"mfu", mfu}, {"micro_batches", micro_batches}};
+    };
+    show("forward and backward", "forward_backward", time_runs(m.stream, o.repeats, [&] { pass(true, 1); }), 1);
+    const std::vector<double> one = time_runs(m.stream, o.repeats, [&] { step(1); });
+    show("optimizer step of one micro-batch", "step", one, 1);
+    if (o.accumulate > 1)
+        show(("optimizer step of " + std::to_string(o.accumulate) + " micro-batches").c_str(), "accumulated_step", time_runs(m.stream, std::max<int64_t>(1, o.repeats / o.accumulate), [&] { step(o.accumulate); }), o.accumulate);
+    const double used = (double)device.total_bytes - (double)device_free_bytes(), predicted = (double)memory_in_use(m.layout, B, T, level);
+    if (ON_GPU) printf("GPU memory in use %s, predicted %s (%+.1f%%)\n", human_bytes(used).c_str(), human_bytes(predicted).c_str(), 100 * (predicted / used - 1));
+    report["memory_bytes"] = used;
+    report["predicted_bytes"] = predicted;
+
+    constexpr int64_t RECORDED = 3;
+    Recorder recorder;
+    Recorder::active = &recorder;
+    for (int64_t i = 0; i < RECORDED; i++) {
+        forward_backward(m, (int)B, T, 1.0f, true);
+        update(m, AdamW{1e-5f, 0.9f, 0.95f, 1e-8f, 0.1f, ++updates}, 1.0f, true);
+    }
+    stream_sync(m.stream);
+    Recorder::active = nullptr;
+    if (!recorder.calls.empty()) report["operations"] = print_operations(add_up(recorder, m.layout, device, RECORDED), middle(one));
+    float loss = 0;
+    copy_to_host(&loss, m.acts.loss, sizeof loss, m.stream);
+    stream_sync(m.stream);
+    if (!std::isfinite(loss)) fail("the loss became %f: these times are not those of training", loss);
+    if (!o.json.empty()) write_file_durably(o.json, report.dump(1) + "\n");
+}
