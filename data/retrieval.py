@@ -173,6 +173,7 @@ class Phonebook:
         self.vocabulary, self.filler, self.queries = vocabulary, Filler(vocabulary), queries
         self.intro, self.query, self.line_end = vocabulary.encode(PHONEBOOK_INTRO), vocabulary.encode(PHONEBOOK_QUERY), vocabulary.encode("\n")
         self.names = [f"{first} {last}" for first in FIRST_NAMES for last in LAST_NAMES]
+        self.tokens_of_name: dict[str, np.ndarray] = {}
         widest = max(len(vocabulary.encode(f"{name}:")) for name in self.names)
         self.widest_line = widest + len(vocabulary.encode(" 9876543210")) * (1 if isinstance(vocabulary, Words) else 2) + len(self.line_end)
         self.shortest = 1 + len(self.intro) + len(self.query) + self.widest_line * (queries + max(1, queries))
@@ -181,14 +182,18 @@ class Phonebook:
         """Names that are all different, with numbers of ten digits of which the first is 6 to 9."""
         if count > len(self.names):
             raise PrepareError(f"a phone book of {count} entries: there are {len(self.names)} names")
-        order = list(range(len(self.names)))
+        chosen, moved = [], {}  # the first `count` of a shuffle of all names: what lies where it has moved something
         for i in range(count):
-            j = i + draw(rng, len(order) - i)
-            order[i], order[j] = order[j], order[i]
-        return [(self.names[i], str(6 + draw(rng, 4)) + "".join(str(draw(rng, 10)) for _ in range(9))) for i in order[:count]]
+            j = i + draw(rng, len(self.names) - i)
+            chosen.append(moved.get(j, j))
+            moved[j] = moved.get(i, i)
+        return [(self.names[i], str(6000000000 + draw(rng, 4000000000))) for i in chosen]
 
     def name_tokens(self, entry) -> np.ndarray:
-        return self.vocabulary.encode(f"{entry[0]}:")
+        name = entry[0]
+        if name not in self.tokens_of_name:
+            self.tokens_of_name[name] = self.vocabulary.encode(f"{name}:")
+        return self.tokens_of_name[name]
 
     def answer(self, entry) -> np.ndarray:
         return self.vocabulary.encode(" " + entry[1])
