@@ -77,6 +77,8 @@ inline const std::vector<NamedConfig>& named_configs() {
     static const std::vector<NamedConfig> table = {
         {"tiny",                       "MS",  4,  192,   3,  3,  64,  512,   128,   256, true, SAMBA, 4096},
         {"small",                      "MS",  8,  512,   8,  8,  64, 1408,   512,  1024, true, SAMBA, 4096},
+        {"retrieval",                  "MS",  6,  256,   4,  4,  64,  704,   256,  4096, true, SAMBA, 256},      // scripts/passkey.sh
+        {"retrieval-swa",              "S",   6,  256,   4,  4,  64,  816,   256,  4096, true, SAMBA, 256},      // the same size without Mamba
         {"samba-421m",                 "MS", 12, 1536,  12, 12, 128, 4096,  2048,  4096},
         {"samba-1.3b",                 "MS", 18, 2304,  18, 18, 128, 6144,  2048,  4096},
         {"samba-1.7b",                 "MS", 24, 2048,  32,  4,  64, 8196,  2048,  4096, true, SAMBA, 50304},

@@ -30,6 +30,8 @@ TEST(Configurations, ParameterCountsEqualTheSpecification) {
         {"llama-2.9b", 2914667520}, {"mamba-370m", 352797696}, {"mamba-430m", 432804864}, {"mamba-1.3b", 1334740992}};
     EXPECT_EQ(expected.size(), 40u);                       // the reference's 46 less GLA, RetNet and Mega-S6, two each
     for (auto& [name, count] : expected) EXPECT_EQ(Layout(config_from_name(name)).parameters(), count) << name;
+    const double retrieval = (double)Layout(config_from_name("retrieval")).parameters();
+    EXPECT_NEAR((double)Layout(config_from_name("retrieval-swa")).parameters(), retrieval, 0.005 * retrieval);
     EXPECT_NEAR((double)Layout(config_from_name("samba-1.7b")).parameters(), 1742.2e6, 0.05e6);
     EXPECT_NEAR((double)Layout(config_from_name("samba-3.8b")).parameters(), 3864.3e6, 0.05e6);
 }
