@@ -6,8 +6,8 @@
 #   START    a checkpoint or a run's folder to fine-tune, or a --model to train from nothing (a name or a .json file)
 #   RECIPE   paper   500 steps of 2,048 documents of 4,096 tokens, AdamW with weight decay 0.1, 250 steps up to 1e-4 (the paper
 #                    does not say what follows; here cosine). 65,536 documents, each seen about 16 times
-#            gpu     for a small model from nothing on one GPU in a minute or two: documents of 80 to 256 tokens until
-#                    it copies the key, then of 80 to 4,096
+#            gpu     for a small model from nothing (--model retrieval) on one GPU in two minutes: documents of 80 to 256
+#                    tokens until it copies the key, then of 80 to 4,096, then of 4,096
 #            cpu     a few steps of the same, to see that everything works
 #
 # Writes OUT/passkey.json (every answer) and OUT/passkey.png (accuracy by length and depth). Documents and prompts are made
@@ -27,10 +27,10 @@ paper)
     ask "--lengths 4k,8k,16k,32k,64k,128k,256k --depths 11 --keys 5" --micro-batch 11
     ;;
 gpu)
-    train short "--documents 8000 --length 4096 --min-length 80 --max-length 256" --seq-len 4096 --micro-batch 16 --steps 500 --lr 2e-3 --warmup-steps 40 \
-        --schedule constant --decay matrices --log-every 50 "$@"
-    train long "--documents 16000 --length 4096 --min-length 80" --seq-len 4096 --micro-batch 16 --steps 1000 --lr 1e-3 --warmup-steps 40 \
-        --schedule linear --decay matrices --log-every 50 "$@"
+    common=(--seq-len 4096 --micro-batch 16 --warmup-steps 40 --decay matrices --log-every 50)
+    train short "--documents 8000 --length 4096 --min-length 80 --max-length 256" "${common[@]}" --steps 500 --lr 2e-3 --schedule constant "$@"
+    train mixed "--documents 24000 --length 4096 --min-length 80" "${common[@]}" --steps 1500 --lr 1e-3 --schedule constant "$@"
+    train whole "--documents 16000 --length 4096" "${common[@]}" --steps 1000 --lr 1e-3 --schedule linear "$@"
     ask "--lengths 4k,8k,16k,32k,64k,128k,256k --depths 11 --keys 5" --micro-batch 55
     ;;
 cpu)

@@ -6,7 +6,8 @@
 #   START    a checkpoint or a run's folder to fine-tune, or a --model to train from nothing (a name or a .json file)
 #   RECIPE   paper   100 steps of documents of 4,096 tokens (the rest of the recipe is not published: as passkey.sh's, with 10
 #                    steps up to 1e-4); books of 20 to 480 entries
-#            gpu     for a small model from nothing on one GPU: short books until it copies numbers, then whole ones
+#            gpu     for a small model from nothing (--model retrieval) on one GPU in two minutes: books of 256 to 512 tokens
+#                    until it copies numbers, then of 256 to 4,096
 #            cpu     a few steps of the same, to see that everything works
 #
 # Writes OUT/phonebook.json (every answer) and OUT/phonebook.png (accuracy by entries).
@@ -25,11 +26,10 @@ paper)
     ask "--entries 20,60,100,140,180,220,260,300,340,380,420,460,480 --books 20" --micro-batch 20
     ;;
 gpu)
-    train short "--documents 8000 --length 4096 --min-length 256 --max-length 512 --queries 6" --seq-len 4096 --micro-batch 16 --steps 500 --lr 2e-3 \
-        --warmup-steps 40 --schedule constant --decay matrices --log-every 50 "$@"
-    train long "--documents 16000 --length 4096 --min-length 256 --queries 6" --seq-len 4096 --micro-batch 16 --steps 1000 --lr 1e-3 --warmup-steps 40 \
-        --schedule linear --decay matrices --log-every 50 "$@"
-    ask "--entries 10,20,40,60,80,120,160,240,320,480 --books 20" --micro-batch 20
+    common=(--seq-len 4096 --micro-batch 16 --warmup-steps 40 --decay matrices --log-every 50)
+    train short "--documents 16000 --length 4096 --min-length 256 --max-length 512 --queries 8" "${common[@]}" --steps 1000 --lr 2e-3 --schedule constant "$@"
+    train mixed "--documents 32000 --length 4096 --min-length 256 --queries 8" "${common[@]}" --steps 2000 --lr 1e-3 --schedule linear "$@"
+    ask "--entries 5,10,15,20,30,40,60,80,120,160,240,320,480 --books 20" --micro-batch 20
     ;;
 cpu)
     train short "--documents 64 --length 160 --queries 2" --seq-len 160 --micro-batch 8 --steps 8 --lr 2e-3 --warmup-steps 2 --decay matrices "$@"
