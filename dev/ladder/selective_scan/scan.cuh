@@ -103,7 +103,8 @@ inline std::vector<ladder::Figure> errors_of(const Results_of<double>& got, cons
             {"dz", relative_error(got.dz, want.dz), bound}, {"dBC", relative_error(got.dbc, want.dbc), bound}, {"dA", relative_error(got.dA_log, want.dA_log), sum_bound},
             {"dD", relative_error(got.dD, want.dD), sum_bound}, {"dbias", relative_error(got.ddt_bias, want.ddt_bias), sum_bound}};
 }
-inline bool same_bits(const Results_of<double>& a, const Results_of<double>& b) {
+inline bool same_bits(const Results_of<double>& a, const Results_of<double>& b, bool backward) {
+    if (!backward) return a.out == b.out;                             // the rest is NaN still
     return a.out == b.out && a.du == b.du && a.ddt_raw == b.ddt_raw && a.dz == b.dz && a.dbc == b.dbc && a.dA_log == b.dA_log && a.dD == b.dD && a.ddt_bias == b.ddt_bias;
 }
 
@@ -115,7 +116,7 @@ inline int run(const Program& program) {
         {
             const Layer layer(program, program.checked, 1);
             const Results_of<double> got = results(program, layer);
-            if (!same_bits(got, results(program, layer))) fail("%s: a second run gives other bits", program.name);
+            if (!same_bits(got, results(program, layer), program.backward)) fail("%s: a second run gives other bits", program.name);
             errors = errors_of(got, sequential(on_host(layer.inputs(0)), program.checked, program.backward), program.backward);
         }
         const Layer layer(program, program.timed, 2);
