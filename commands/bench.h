@@ -96,9 +96,10 @@ inline nlohmann::ordered_json print_operations(const std::map<std::string, Opera
     printf("\n%-24s %6s %9s %7s %9s %10s %9s %8s  %s\n", "operation", "calls", "ms", "step", "GB", "GFLOP", "bound ms", "of it", "bound by");
     for (const auto& [minus_ms, name] : order) {
         const OperationCost& c = costs.at(name);
-        printf("%-24s %6lld %9.3f %6.1f%% %9.2f %10.1f %9.3f %7.1f%%  %s\n", name.c_str(), (long long)c.calls, c.ms, 100 * c.ms / step_ms, c.bytes * 1e-9, c.flops * 1e-9, c.bound,
-               100 * c.bound / c.ms, c.bound_by.c_str());
-        rows.push_back({{"operation", name}, {"calls", c.calls}, {"ms", c.ms}, {"bytes", c.bytes}, {"flops", c.flops}, {"bound_ms", c.bound}, {"bound_by", c.bound_by}});
+        printf("%-24s %6lld %9.3f %6.1f%% %9.2f %10.1f %9.3f %7.1f%%  %s\n", name.c_str(), (long long)c.calls, c.ms, 100 * c.ms / step_ms,
+               c.bytes * 1e-9, c.flops * 1e-9, c.bound, 100 * c.bound / c.ms, c.bound_by.c_str());
+        rows.push_back({{"operation", name}, {"calls", c.calls}, {"ms", c.ms}, {"bytes", c.bytes}, {"flops", c.flops}, {"bound_ms", c.bound},
+                        {"bound_by", c.bound_by}});
         sum += c.ms;
         bound += c.bound;
     }
@@ -106,63 +107,93 @@ inline nlohmann::ordered_json print_operations(const std::map<std::string, Opera
     return rows;
 }
 
-inline void run_bench(const BenchOptions& o) {
-    select_gpu(o.gpu);
-    const DeviceInfo device = device_info();
-    const Config c = load_config(o.model);
-    const int64_t T = o.seq_len > 0 ? o.seq_len : c.seq_len, B = o.micro_batch, tokens_count = B * T;
-    Model m(c);
-    const Recompute level = choose_recompute(o.recompute, m.layout, B, T, (size_t)parameter_bytes(m.layout, true));
-    m.w.create(m.layout, true);
-    m.acts.create(m.layout, (int)B, T, true, level);
-    initialise(m, 1);
-    printf("%s on %s (%s), %lld x %lld tokens, recompute %s, graphs %s\n", c.name.c_str(), device.name.c_str(), BUILD_NAME, (long long)B, (long long)T, recompute_name(level), o.graphs.c_str());
-    plan_matmuls(m, Comm(), o.plans, (int)B, T, o.accumulate > 1);
-
-    std::vector<int> tokens(tokens_count), targets(tokens_count);
-    for (int64_t i = 0; i < tokens_count; i++) tokens[i] = (int)(counter_uniform(7, i) * c.vocab_size), targets[i] = (int)(counter_uniform(8, i) * c.vocab_size);
-    const auto pass = [&](bool first, int64_t micro_batches) {
-        upload_tokens(m, tokens.data(), targets.data(), tokens_count);
-        (o.graphs == "on" ? forward_backward_graph : forward_backward)(m, (int)B, T, 1.0f / (float)micro_batches, first);
-    };
+// A model ready to train on the same random tokens again and again
+struct Bench {
+    const BenchOptions& o;
+    const DeviceInfo device;
+    const Config config;
+    const int64_t B, T;
+    Model m;
+    Recompute level = Recompute::none;
+    std::vector<int> tokens, targets;      // (B,T)
     int64_t updates = 0;
-    const auto step = [&](int64_t micro_batches) {
-        for (int64_t i = 0; i < micro_batches; i++) pass(i == 0, micro_batches);
-        update(m, AdamW{1e-5f, 0.9f, 0.95f, 1e-8f, 0.1f, ++updates}, 1.0f, true);
-    };
-    const double flops = flops_per_token(m.layout, T);
-    const auto middle = [](const std::vector<double>& ms) { return ms[ms.size() / 2]; };
-    nlohmann::ordered_json report = {{"model", c.name}, {"device", device.name}, {"build", BUILD_NAME}, {"commit", SAMBA_COMMIT}, {"micro_batch", B}, {"seq_len", T}, {"recompute", recompute_name(level)},
-                   {"graphs", o.graphs}, {"flops_per_token", flops}};
-    const auto show = [&](const char* what, const char* key, const std::vector<double>& ms, int64_t micro_batches) {
-        const double tok_s = (double)(tokens_count * micro_batches) / middle(ms) * 1e3, mfu = device.peak_bf16 > 0 ? tok_s * flops / device.peak_bf16 : 0;
-        printf("%-40s %9.2f ms (%.2f to %.2f)  %.0f tok/s", what, middle(ms), ms.front(), ms.back(), tok_s);
-        printf(mfu > 0 ? "  %.1f%% of bf16 peak\n" : "\n", 100 * mfu);
-        report[key] = {{"ms", middle(ms)}, {"fastest", ms.front()}, {"slowest", ms.back()}, {"tok_s", tok_s}, {"mfu", mfu}, {"micro_batches", micro_batches}};
-    };
-    show("forward and backward", "forward_backward", time_runs(m.stream, o.repeats, [&] { pass(true, 1); }), 1);
-    const std::vector<double> one = time_runs(m.stream, o.repeats, [&] { step(1); });
-    show("optimizer step of one micro-batch", "step", one, 1);
-    if (o.accumulate > 1)
-        show(("optimizer step of " + std::to_string(o.accumulate) + " micro-batches").c_str(), "accumulated_step", time_runs(m.stream, std::max<int64_t>(1, o.repeats / o.accumulate), [&] { step(o.accumulate); }), o.accumulate);
-    const double used = (double)device.total_bytes - (double)device_free_bytes(), predicted = (double)memory_in_use(m.layout, B, T, level);
-    if (ON_GPU) printf("GPU memory in use %s, predicted %s (%+.1f%%)\n", human_bytes(used).c_str(), human_bytes(predicted).c_str(), 100 * (predicted / used - 1));
-    report["memory_bytes"] = used;
-    report["predicted_bytes"] = predicted;
+    nlohmann::ordered_json report;
 
-    constexpr int64_t RECORDED = 3;
-    Recorder recorder;
-    Recorder::active = &recorder;
-    for (int64_t i = 0; i < RECORDED; i++) {
-        forward_backward(m, (int)B, T, 1.0f, true);
+    explicit Bench(const BenchOptions& o)
+        : o(o), device(device_info()), config(load_config(o.model)), B(o.micro_batch), T(o.seq_len > 0 ? o.seq_len : config.seq_len), m(config), tokens(B * T), targets(B * T) {
+        level = choose_recompute(o.recompute, m.layout, B, T, (size_t)parameter_bytes(m.layout, true));
+        m.w.create(m.layout, true);
+        m.acts.create(m.layout, B, T, true, level);
+        initialise(m, 1);
+        for (int64_t i = 0; i < B * T; i++) {
+            tokens[i] = (int)(counter_uniform(7, i) * config.vocab_size);
+            targets[i] = (int)(counter_uniform(8, i) * config.vocab_size);
+        }
+        report = {{"model", config.name}, {"device", device.name}, {"build", BUILD_NAME}, {"commit", SAMBA_COMMIT}, {"micro_batch", B}, {"seq_len", T},
+                  {"recompute", recompute_name(level)}, {"graphs", o.graphs}, {"flops_per_token", flops_per_token(m.layout, T)}};
+        printf("%s on %s (%s), %lld x %lld tokens, recompute %s, graphs %s\n", config.name.c_str(), device.name.c_str(), BUILD_NAME, (long long)B, (long long)T,
+               recompute_name(level), o.graphs.c_str());
+        plan_matmuls(m, Comm(), o.plans, (int)B, T, o.accumulate > 1);
+    }
+
+    void pass(bool graphs, bool first, int64_t micro_batches) {
+        upload_tokens(m, tokens.data(), targets.data(), B * T);
+        (graphs ? forward_backward_graph : forward_backward)(m, (int)B, T, 1.0f / (float)micro_batches, first);
+    }
+    void step(bool graphs, int64_t micro_batches) {
+        for (int64_t i = 0; i < micro_batches; i++) pass(graphs, i == 0, micro_batches);
         update(m, AdamW{1e-5f, 0.9f, 0.95f, 1e-8f, 0.1f, ++updates}, 1.0f, true);
     }
-    stream_sync(m.stream);
-    Recorder::active = nullptr;
-    if (!recorder.calls.empty()) report["operations"] = print_operations(add_up(recorder, m.layout, device, RECORDED), middle(one));
-    float loss = 0;
-    copy_to_host(&loss, m.acts.loss, sizeof loss, m.stream);
-    stream_sync(m.stream);
-    if (!std::isfinite(loss)) fail("the loss became %f: these times are not those of training", loss);
-    if (!o.json.empty()) write_file_durably(o.json, report.dump(1) + "\n");
+
+    // Times work(), prints and reports it; the median in ms
+    double show(const std::string& what, const char* key, int64_t repeats, int64_t micro_batches, const std::function<void()>& work) {
+        const std::vector<double> ms = time_runs(m.stream, repeats, work);
+        const double median = ms[ms.size() / 2], tok_s = (double)(B * T * micro_batches) / median * 1e3;
+        const double mfu = device.peak_bf16 > 0 ? tok_s * flops_per_token(m.layout, T) / device.peak_bf16 : 0;
+        printf("%-40s %9.2f ms (%.2f to %.2f)  %.0f tok/s", what.c_str(), median, ms.front(), ms.back(), tok_s);
+        printf(mfu > 0 ? "  %.1f%% of bf16 peak\n" : "\n", 100 * mfu);
+        report[key] = {{"ms", median}, {"fastest", ms.front()}, {"slowest", ms.back()}, {"tok_s", tok_s}, {"mfu", mfu}, {"micro_batches", micro_batches}};
+        return median;
+    }
+
+    void show_memory() {
+        const double used = (double)device.total_bytes - (double)device_free_bytes(), predicted = (double)memory_in_use(m.layout, B, T, level);
+        printf("GPU memory in use %s, predicted %s (%+.1f%%)\n", human_bytes(used).c_str(), human_bytes(predicted).c_str(), 100 * (predicted / used - 1));
+        report["memory_bytes"] = used;
+        report["predicted_bytes"] = predicted;
+    }
+
+    void show_operations(double step_ms) {
+        constexpr int64_t RECORDED = 3;
+        Recorder recorder;
+        Recorder::active = &recorder;
+        for (int64_t i = 0; i < RECORDED; i++) step(false, 1);
+        stream_sync(m.stream);
+        Recorder::active = nullptr;
+        if (recorder.calls.empty()) return;                // the CPU's operations are not timed
+        report["operations"] = print_operations(add_up(recorder, m.layout, device, RECORDED), step_ms);
+    }
+
+    // Numbers that are not finite take another time than those of training.
+    void check_loss() const {
+        float loss = 0;
+        copy_to_host(&loss, m.acts.loss, sizeof loss, m.stream);
+        stream_sync(m.stream);
+        if (!std::isfinite(loss)) fail("the loss became %f: these times are not those of training", loss);
+    }
+};
+
+inline void run_bench(const BenchOptions& o) {
+    select_gpu(o.gpu);
+    Bench bench(o);
+    const bool graphs = o.graphs == "on";
+    bench.show("forward and backward", "forward_backward", o.repeats, 1, [&] { bench.pass(graphs, true, 1); });
+    const double step_ms = bench.show("optimizer step of one micro-batch", "step", o.repeats, 1, [&] { bench.step(graphs, 1); });
+    if (o.accumulate > 1)
+        bench.show("optimizer step of " + std::to_string(o.accumulate) + " micro-batches", "accumulated_step", std::max<int64_t>(1, o.repeats / o.accumulate),
+                   o.accumulate, [&] { bench.step(graphs, o.accumulate); });
+    if (ON_GPU) bench.show_memory();
+    bench.show_operations(step_ms);
+    bench.check_loss();
+    if (!o.json.empty()) write_file_durably(o.json, bench.report.dump(1) + "\n");
 }

@@ -5,7 +5,8 @@
 #include "../kernels/comm.cuh"
 #include "common.h"
 
-constexpr const char* PLANS_HELP = "Folder that remembers which algorithm each matrix product is fastest with; default: samba.cu in the user's cache folder";
+constexpr const char* PLANS_HELP =
+    "Folder that remembers which algorithm each matrix product is fastest with; default: samba.cu in the user's cache folder";
 
 // Every product's algorithm from the file of --plans, or timed now and written there: by the main process, for all.
 inline void plan_matmuls(Model& m, const Comm& comm, const std::string& folder, int B, int64_t T, bool several_micro_batches) {
@@ -19,8 +20,8 @@ inline void plan_matmuls(Model& m, const Comm& comm, const std::string& folder, 
         known = m.matmul.choices.size();
         rehearse(m, B, T, several_micro_batches);
         if (m.matmul.choices.size() > known && !path.empty()) save_matmul_plans(path, key, m.matmul.choices);
-        printf("  products algorithms of %zu, %zu timed now, in %.1f s%s\n", m.matmul.choices.size(), m.matmul.choices.size() - known, now_seconds() - start,
-               path.empty() ? "" : ("; " + path).c_str());
+        printf("  products algorithms of %zu, %zu timed now, in %.1f s%s\n", m.matmul.choices.size(), m.matmul.choices.size() - known,
+               now_seconds() - start, path.empty() ? "" : ("; " + path).c_str());
         fflush(stdout);
     }
     if (comm.world == 1) return;

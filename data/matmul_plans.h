@@ -45,7 +45,8 @@ inline std::string matmul_plans_text(const MatmulPlanKey& key, const MatmulChoic
         plans[name] = {{"algorithm", words}, {"ms", choice.ms}, {"first_ms", choice.first_ms}};
     }
     const std::string dumped = plans.dump();
-    return nlohmann::json{{"gpu", key.gpu}, {"cublaslt", key.library}, {"build", key.build}, {"plans", plans}, {"checksum", hex64(fnv1a64(dumped.data(), dumped.size()))}}.dump(1) + "\n";
+    return nlohmann::json{{"gpu", key.gpu}, {"cublaslt", key.library}, {"build", key.build}, {"plans", plans},
+                          {"checksum", hex64(fnv1a64(dumped.data(), dumped.size()))}}.dump(1) + "\n";
 }
 
 // What is wrong with `text`, or "" and its choices
@@ -53,14 +54,16 @@ inline std::string parse_matmul_plans(const std::string& text, const MatmulPlanK
     const nlohmann::json j = nlohmann::json::parse(text, nullptr, false);
     if (j.is_discarded()) return "it is not JSON";
     try {
-        if (j.at("gpu") != key.gpu || j.at("cublaslt") != key.library || j.at("build") != key.build) return "it was made for another GPU, library or build";
+        if (j.at("gpu") != key.gpu || j.at("cublaslt") != key.library || j.at("build") != key.build)
+            return "it was made for another GPU, library or build";
         const std::string dumped = j.at("plans").dump();
         if (j.at("checksum") != hex64(fnv1a64(dumped.data(), dumped.size()))) return "its checksum is not that of its plans";
         MatmulChoices read;
         for (const auto& [name, plan] : j.at("plans").items()) {
             const std::string words = plan.at("algorithm");
             MatmulChoice& choice = read[name];
-            if (words.size() != 16 * choice.algorithm.size() || words.find_first_not_of("0123456789abcdef") != std::string::npos) return "the algorithm of " + name + " is no algorithm";
+            if (words.size() != 16 * choice.algorithm.size() || words.find_first_not_of("0123456789abcdef") != std::string::npos)
+                return "the algorithm of " + printable(name) + " is no algorithm";
             for (size_t i = 0; i < choice.algorithm.size(); i++) choice.algorithm[i] = std::stoull(words.substr(16 * i, 16), nullptr, 16);
             choice.ms = plan.at("ms").is_number() ? plan.at("ms").get<double>() : 0;
             choice.first_ms = plan.at("first_ms").is_number() ? plan.at("first_ms").get<double>() : 0;

@@ -61,8 +61,9 @@ struct MatmulShapeHash {
 // "TN 6144x32768x1536 ld 1536 1536 6144 align 256 256 256 256 f32+C": op(A) op(B), m x n x k, an fp32 result, added to C
 inline std::string matmul_name(const MatmulShape& s) {
     char name[256];
-    snprintf(name, sizeof name, "%c%c %lldx%lldx%lld ld %lld %lld %lld align %d %d %d %d%s%s", s.transpose_a ? 'T' : 'N', s.transpose_b ? 'T' : 'N', (long long)s.m, (long long)s.n,
-             (long long)s.k, (long long)s.lda, (long long)s.ldb, (long long)s.ldc, s.align_a, s.align_b, s.align_c, s.align_d, s.float_out ? " f32" : "", s.accumulate ? "+C" : "");
+    snprintf(name, sizeof name, "%c%c %lldx%lldx%lld ld %lld %lld %lld align %d %d %d %d%s%s", s.transpose_a ? 'T' : 'N',
+             s.transpose_b ? 'T' : 'N', (long long)s.m, (long long)s.n, (long long)s.k, (long long)s.lda, (long long)s.ldb, (long long)s.ldc,
+             s.align_a, s.align_b, s.align_c, s.align_d, s.float_out ? " f32" : "", s.accumulate ? "+C" : "");
     return name;
 }
 
@@ -154,14 +155,16 @@ inline MatmulPlan describe_matmul(const MatmulShape& s) {
 
 struct MatmulOperands { const void *a, *b, *c; void* d; Stream stream; };
 
-inline cublasStatus_t start_matmul(const Matmul& matmul, const MatmulPlan& plan, const cublasLtMatmulAlgo_t& algorithm, bool accumulate, const MatmulOperands& o) {
+inline cublasStatus_t start_matmul(const Matmul& matmul, const MatmulPlan& plan, const cublasLtMatmulAlgo_t& algorithm, bool accumulate,
+                                   const MatmulOperands& o) {
     const float alpha = 1, beta = accumulate ? 1 : 0;
     return cublasLtMatmul(matmul.handle, plan.operation, &alpha, o.a, plan.a, o.b, plan.b, &beta, o.c, plan.c, o.d, plan.c, &algorithm, matmul.workspace,
                           Matmul::WORKSPACE_BYTES, o.stream);
 }
 
 // ms a call, the mean of `repeats` in a row after one that is not counted; infinity where the algorithm refuses
-inline double time_matmul(const Matmul& matmul, const MatmulPlan& plan, const cublasLtMatmulAlgo_t& algorithm, bool accumulate, const MatmulOperands& o, int repeats) {
+inline double time_matmul(const Matmul& matmul, const MatmulPlan& plan, const MatmulChoice& choice, bool accumulate, const MatmulOperands& o, int repeats) {
+    const cublasLtMatmulAlgo_t algorithm = to_algorithm(choice);
     if (start_matmul(matmul, plan, algorithm, accumulate, o) != CUBLAS_STATUS_SUCCESS) return INFINITY;
     cudaEvent_t begin, end;
     CUDA_CHECK(cudaEventCreate(&begin));
@@ -179,16 +182,17 @@ inline double time_matmul(const Matmul& matmul, const MatmulPlan& plan, const cu
 
 // Every candidate three times; then the best five and the heuristic's first in turns, so that a clock that drifts is fair to all.
 // Another than the first must gain a hundredth.
-inline MatmulChoice fastest_matmul(const Matmul& matmul, const MatmulPlan& plan, const MatmulShape& shape, const std::vector<MatmulChoice>& candidates, const MatmulOperands& o) {
+inline MatmulChoice fastest_matmul(const Matmul& matmul, const MatmulPlan& plan, bool accumulate, const std::vector<MatmulChoice>& candidates,
+                                   const MatmulOperands& o) {
     constexpr size_t FINALISTS = 6;
     constexpr int ROUNDS = 3, CALLS = 6;
     std::vector<std::pair<double, size_t>> order;            // ms, candidate
-    for (size_t i = 0; i < candidates.size(); i++) order.push_back({i == 0 ? 0 : time_matmul(matmul, plan, to_algorithm(candidates[i]), shape.accumulate, o, 3), i});
+    for (size_t i = 0; i < candidates.size(); i++) order.push_back({i == 0 ? 0 : time_matmul(matmul, plan, candidates[i], accumulate, o, 3), i});
     std::sort(order.begin(), order.end());
     order.resize(std::min(order.size(), FINALISTS));
     for (auto& [ms, i] : order) ms = INFINITY;
     for (int round = 0; round < ROUNDS; round++)
-        for (auto& [ms, i] : order) ms = std::min(ms, time_matmul(matmul, plan, to_algorithm(candidates[i]), shape.accumulate, o, CALLS));
+        for (auto& [ms, i] : order) ms = std::min(ms, time_matmul(matmul, plan, candidates[i], accumulate, o, CALLS));
     const double first_ms = order[0].first;                  // of candidate 0
     const auto best = std::min_element(order.begin(), order.end());
     const auto& chosen = best->first < 0.99 * first_ms ? *best : order[0];
@@ -204,8 +208,8 @@ inline MatmulPlan make_matmul_plan(Matmul& matmul, const MatmulShape& s, const M
     if (const auto made = matmul.choices.find(name); made != matmul.choices.end()) {
         cublasLtMatmulHeuristicResult_t check;
         const cublasLtMatmulAlgo_t algorithm = to_algorithm(made->second);
-        if (cublasLtMatmulAlgoCheck(matmul.handle, plan.operation, plan.a, plan.b, plan.c, plan.c, &algorithm, &check) == CUBLAS_STATUS_SUCCESS &&
-            check.workspaceSize <= Matmul::WORKSPACE_BYTES) {
+        const cublasStatus_t status = cublasLtMatmulAlgoCheck(matmul.handle, plan.operation, plan.a, plan.b, plan.c, plan.c, &algorithm, &check);
+        if (status == CUBLAS_STATUS_SUCCESS && check.workspaceSize <= Matmul::WORKSPACE_BYTES) {
             plan.algorithm = algorithm;
             return plan;
         }
@@ -224,7 +228,7 @@ inline MatmulPlan make_matmul_plan(Matmul& matmul, const MatmulShape& s, const M
              (long long)s.m, (long long)s.n, (long long)s.k, (long long)s.lda, (long long)s.ldb, (long long)s.ldc, s.transpose_a ? 'T' : 'N', s.transpose_b ? 'T' : 'N');
     plan.algorithm = to_algorithm(candidates[0]);
     if (matmul.rehearsal) {
-        const MatmulChoice choice = fastest_matmul(matmul, plan, s, candidates, operands);
+        const MatmulChoice choice = fastest_matmul(matmul, plan, s.accumulate, candidates, operands);
         if (std::isfinite(choice.ms)) {
             plan.algorithm = to_algorithm(choice);
             matmul.choices[name] = choice;
@@ -266,7 +270,8 @@ inline void matmul_residual(Matmul& matmul, float* y /*(M,N)*/, const float* res
 
 inline void matmul_dgrad(Matmul& matmul, floatX* dx /*(M,K) row stride lddx*/, int64_t lddx, const floatX* dy /*(M,N) row stride lddy*/, int64_t lddy,
                          const floatX* w /*(N,K)*/, int64_t M, int N, int K, bool accumulate, Stream stream) {
-    const Operation op = matmul_operation("dgrad", M, N, K, BYTES * ((double)M * N + (double)N * K + (accumulate ? 2.0 : 1.0) * M * K), stream);
+    const double bytes = BYTES * ((double)M * N + (double)N * K + (accumulate ? 2.0 : 1.0) * M * K);
+    const Operation op = matmul_operation("dgrad", M, N, K, bytes, stream);
     run_matmul<floatX>(matmul, dx, dx, lddx, w, K, false, dy, lddy, false, K, M, N, accumulate, stream);
 }
 

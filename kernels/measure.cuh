@@ -55,7 +55,8 @@ class Operation {
     size_t index = 0;
 
 public:
-    Operation(const std::string& name, double bytes, double flops, Stream stream, double special = 0) : range(name), stream(stream), recorder(Recorder::active) {
+    Operation(const std::string& name, double bytes, double flops, Stream stream, double special = 0)
+        : range(name), stream(stream), recorder(Recorder::active) {
         if (!recorder) return;
         index = recorder->calls.size();
         recorder->calls.push_back({name, bytes, flops, special, timer_create(), timer_create()});
