@@ -30,6 +30,7 @@
 #include <nlohmann/json.hpp>
 
 #include "kernels/ops.cuh"
+#include "kernels/random.h"
 
 // =====================================================================================================================
 // 1. Configurations
@@ -418,14 +419,7 @@ private:
 // "mamba of block 0"
 inline std::string layer_name(const Layout& layout, size_t l) { return std::string(kind_name(layout.layers[l].kind)) + " of block " + std::to_string(layout.layers[l].block); }
 
-// Element i of stream `key`: a number in (0,1) from a counter, so that a tensor's values depend only on (seed, name, i).
-inline double counter_uniform(uint64_t key, uint64_t i) {
-    uint64_t z = key + (i + 1) * 0x9e3779b97f4a7c15ull;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-    z ^= z >> 31;
-    return ((double)(z >> 11) + 0.5) * 0x1p-53;
-}
+// A stream of counter_uniform() for each seed and name: a tensor's values depend only on (seed, name, i).
 inline uint64_t stream_key(uint64_t seed, const std::string& name) {
     uint64_t h = 0xcbf29ce484222325ull ^ (seed * 0xd6e8feb86659fd93ull);
     for (unsigned char ch : name) h = (h ^ ch) * 0x100000001b3ull;
