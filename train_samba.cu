@@ -23,6 +23,7 @@
 
 #include "commands/bench.h"
 #include "commands/eval.h"
+#include "commands/generate.h"
 #include "commands/plans.h"
 #include "commands/retrieve.h"
 #include "commands/validation.h"
@@ -527,70 +528,6 @@ inline void run_train(TrainOptions& o, CLI::App& app, Comm& comm) {
 // ---------------------------------------------------------------------------------------------------------------------
 // The other subcommands
 
-struct GenerateOptions {
-    std::string checkpoint, prompt, tokenizer;
-    int64_t max_tokens = 200, top_k = 0;
-    double temperature = 0.8, top_p = 1.0;
-    uint64_t seed = 1;
-    int gpu = 0;
-};
-
-// Draws from softmax(logits / temperature) cut to the top_k most likely and to the smallest set of probability top_p;
-// temperature 0 takes the most likely. `uniform` in (0,1).
-inline int sample_token(const float* logits, int V, const GenerateOptions& o, double uniform) {
-    std::vector<int> order(V);
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return logits[a] > logits[b]; });
-    if (o.temperature <= 0) return order[0];
-    const int k = o.top_k > 0 ? (int)std::min<int64_t>(o.top_k, V) : V;
-    std::vector<double> p(k);
-    double total = 0, kept = 0;
-    for (int i = 0; i < k; i++) total += p[i] = std::exp(((double)logits[order[i]] - logits[order[0]]) / o.temperature);
-    int count = 0;
-    while (count < k && (count == 0 || kept < o.top_p * total)) kept += p[count++];
-    double left = uniform * kept;
-    for (int i = 0; i < count; i++)
-        if ((left -= p[i]) < 0) return order[i];
-    return order[count - 1];
-}
-
-inline void run_generate(const GenerateOptions& o) {
-    select_gpu(o.gpu);
-    const std::string dir = find_checkpoint(o.checkpoint);
-    Tokenizer tokenizer(!o.tokenizer.empty() ? o.tokenizer : dir + "/tokenizer.model");
-    std::vector<int> prompt = tokenizer.encode(o.prompt);
-    if (prompt.empty()) prompt.push_back(tokenizer.eos());         // documents begin after an EOS
-    const int64_t chunk = std::min<int64_t>((int64_t)prompt.size(), 1024), context = (int64_t)prompt.size() + o.max_tokens;
-    auto m = load_for_inference(dir, 1, chunk);
-    const int V = m->config().vocab_size;
-    for (int id : prompt)
-        if (id < 0 || id >= V) fail("the tokenizer gave token %d and the model's vocabulary has %d; use the tokenizer that the data was prepared with", id, V);
-    SequenceState state;
-    state.create(m->layout, 1, context, m->stream);
-
-    int64_t last = 0;
-    for (size_t at = 0; at < prompt.size(); at += (size_t)chunk) {
-        const int64_t T = std::min<int64_t>(chunk, (int64_t)(prompt.size() - at));
-        upload_tokens(*m, prompt.data() + at, nullptr, T);
-        forward_layers(*m, 1, T, &state);
-        last = T - 1;
-    }
-    printf("%s", o.prompt.c_str());
-    std::vector<float> logits(V);
-    const uint64_t key = stream_key(o.seed, "generate");
-    for (int64_t i = 0; i < o.max_tokens; i++) {
-        read_logits(*m, logits.data(), last, 1);
-        const int id = sample_token(logits.data(), std::min(V, tokenizer.vocab_size()), o, counter_uniform(key, (uint64_t)i));
-        if (id == tokenizer.eos()) break;
-        printf("%s", tokenizer.decode_next(id).c_str());
-        fflush(stdout);
-        upload_tokens(*m, &id, nullptr, 1);
-        forward_layers(*m, 1, 1, &state);
-        last = 0;
-    }
-    printf("%s\n", tokenizer.decode_end().c_str());
-}
-
 struct InfoOptions {
     std::string model;
     int64_t micro_batch = 8, seq_len = 0, ranks = 1;
@@ -672,16 +609,7 @@ inline int run_main(int argc, char** argv, Comm& comm) {
     CLI::App* retrieve_app = add_retrieve(app, retrieve);
 
     GenerateOptions generate;
-    CLI::App* generate_app = app.add_subcommand("generate", "Continue a prompt");
-    generate_app->add_option("--checkpoint", generate.checkpoint, "A checkpoint, or a run's directory")->required();
-    generate_app->add_option("--prompt", generate.prompt, "Text to continue");
-    generate_app->add_option("--tokenizer", generate.tokenizer, "tokenizer.model; default: the checkpoint's own");
-    add_count(*generate_app, "--max-tokens", generate.max_tokens, "Tokens to generate at the most");
-    generate_app->add_option("--temperature", generate.temperature, "Softmax temperature; 0: always the most likely token")->check(CLI::NonNegativeNumber)->capture_default_str();
-    add_count(*generate_app, "--top-k", generate.top_k, "Choose among the k most likely tokens; 0: all");
-    generate_app->add_option("--top-p", generate.top_p, "Choose among the most likely tokens that reach this probability")->check(CLI::Range(0.0, 1.0))->capture_default_str();
-    generate_app->add_option("--seed", generate.seed, "Of the random draws")->capture_default_str();
-    generate_app->add_option("--gpu", generate.gpu, "Index of the GPU to use")->capture_default_str();
+    CLI::App* generate_app = add_generate(app, generate);
 
     BenchOptions bench;
     CLI::App* bench_app = add_bench(app, bench);

@@ -22,6 +22,7 @@
 
 #include "device.cuh"
 #include "random.h"
+#include "rope.cuh"
 
 namespace gpu {
 namespace decode {
@@ -700,9 +701,15 @@ template <class X> struct EmbedArgs {
     float *squares, *cos_sin;              // (B,d/8), (B,hd/2,2)
     const float* norm;                     // of the first layer
     const X* embedding;
-    double rope_base;
     int d, hd;
+    RopeTurns turns;
 };
+
+inline RopeTurns rope_turns(int hd, double base) {
+    RopeTurns turns{};
+    for (int j = 0; j < hd / 2; j++) turns.turn[j] = cpu::rope_turn(j, hd, base);
+    return turns;
+}
 
 // xw and squares of a sequence's x (value(i), i < d), by the whole block
 template <class X, class Value> __device__ inline void norm_row(X* xw, float* squares, const float* norm, int d, Value value) {
@@ -732,7 +739,7 @@ template <class X> __device__ inline void embed(const EmbedArgs<X>& a, int64_t b
     });
     for (int j = threadIdx.x; j < a.hd / 2; j += blockDim.x) {
         double sine, cosine;
-        sincos((double)position * pow(a.rope_base, -2.0 * j / a.hd), &sine, &cosine);
+        sincospi((double)(int64_t)((uint64_t)position * a.turns.turn[j]) * 0x1p-63, &sine, &cosine);      // rope_table_kernel
         a.cos_sin[(b * (a.hd / 2) + j) * 2] = (float)cosine;
         a.cos_sin[(b * (a.hd / 2) + j) * 2 + 1] = (float)sine;
     }
@@ -926,7 +933,7 @@ inline void decode_attention(floatX* out, floatX* ring, void* workspace, const f
 }
 inline void decode_embed(float* x, floatX* xw, float* squares, float* cos_sin, const int* tokens, const int64_t* position, const float* norm, const floatX* embedding, double rope_base, int B, int d,
                          int hd, Stream stream) {
-    decode::launch(decode::embed_kernel<floatX>, dim3((unsigned)B), 256, 0, stream, decode::EmbedArgs<floatX>{x, xw, squares, cos_sin, norm, embedding, rope_base, d, hd}, tokens, position);
+    decode::launch(decode::embed_kernel<floatX>, dim3((unsigned)B), 256, 0, stream, decode::EmbedArgs<floatX>{x, xw, squares, cos_sin, norm, embedding, d, hd, decode::rope_turns(hd, rope_base)}, tokens, position);
 }
 inline void decode_sample(int* tokens, int* emitted, int64_t* position, int64_t* drawn, uint8_t* seen, float* x, floatX* xw, float* squares, float* cos_sin, const float* logits, const uint64_t* keys,
                           const float* norm, const floatX* embedding, double rope_base, SampleOptions options, int B, int V, int choices, int d, int hd, Stream stream) {
@@ -934,7 +941,7 @@ inline void decode_sample(int* tokens, int* emitted, int64_t* position, int64_t*
     const bool in_shared = bytes + 4096 <= (size_t)decode::gpu().shared;
     decode::launch(decode::sample_kernel<floatX>, dim3((unsigned)B), decode::SAMPLE_THREADS, in_shared ? bytes : 0, stream,
                    decode::SampleArgs{tokens, emitted, position, drawn, seen, logits, keys, options, V, choices, in_shared},
-                   decode::EmbedArgs<floatX>{x, xw, squares, cos_sin, norm, embedding, rope_base, d, hd});
+                   decode::EmbedArgs<floatX>{x, xw, squares, cos_sin, norm, embedding, d, hd, decode::rope_turns(hd, rope_base)});
 }
 
 } // namespace gpu

@@ -21,6 +21,7 @@
 #include "../device.cuh"
 #include "../random.h"
 #include "exp.h"
+#include "rope.h"
 #include "sum.h"
 
 namespace cpu {
@@ -49,9 +50,12 @@ template <class R> void decode_norm(R* xw /*(B,d)*/, Same<R>* squares, const Sam
         }
 }
 
+// Below this many multiply-adds a loop is over before a second thread has begun.
+constexpr int64_t DECODE_PARALLEL = 1 << 16;
+
 // store(b, j, value): value = row j of w (N,K) times row b of in (B,K). A row of w is read once, for all sequences.
 template <class R, class Store> void decode_rows(const R* in, const R* w, int B, int N, int K, Store store) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if ((int64_t)N * K * B > DECODE_PARALLEL)
     for (int j = 0; j < N; j++)
         for (int b = 0; b < B; b++) {
             const R *xb = in + (int64_t)b * K, *wj = w + (int64_t)j * K;
@@ -75,7 +79,7 @@ void decode_residual(Same<R>* x /*(B,N) +=*/, R* xw, Same<R>* squares, const Sam
 
 template <class R> void decode_swiglu(R* hidden /*(B,F)*/, const R* xw /*(B,d)*/, const Same<R>* squares, const R* w1 /*(2F,d): w1, then w2*/, int B, int d, int F, float eps, Stream = {}) {
     const std::vector<R> scale = decode_scales<R>(squares, B, d, eps);
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if ((int64_t)F * d * B > DECODE_PARALLEL)
     for (int j = 0; j < F; j++)
         for (int b = 0; b < B; b++) {
             const R *xb = xw + (int64_t)b * d, *gate_row = w1 + (int64_t)j * d, *up_row = w1 + (int64_t)(F + j) * d;
@@ -111,7 +115,7 @@ template <class R> void decode_x_proj(Same<R>* parts, const R* u /*(B,e)*/, cons
 template <class R>
 void decode_scan(R* out /*(B,e)*/, Same<R>* h, const Same<R>* parts /*(splits,B,rank+2N)*/, const R* u, const R* z, const R* dt_proj /*(e,rank)*/, const Same<R>* A_log /*(e,N)*/,
                  const Same<R>* D, const Same<R>* dt_bias, int B, int e, int N, int rank, Stream = {}) {
-#pragma omp parallel for collapse(2)
+#pragma omp parallel for collapse(2) if ((int64_t)B * e * (rank + 8 * N) > DECODE_PARALLEL)
     for (int b = 0; b < B; b++)
         for (int c = 0; c < e; c++) {
             const R *x_dbl = parts + (int64_t)b * (rank + 2 * N), *Bn = x_dbl + rank, *Cn = Bn + N, *row = dt_proj + (int64_t)c * rank;
@@ -135,7 +139,7 @@ void decode_attention(R* out /*(B,H hd)*/, R* ring, void* /*workspace*/, const R
                       int G, int hd, Stream = {}) {
     const int per_group = H / G, half = hd / 2;
     const R scale = 1 / std::sqrt((R)hd);
-#pragma omp parallel for collapse(2)
+#pragma omp parallel for collapse(2) if (capacity * H * hd * B > DECODE_PARALLEL)
     for (int b = 0; b < B; b++)
         for (int g = 0; g < G; g++) {
             const int64_t p = position[b], seen = std::min(p, capacity);
@@ -180,11 +184,7 @@ void decode_embed(Same<R>* x, R* xw, Same<R>* squares, Same<R>* cos_sin, const i
                   double rope_base, int B, int d, int hd, Stream = {}) {
     for (int b = 0; b < B; b++) {
         for (int i = 0; i < d; i++) x[(int64_t)b * d + i] = embedding[(int64_t)tokens[b] * d + i];
-        for (int j = 0; j < hd / 2; j++) {
-            const double angle = (double)position[b] * std::pow(rope_base, -2.0 * j / hd);
-            cos_sin[((int64_t)b * (hd / 2) + j) * 2] = (R)std::cos(angle);
-            cos_sin[((int64_t)b * (hd / 2) + j) * 2 + 1] = (R)std::sin(angle);
-        }
+        if (hd > 0) rope_table<R>(cos_sin + (int64_t)b * hd, position[b], 1, hd, rope_base);
     }
     decode_norm<R>(xw, squares, x, norm, B, d);
 }
