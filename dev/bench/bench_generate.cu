@@ -21,7 +21,7 @@ struct Options {
     std::string out;
     int64_t chunk = 4096;
     double seconds = 0.3;                  // a measurement, at least
-    bool parts = false;
+    bool parts = false, graph = true;
 };
 
 static double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
@@ -97,6 +97,7 @@ static json bench_decode(Model& m, const Options& o, int B, int64_t context, dou
         return nullptr;
     }
     Decoder decoder(m, B, {1, 0, 1, 1}, 1, V, room);
+    decoder.as_graph = o.graph;
     fill_rings(m, *decoder.state);
     for (int b = 0; b < B; b++) decoder.prefill(b, random_prompt(64, V));
     decoder.start();
@@ -248,6 +249,11 @@ int main(int argc, char** argv) {
     app.add_option("--chunk", o.chunk, "Tokens of a prompt at a time");
     app.add_option("--seconds", o.seconds, "Least time of a measurement");
     app.add_flag("--parts", o.parts, "Each operation alone");
+    app.add_flag("!--no-graph", o.graph, "Launch each kernel of a step by itself");
+#ifndef SAMBA_CPU
+    app.add_flag("!--no-dependent-launch", gpu::decode::gpu().dependent_launch, "A kernel starts when the one before it has ended");
+    app.add_option("--l2-ahead", gpu::decode::gpu().l2_ahead, "Bytes of weights that a kernel asks L2 for before its input is there");
+#endif
     CLI11_PARSE(app, argc, argv);
     try {
         run(o);
