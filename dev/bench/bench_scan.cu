@@ -23,14 +23,16 @@ static Rates rates() {
     const Rotating<float> buffers(bytes / (int64_t)sizeof(float), 2);
     const Time copy = time_ms([&](int i) { CUDA_CHECK(cudaMemcpyAsync(buffers[i], buffers[i + 1], bytes, cudaMemcpyDeviceToDevice)); }, 10);
     const Rates r{2 * bytes / copy.median * 1e3, 16 * clocks, 128 * clocks};
-    printf("%s, %s, %d multiprocessors, %.3f GHz at most, copies at %.2f TB/s\n", device_info().name.c_str(), BUILD_NAME, device_info().sm_count, kilohertz * 1e-6, r.bytes * 1e-12);
+    printf("%s, %s, %d multiprocessors, %.3f GHz at most, copies at %.2f TB/s\n", device_info().name.c_str(), BUILD_NAME, device_info().sm_count,
+           kilohertz * 1e-6, r.bytes * 1e-12);
     return r;
 }
 
 static bool check(const Problem& s, const Slice& slice) {
     const Layer l(s, 1);
     bool good = true;
-    printf("\nerrors, B=%d T=%lld e=%d, channels %d to %d of %d sequences\n", s.B, (long long)s.T, s.e, slice.first_channel, slice.first_channel + slice.channels - 1, slice.sequences);
+    printf("\nerrors, B=%d T=%lld e=%d, channels %d to %d of %d sequences\n", s.B, (long long)s.T, s.e, slice.first_channel,
+           slice.first_channel + slice.channels - 1, slice.sequences);
     for (const Pass& pass : passes()) {
         printf("  %-30s", pass.name);
         good &= check_pass(l, pass, slice);
@@ -40,14 +42,16 @@ static bool check(const Problem& s, const Slice& slice) {
 
 static void time_shape(const Problem& s, const Rates& rate) {
     const Layer l(s, 2);
-    printf("\nB=%d T=%lld e=%d\n%-30s %8s %8s %8s %8s | %8s %8s %8s %8s\n", s.B, (long long)s.T, s.e, "", "ms", "fastest", "slowest", "GB/s", "memory", "special", "issue", "% bound");
+    printf("\nB=%d T=%lld e=%d\n%-30s %8s %8s %8s %8s | %8s %8s %8s %8s\n", s.B, (long long)s.T, s.e, "", "ms", "fastest", "slowest", "GB/s",
+           "memory", "special", "issue", "% bound");
     for (const Pass& pass : passes()) {
         for (int i = 0; i < 2 && pass.before; i++) pass.before(l, i);
         const Time t = time_ms([&](int i) { pass.run(l, i); }, 20, 4);
         const Cost c = pass.cost(l);
-        const double per = s.elements() * 1e3, memory = per * c.bytes / rate.bytes, special = per * c.special / rate.special, issue = per * c.slots / rate.slots;
-        printf("%-30s %8.4f %8.4f %8.4f %8.0f | %8.4f %8.4f %8.4f %7.1f%%\n", pass.name, t.median, t.fastest, t.slowest, s.elements() * c.bytes / t.median * 1e-6, memory, special, issue,
-               100 * std::max({memory, special, issue}) / t.median);
+        const double per = s.elements() * 1e3, memory = per * c.bytes / rate.bytes, special = per * c.special / rate.special,
+                     issue = per * c.slots / rate.slots;
+        printf("%-30s %8.4f %8.4f %8.4f %8.0f | %8.4f %8.4f %8.4f %7.1f%%\n", pass.name, t.median, t.fastest, t.slowest,
+               s.elements() * c.bytes / t.median * 1e-6, memory, special, issue, 100 * std::max({memory, special, issue}) / t.median);
         fflush(stdout);
     }
 }

@@ -23,12 +23,14 @@ struct Layer {
     void* workspace;
 
     Layer(const Problem& p, int copies)
-        : s(p), xz(p.rows() * 2 * p.e, copies, 2.f, 1), u(p.elements(), copies, 1.f, 2), dt(p.elements(), copies, 2.f, 3), bc(p.rows() * LDBC, copies, 1.f, 4),
-          out(p.elements(), copies), dout(p.elements(), copies, 1.f, 5), du(p.elements(), copies), ddt(p.elements(), copies), dxz(p.rows() * 2 * p.e, copies),
-          dbc(p.rows() * LDBC, copies), A_log((int64_t)p.e * N, 1, 2.f, 6), D(p.e, 1, 1.f, 7), dt_bias(p.e, 1, 3.f, 8), dA((int64_t)p.e * N, 1, 0.f), dD(p.e, 1, 0.f),
-          ddt_bias(p.e, 1, 0.f), conv_w(p.e * 4, 1, 0.5f, 9), conv_b(p.e, 1, 0.5f, 10), dw(p.e * 4, 1, 0.f), db(p.e, 1, 0.f) {
+        : s(p), xz(p.rows() * 2 * p.e, copies, 2.f, 1), u(p.elements(), copies, 1.f, 2), dt(p.elements(), copies, 2.f, 3),
+          bc(p.rows() * LDBC, copies, 1.f, 4), out(p.elements(), copies), dout(p.elements(), copies, 1.f, 5), du(p.elements(), copies),
+          ddt(p.elements(), copies), dxz(p.rows() * 2 * p.e, copies), dbc(p.rows() * LDBC, copies), A_log((int64_t)p.e * N, 1, 2.f, 6),
+          D(p.e, 1, 1.f, 7), dt_bias(p.e, 1, 3.f, 8), dA((int64_t)p.e * N, 1, 0.f), dD(p.e, 1, 0.f), ddt_bias(p.e, 1, 0.f),
+          conv_w(p.e * 4, 1, 0.5f, 9), conv_b(p.e, 1, 0.5f, 10), dw(p.e * 4, 1, 0.f), db(p.e, 1, 0.f) {
         for (int i = 0; i < copies; i++) saved.push_back(device_alloc(saved_bytes(), "the scan's saved states"));
-        workspace = device_alloc(std::max(gpu::selective_scan_workspace(p.B, p.T, p.e, N), gpu::conv1d_backward_workspace(p.B, p.T, p.e)), "the scan's workspace");
+        workspace = device_alloc(std::max(gpu::selective_scan_workspace(p.B, p.T, p.e, N), gpu::conv1d_backward_workspace(p.B, p.T, p.e)),
+                                 "the scan's workspace");
     }
     Layer(const Layer&) = delete;
     Layer& operator=(const Layer&) = delete;

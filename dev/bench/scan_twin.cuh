@@ -8,7 +8,8 @@ namespace bench {
 
 struct Slice {
     int first_sequence, sequences, first_channel, channels;
-    bool whole(const Problem& s) const { return sequences == s.B && channels == s.e; }
+    bool all_sequences(const Problem& s) const { return sequences == s.B; }              // sums over time are whole
+    bool all_channels(const Problem& s) const { return channels == s.e; }                // sums over channels are
 };
 // By name. bound: of the relative L2 error
 struct Quantity {
@@ -22,24 +23,28 @@ constexpr double BOUND = sizeof(floatX) == 2 ? 4e-3 : 1e-5, SUM_BOUND = sizeof(f
 inline std::vector<double> read(const Layer& l, const Slice& k, const floatX* p, int64_t ld, int64_t first) {
     return to_host(p + k.first_sequence * l.s.T * ld, k.sequences * l.s.T, ld, first, k.channels);
 }
-inline std::vector<double> read_bc(const Layer& l, const Slice& k, const floatX* p) { return to_host(p + k.first_sequence * l.s.T * LDBC, k.sequences * l.s.T, LDBC, GAP, 2 * N); }
+inline std::vector<double> read_bc(const Layer& l, const Slice& k, const floatX* p) {
+    return to_host(p + k.first_sequence * l.s.T * LDBC, k.sequences * l.s.T, LDBC, GAP, 2 * N);
+}
 
 inline std::vector<Quantity> written(const Layer& l, Kind kind, const Slice& k) {
-    const int e = l.s.e;
-    const bool whole = k.whole(l.s);
-    if (kind == Kind::SCAN) return {{"out", read(l, k, l.out[0], e, k.first_channel), BOUND}};
-    if (kind == Kind::CONV) return {{"u", read(l, k, l.u[0], e, k.first_channel), BOUND}};
+    const int e = l.s.e, c = k.first_channel;
+    if (kind == Kind::SCAN) return {{"out", read(l, k, l.out[0], e, c), BOUND}};
+    if (kind == Kind::CONV) return {{"u", read(l, k, l.u[0], e, c), BOUND}};
     if (kind == Kind::CONV_GRADIENT) {
-        std::vector<Quantity> q{{"dx", read(l, k, l.dxz[0], 2 * e, k.first_channel), BOUND}};
-        if (whole) q.push_back({"dw", to_host(l.dw[0], e * 4), SUM_BOUND}), q.push_back({"db", to_host(l.db[0], e), SUM_BOUND});
+        std::vector<Quantity> q{{"dx", read(l, k, l.dxz[0], 2 * e, c), BOUND}};
+        if (!k.all_sequences(l.s)) return q;
+        q.push_back({"dw", to_host(l.dw[0] + c * 4, k.channels * 4), SUM_BOUND});
+        q.push_back({"db", to_host(l.db[0] + c, k.channels), SUM_BOUND});
         return q;
     }
-    std::vector<Quantity> q{{"out", read(l, k, l.out[0], e, k.first_channel), BOUND}, {"du", read(l, k, l.du[0], e, k.first_channel), BOUND},
-                            {"ddt", read(l, k, l.ddt[0], e, k.first_channel), BOUND}, {"dz", read(l, k, l.dxz[0], 2 * e, e + k.first_channel), BOUND}};
-    if (whole) {                                                      // sums over all channels, or all sequences
-        q.push_back({"dBC", read_bc(l, k, l.dbc[0]), BOUND}), q.push_back({"dA", to_host(l.dA[0], (int64_t)e * N), SUM_BOUND});
-        q.push_back({"dD", to_host(l.dD[0], e), SUM_BOUND}), q.push_back({"dbias", to_host(l.ddt_bias[0], e), SUM_BOUND});
-    }
+    std::vector<Quantity> q{{"out", read(l, k, l.out[0], e, c), BOUND}, {"du", read(l, k, l.du[0], e, c), BOUND},
+                            {"ddt", read(l, k, l.ddt[0], e, c), BOUND}, {"dz", read(l, k, l.dxz[0], 2 * e, e + c), BOUND}};
+    if (!k.all_sequences(l.s)) return q;
+    q.push_back({"dA", to_host(l.dA[0] + c * N, (int64_t)k.channels * N), SUM_BOUND});
+    q.push_back({"dD", to_host(l.dD[0] + c, k.channels), SUM_BOUND});
+    q.push_back({"dbias", to_host(l.ddt_bias[0] + c, k.channels), SUM_BOUND});
+    if (k.all_channels(l.s)) q.push_back({"dBC", read_bc(l, k, l.dbc[0]), BOUND});
     return q;
 }
 
@@ -60,17 +65,21 @@ inline std::vector<std::vector<double>> twin_of_conv(const Layer& l, Kind kind, 
 inline std::vector<std::vector<double>> twin_of_scan(const Layer& l, Kind kind, const Slice& k) {
     const int e = k.channels, B = k.sequences, c = k.first_channel;
     const int64_t T = l.s.T, n = B * T * e;
-    const auto u = read(l, k, l.u[0], l.s.e, c), dt = read(l, k, l.dt[0], l.s.e, c), z = read(l, k, l.xz[0], 2 * l.s.e, l.s.e + c), dout = read(l, k, l.dout[0], l.s.e, c);
-    const auto bc = read_bc(l, k, l.bc[0]), A_log = to_host(l.A_log[0] + c * N, (int64_t)e * N), D = to_host(l.D[0] + c, e), bias = to_host(l.dt_bias[0] + c, e);
+    const auto u = read(l, k, l.u[0], l.s.e, c), dt = read(l, k, l.dt[0], l.s.e, c), z = read(l, k, l.xz[0], 2 * l.s.e, l.s.e + c),
+               dout = read(l, k, l.dout[0], l.s.e, c);
+    const auto bc = read_bc(l, k, l.bc[0]), A_log = to_host(l.A_log[0] + c * N, (int64_t)e * N), D = to_host(l.D[0] + c, e),
+               bias = to_host(l.dt_bias[0] + c, e);
     std::vector<double> out(n), du(n), ddt(n), dz(n), dbc(B * T * 2 * N), dA((size_t)e * N), dD(e), dbias(e);
     std::vector<char> saved(cpu::selective_scan_saved(B, T, e, N)), space(cpu::selective_scan_workspace(B, T, e, N));
     const double* none = nullptr;
     double* nowhere = nullptr;
-    cpu::selective_scan_forward(out.data(), saved.data(), nowhere, u.data(), dt.data(), bc.data(), 2 * N, z.data(), e, A_log.data(), D.data(), bias.data(), none, space.data(), B, T, e, N);
+    cpu::selective_scan_forward(out.data(), saved.data(), nowhere, u.data(), dt.data(), bc.data(), 2 * N, z.data(), e, A_log.data(), D.data(),
+                                bias.data(), none, space.data(), B, T, e, N);
     if (kind == Kind::SCAN_GRADIENT)
-        cpu::selective_scan_backward(du.data(), ddt.data(), dz.data(), e, dbc.data(), 2 * N, out.data(), dA.data(), dD.data(), dbias.data(), dout.data(), u.data(), dt.data(),
-                                     bc.data(), 2 * N, z.data(), e, A_log.data(), D.data(), bias.data(), none, saved.data(), space.data(), B, T, e, N);
-    return {out, du, ddt, dz, dbc, dA, dD, dbias};
+        cpu::selective_scan_backward(du.data(), ddt.data(), dz.data(), e, dbc.data(), 2 * N, out.data(), dA.data(), dD.data(), dbias.data(),
+                                     dout.data(), u.data(), dt.data(), bc.data(), 2 * N, z.data(), e, A_log.data(), D.data(), bias.data(), none,
+                                     saved.data(), space.data(), B, T, e, N);
+    return {out, du, ddt, dz, dA, dD, dbias, dbc};
 }
 
 // Runs the pass on buffers 0 and prints its errors on the slice; false if one is above its bound

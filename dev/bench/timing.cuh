@@ -17,7 +17,8 @@ __host__ __device__ inline float random_value(int64_t i, float scale, unsigned s
     return scale * ((float)h * 0x1p-31f - 1.f);
 }
 template <class T> __global__ void fill_kernel(T* p, int64_t n, float scale, unsigned seed) {
-    for (int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; i < n; i += (int64_t)gridDim.x * blockDim.x) p[i] = from_float<T>(random_value(i, scale, seed));
+    for (int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; i < n; i += (int64_t)gridDim.x * blockDim.x)
+        p[i] = from_float<T>(random_value(i, scale, seed));
 }
 
 // `copies` separate arrays of n values each, used in turn. Another seed (below 17): other values

@@ -17,7 +17,8 @@ int main() {
         Inputs_of<float> p = initial_parameters(s.e);
         std::vector<float>* arrays[] = {&p.u, &p.dt_raw, &p.z, &p.dout, &p.bc};
         for (int k = 0; k < 5; k++)
-            for (int64_t i = 0; i < (k == 4 ? s.rows() * 2 * N : s.elements()); i++) arrays[k]->push_back(to_float(from_float<bf16>(bench::random_value(i, SCALES[k], k + 1))));
+            for (int64_t i = 0; i < (k == 4 ? s.rows() * 2 * N : s.elements()); i++)
+                arrays[k]->push_back(to_float(from_float<bf16>(bench::random_value(i, SCALES[k], k + 1))));
         auto wide = [](const std::vector<float>& v) { return std::vector<double>(v.begin(), v.end()); };
         const Inputs_of<double> exact{wide(p.u), wide(p.dt_raw), wide(p.z), wide(p.dout), wide(p.bc), wide(p.A_log), wide(p.D), wide(p.dt_bias)};
         const Results_of<double> want = sequential(exact, s);
@@ -28,8 +29,8 @@ int main() {
             Results_of<double> got(s);
             got.out = wide(r.out), got.du = wide(r.du), got.ddt_raw = wide(r.ddt_raw), got.dz = wide(r.dz);
             got.dbc = wide(r.dbc), got.dA_log = wide(r.dA_log), got.dD = wide(r.dD), got.ddt_bias = wide(r.ddt_bias);
-            ladder::print_row(backward ? "1 sequential loop, both passes, 1 x 1024 x 64" : "1 sequential loop, forward, 1 x 1024 x 64", ms, s.elements() * N * 1e-6 / ms, "G updates/s",
-                              errors_of(got, want, backward, 1e-5, 1e-5));
+            ladder::print_row(backward ? "1 sequential loop, both passes, 1 x 1024 x 64" : "1 sequential loop, forward, 1 x 1024 x 64", ms,
+                              s.elements() * N * 1e-6 / ms, "G updates/s", errors_of(got, want, backward, 1e-5, 1e-5));
         }
     });
 }

@@ -2,8 +2,8 @@
 // side by side, 16 states in registers each. The arrays are (B,T,channels), channels last: in every step the 32 lanes of a warp read
 // 32 neighbouring channels, one line of memory. B_t and C_t are the same for all of them: one address, a broadcast.
 //
-// What limits it: nothing keeps the memory busy. A warp asks for the next step's row, waits the better part of a microsecond, computes
-// for a tenth of that, and asks again, 4096 times; there are 1.5 warps for each of the chip's 528 schedulers, too few to fill in.
+// What limits it: nothing keeps the memory busy. A warp asks for the next step's row, waits about a microsecond, computes for a
+// fraction of that, and asks again, 4096 times; there are 1.5 warps for each of the chip's 528 schedulers, too few to fill in.
 #include "scan.cuh"
 
 namespace scan {

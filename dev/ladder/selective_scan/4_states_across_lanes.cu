@@ -3,7 +3,7 @@
 // together, so that it costs 3 shuffles for four steps instead of 8, and leaves step q in lane q, which finishes it (sum_lanes in lanes.cuh).
 //
 // What limits it: the special-function unit, 16 results a clock and multiprocessor. It owes one exponential for each state update, and
-// softplus and gate on top: 1.25 for each update, 0.54 ms at 1.755 GHz. All instructions together, 12 for each update, take 0.66 ms to issue.
+// softplus and gate on top: 1.25 for each update, 0.48 ms at 1.98 GHz. All instructions together, 12 for each update, take 0.58 ms to issue.
 #include "lanes.cuh"
 
 int main() {

@@ -3,9 +3,9 @@
 // divide by decays that may be e^-50. So forward saves every 16th state, 2 bytes for each (t, c), and backward takes the tiles from the last
 // to the first, runs each forward again from its saved state, keeps the 16 states of its 4 in registers, and goes back through them.
 //
-// dB and dC are sums over all channels (equations 8 and 9). A butterfly of shuffles adds the 8 channels of a warp, shared memory the 4 warps of a block,
-// and a second kernel the 96 blocks, in a fixed order: two runs give the same bits. (mamba_ssm adds each product to memory with an
-// atomic instruction, 3.2 billion of them at this size, in whatever order they come.)
+// dB and dC are sums over all channels (equations 8 and 9). A butterfly of shuffles adds the 8 channels of a warp, shared memory the 4
+// warps of a block, and a second kernel the 96 blocks, in a fixed order: two runs give the same bits. (mamba_ssm adds each product
+// to memory with an atomic instruction, 3.2 billion of them at this size, in whatever order they come.)
 //
 // What limits it: the shuffles. Three for each state in dB and three in dC: 6 for each update of a unit that does 32 lanes a clock,
 // 1.3 ms, and each comes with an add: with them an update takes 41 instructions.
@@ -59,7 +59,8 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(Inputs p, Outputs r, 
         __syncthreads();
         each<STEPS * 2 * N, THREADS>([&](int i) {
             const int t = i / (2 * N), n = i % (2 * N);
-            dbc_parts[(blockIdx.x * p.s.rows() + first_row(tile) + t) * 2 * N + n] = (sums[0][t][n] + sums[1][t][n]) + (sums[2][t][n] + sums[3][t][n]);
+            dbc_parts[(blockIdx.x * p.s.rows() + first_row(tile) + t) * 2 * N + n] =
+                (sums[0][t][n] + sums[1][t][n]) + (sums[2][t][n] + sums[3][t][n]);
         });
         s.store_results(r, stage, first_row(tile), first_channel, p.s.e);
     }

@@ -6,7 +6,8 @@
 // The operands are bf16 and lie in shared memory: h_t of the whole tile, then, on the way back, lambda_t in its place. That also frees
 // program 6's 68 registers of history, and a block of 64 channels halves the parts to be written and added.
 //
-// What limits it: instruction issue, 35 for each update, of which 10 go forward again and 16 back; both make the decay (2 exponentials).
+// What limits it: half is instruction issue, 35 for each update, of which 10 go forward again and 16 back (both make the decay); half is
+// waiting, at five barriers a tile and for shared memory.
 #include "backward.cuh"
 
 namespace scan {
@@ -102,7 +103,8 @@ static void backward(const Inputs& p, const Outputs& r) {
 
 int main() {
     using namespace scan;
-    Program program{"7 dB and dC on tensor cores", [](const Inputs& p, const Outputs& r) { lanes_forward(p, r.out, r.saved); }, backward, states_bytes, scratch_bytes};
+    Program program{"7 dB and dC on tensor cores", [](const Inputs& p, const Outputs& r) { lanes_forward(p, r.out, r.saved); }, backward,
+                    states_bytes, scratch_bytes};
     program.time_forward = false;                                     // program 6's
     return run(program);
 }

@@ -8,12 +8,13 @@ namespace scan {
 
 static void forward(const Inputs& p, const Outputs& r) {
     const auto& [B, T, e] = p.s;
-    gpu::selective_scan_forward(r.out, r.saved, nullptr, p.u, p.dt_raw, p.bc, 2 * N, p.z, e, p.A_log, p.D, p.dt_bias, nullptr, r.scratch, B, T, e, N, cudaStream_t{});
+    gpu::selective_scan_forward(r.out, r.saved, nullptr, p.u, p.dt_raw, p.bc, 2 * N, p.z, e, p.A_log, p.D, p.dt_bias, nullptr, r.scratch, B, T, e, N,
+                                cudaStream_t{});
 }
 static void backward(const Inputs& p, const Outputs& r) {
     const auto& [B, T, e] = p.s;
-    gpu::selective_scan_backward(r.du, r.ddt_raw, r.dz, e, r.dbc, 2 * N, r.out, r.dA_log, r.dD, r.ddt_bias, p.dout, p.u, p.dt_raw, p.bc, 2 * N, p.z, e, p.A_log, p.D,
-                                 p.dt_bias, nullptr, r.saved, r.scratch, B, T, e, N, cudaStream_t{});
+    gpu::selective_scan_backward(r.du, r.ddt_raw, r.dz, e, r.dbc, 2 * N, r.out, r.dA_log, r.dD, r.ddt_bias, p.dout, p.u, p.dt_raw, p.bc, 2 * N, p.z,
+                                 e, p.A_log, p.D, p.dt_bias, nullptr, r.saved, r.scratch, B, T, e, N, cudaStream_t{});
 }
 
 } // namespace scan

@@ -29,7 +29,9 @@ struct LaneGradients {
     float A2[4], D, dt_bias;
     float carry[4] = {};                               // a_(t+1) lambda_(t+1)
     float dA[4] = {}, dD = 0.f, ddt_bias = 0.f;        // the last two: of the steps that this lane finishes
-    __device__ LaneGradients(const Inputs& p, int channel, int q) : D(p.D[channel]), dt_bias(p.dt_bias[channel]) { load_A2(A2, p.A_log, channel, q * 4); }
+    __device__ LaneGradients(const Inputs& p, int channel, int q) : D(p.D[channel]), dt_bias(p.dt_bias[channel]) {
+        load_A2(A2, p.A_log, channel, q * 4);
+    }
 };
 
 // Forward again from the saved h: keep(t, h_t) gets the states; out and dz are finished

@@ -57,9 +57,10 @@ class Layer {
 public:
     const Sizes s;
     Layer(const Program& program, const Sizes& s_, int copies)
-        : u_(s_.elements(), copies, SCALES[0], 1), dt_raw_(s_.elements(), copies, SCALES[1], 2), z_(s_.elements(), copies, SCALES[2], 3), dout_(s_.elements(), copies, SCALES[3], 4),
-          bc_(s_.rows() * 2 * N, copies, SCALES[4], 5), out_(s_.elements(), copies), du_(s_.elements(), copies), ddt_raw_(s_.elements(), copies), dz_(s_.elements(), copies),
-          dbc_(s_.rows() * 2 * N, copies), A_log_((int64_t)s_.e * N, 1), D_(s_.e, 1), dt_bias_(s_.e, 1), dA_log_((int64_t)s_.e * N, 1), dD_(s_.e, 1), ddt_bias_(s_.e, 1),
+        : u_(s_.elements(), copies, SCALES[0], 1), dt_raw_(s_.elements(), copies, SCALES[1], 2), z_(s_.elements(), copies, SCALES[2], 3),
+          dout_(s_.elements(), copies, SCALES[3], 4), bc_(s_.rows() * 2 * N, copies, SCALES[4], 5), out_(s_.elements(), copies),
+          du_(s_.elements(), copies), ddt_raw_(s_.elements(), copies), dz_(s_.elements(), copies), dbc_(s_.rows() * 2 * N, copies),
+          A_log_((int64_t)s_.e * N, 1), D_(s_.e, 1), dt_bias_(s_.e, 1), dA_log_((int64_t)s_.e * N, 1), dD_(s_.e, 1), ddt_bias_(s_.e, 1),
           saved_(floats(program.saved_bytes, s_), 1), scratch_(floats(program.scratch_bytes, s_), 1), s(s_) {
         const Inputs_of<float> p = initial_parameters(s.e);
         CUDA_CHECK(cudaMemcpy(A_log_[0], p.A_log.data(), p.A_log.size() * sizeof(float), cudaMemcpyHostToDevice));
@@ -72,8 +73,14 @@ public:
 
 inline Inputs_of<double> on_host(const Inputs& p) {
     const int64_t n = p.s.elements();
-    return {ladder::to_host(p.u, n), ladder::to_host(p.dt_raw, n), ladder::to_host(p.z, n), ladder::to_host(p.dout, n), ladder::to_host(p.bc, p.s.rows() * 2 * N),
-            ladder::to_host(p.A_log, (int64_t)p.s.e * N), ladder::to_host(p.D, p.s.e), ladder::to_host(p.dt_bias, p.s.e)};
+    return {ladder::to_host(p.u, n),
+            ladder::to_host(p.dt_raw, n),
+            ladder::to_host(p.z, n),
+            ladder::to_host(p.dout, n),
+            ladder::to_host(p.bc, p.s.rows() * 2 * N),
+            ladder::to_host(p.A_log, (int64_t)p.s.e * N),
+            ladder::to_host(p.D, p.s.e),
+            ladder::to_host(p.dt_bias, p.s.e)};
 }
 
 // Runs both passes once, on outputs filled with NaN and parameter gradients of zero
@@ -96,16 +103,19 @@ inline Results_of<double> results(const Program& program, const Layer& layer) {
 }
 
 // Bounds: 4e-3 is twice what rounding a result to bf16 does; sums over time are in fp32
-inline std::vector<ladder::Figure> errors_of(const Results_of<double>& got, const Results_of<double>& want, bool backward, double bound = 4e-3, double sum_bound = 2e-3) {
+inline std::vector<ladder::Figure> errors_of(const Results_of<double>& got, const Results_of<double>& want, bool backward, double bound = 4e-3,
+                                             double sum_bound = 2e-3) {
     using ladder::relative_error;
     if (!backward) return {{"out", relative_error(got.out, want.out), bound}};
-    return {{"out", relative_error(got.out, want.out), bound}, {"du", relative_error(got.du, want.du), bound}, {"ddt", relative_error(got.ddt_raw, want.ddt_raw), bound},
-            {"dz", relative_error(got.dz, want.dz), bound}, {"dBC", relative_error(got.dbc, want.dbc), bound}, {"dA", relative_error(got.dA_log, want.dA_log), sum_bound},
-            {"dD", relative_error(got.dD, want.dD), sum_bound}, {"dbias", relative_error(got.ddt_bias, want.ddt_bias), sum_bound}};
+    return {{"out", relative_error(got.out, want.out), bound},         {"du", relative_error(got.du, want.du), bound},
+            {"ddt", relative_error(got.ddt_raw, want.ddt_raw), bound}, {"dz", relative_error(got.dz, want.dz), bound},
+            {"dBC", relative_error(got.dbc, want.dbc), bound},         {"dA", relative_error(got.dA_log, want.dA_log), sum_bound},
+            {"dD", relative_error(got.dD, want.dD), sum_bound},        {"dbias", relative_error(got.ddt_bias, want.ddt_bias), sum_bound}};
 }
 inline bool same_bits(const Results_of<double>& a, const Results_of<double>& b, bool backward) {
     if (!backward) return a.out == b.out;                             // the rest is NaN still
-    return a.out == b.out && a.du == b.du && a.ddt_raw == b.ddt_raw && a.dz == b.dz && a.dbc == b.dbc && a.dA_log == b.dA_log && a.dD == b.dD && a.ddt_bias == b.ddt_bias;
+    return a.out == b.out && a.du == b.du && a.ddt_raw == b.ddt_raw && a.dz == b.dz && a.dbc == b.dbc && a.dA_log == b.dA_log && a.dD == b.dD &&
+           a.ddt_bias == b.ddt_bias;
 }
 
 // Checks the program at its small size, then times it at its large one. GB/s counts every input read once and every
@@ -124,7 +134,8 @@ inline int run(const Program& program) {
         auto row = [&](const char* pass, const bench::Time& t, int bytes, const std::vector<ladder::Figure>& e) {
             ladder::print_row((std::string(program.name) + pass).c_str(), t.median, bytes * gigabytes / t.median * 1e3, "GB/s", e);
         };
-        if (program.time_forward) row(", forward", bench::time_ms([&](int i) { program.forward(layer.inputs(i), layer.outputs(i)); }, 10, 2), 8, {errors[0]});
+        if (program.time_forward)
+            row(", forward", bench::time_ms([&](int i) { program.forward(layer.inputs(i), layer.outputs(i)); }, 10, 2), 8, {errors[0]});
         if (!program.backward) return;
         program.forward(layer.inputs(0), layer.outputs(0));
         row(", backward", bench::time_ms([&](int i) { program.backward(layer.inputs(i), layer.outputs(i)); }, 10, 2), 16, errors);

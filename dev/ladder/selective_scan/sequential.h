@@ -27,7 +27,8 @@ template <class R> struct Results_of {
     std::vector<R> dbc;                                // (B,T,2N)
     std::vector<R> dA_log, dD, ddt_bias;
     explicit Results_of(const Sizes& s)
-        : out(s.elements()), du(s.elements()), ddt_raw(s.elements()), dz(s.elements()), dbc(s.rows() * 2 * N), dA_log((size_t)s.e * N), dD(s.e), ddt_bias(s.e) {}
+        : out(s.elements()), du(s.elements()), ddt_raw(s.elements()), dz(s.elements()), dbc(s.rows() * 2 * N), dA_log((size_t)s.e * N), dD(s.e),
+          ddt_bias(s.e) {}
 };
 
 template <class R> R softplus(R x) { return x > 20 ? x : std::log1p(std::exp(x)); }

@@ -24,7 +24,8 @@ template <int CHANNELS, int ARRAYS, int THREADS> struct alignas(16) Tile {
                 const int t = i / (CHANNELS / 8), c = i % (CHANNELS / 8) * 8;
                 __pipeline_memcpy_async(&rows[stage][a][t][c], from[a] + (first_row + t) * p.s.e + first_channel + c, 16);
             });
-        each<STEPS * 2 * N / 8, THREADS>([&](int i) { __pipeline_memcpy_async(&bc_rows[stage][i / 4][i % 4 * 8], p.bc + first_row * 2 * N + i * 8, 16); });
+        each<STEPS * 2 * N / 8, THREADS>(
+            [&](int i) { __pipeline_memcpy_async(&bc_rows[stage][i / 4][i % 4 * 8], p.bc + first_row * 2 * N + i * 8, 16); });
         __pipeline_commit();
     }
     // The tile is there, and all threads have left the one before
