@@ -47,11 +47,18 @@ struct TrainOptions {
     int64_t val_every = 0, val_batches = 10, checkpoint_every = 1000, keep = 3, log_every = 1, max_skips = 10;
     std::vector<std::string> val_lengths = {"1x", "2x", "3x", "4x"};
     int gpu = 0, zero = 1;
-    std::string collectives = "auto", graphs = "on", plans;
+    std::string collectives = "auto", reduce = "fp32", graphs = "on", plans;
     int64_t bucket = 0;
     double rank_timeout = 45;
     bool resuming = false;                 // --resume was given, with or without a directory
 };
+
+// Why --zero has no more levels: dev/scaling.md
+inline std::string refuse_zero(const std::string& level) {
+    if (level == "0" || level == "1") return "";
+    if (level == "2") return "2 is not built: it would save 4 bytes a parameter and sum gradients in every micro-batch instead of once a step (dev/scaling.md); use --zero 1";
+    return level + " is neither 0 nor 1";
+}
 
 inline void add_train_options(CLI::App& app, TrainOptions& o) {
     app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);      // given twice, the later counts
@@ -96,9 +103,11 @@ inline void add_train_options(CLI::App& app, TrainOptions& o) {
     add_count(app, "--max-skips", o.max_skips, "Steps in a row with a gradient that is not finite before the run stops");
     app.add_option("--gpu", o.gpu, "Index of the GPU to use; with several processes each takes its own")->capture_default_str();
     app.add_option("--zero", o.zero, "With several processes: 1 = each keeps its part of master weights and moments, 0 = each keeps all")
-        ->check(CLI::IsMember({0, 1}))->capture_default_str();
+        ->check(CLI::Validator([](std::string& level) { return refuse_zero(level); }, "{0,1}"))->capture_default_str();
     app.add_option("--collectives", o.collectives, "Between processes: nccl between GPUs, host through host memory, auto chooses")
         ->check(CLI::IsMember({"auto", "nccl", "host"}))->capture_default_str();
+    app.add_option("--reduce", o.reduce, "Precision in which gradients travel between processes: bf16 is half the bytes, and rounds")
+        ->check(CLI::IsMember({"fp32", "bf16"}))->capture_default_str();
     add_count(app, "--bucket", o.bucket, "Bytes of gradients that travel together while backward goes on; 0: 64m with NCCL, all through host memory");
     app.add_option("--rank-timeout", o.rank_timeout, "Seconds without a sign of life or progress after which a process counts as dead and the job ends; 0: never")
         ->check(CLI::NonNegativeNumber)->capture_default_str();
@@ -265,7 +274,8 @@ inline bool has_checkpoint(const std::string& out) {
 inline void print_ranks(const Comm& comm, const DataParallel& parallel) {
     std::map<std::string, std::string> hosts;
     for (int r = 0; r < comm.world; r++) hosts[comm.hosts[r]] += " " + std::to_string(r) + (comm.devices[r].empty() ? "" : " (" + comm.devices[r] + ")");
-    printf("  ranks    %d on %zu hosts, zero %d, gradients in %zu buckets by %s\n", comm.world, hosts.size(), (int)parallel.sharded, parallel.buckets.size(), comm.describe().c_str());
+    printf("  ranks    %d on %zu hosts, zero %d, gradients as %s in %zu buckets by %s\n", comm.world, hosts.size(), (int)parallel.sharded, comm.as_bf16() ? "bf16" : "fp32",
+           parallel.buckets.size(), comm.describe().c_str());
     for (auto& [host, ranks] : hosts) printf("           %s:%s\n", host.c_str(), ranks.c_str());
 }
 
@@ -377,12 +387,13 @@ struct Trainer {
         const Range own = DataParallel::own_range(m->layout, comm, o.zero);
         const std::vector<int64_t> multiples = length_multiples(o.val_lengths);
         const size_t val_bytes = val ? state_bytes(m->layout, o.micro_batch, multiples.back() * o.seq_len) : 0;
-        const Recompute level = choose_recompute(o.recompute, m->layout, o.micro_batch, o.seq_len, val_bytes + (size_t)parameter_bytes(m->layout, true, own));
+        const size_t staging = (size_t)DataParallel::staging_bytes(m->layout, comm, o.bucket, o.reduce == "bf16");
+        const Recompute level = choose_recompute(o.recompute, m->layout, o.micro_batch, o.seq_len, val_bytes + (size_t)parameter_bytes(m->layout, true, own) + staging);
         o.recompute = recompute_name(level);
         options = options_to_json(app);
         m->w.create(m->layout, true, own);
         m->acts.create(m->layout, o.micro_batch, o.seq_len, true, level);
-        parallel = std::make_unique<DataParallel>(comm, *m, o.zero, o.bucket);
+        parallel = std::make_unique<DataParallel>(comm, *m, o.zero, o.bucket, o.reduce == "bf16");
         if (val) validation = std::make_unique<Validation>(*m, comm, *val, multiples, o.micro_batch, o.seq_len, o.val_batches);
         initialise(*m, o.seed);
         if (o.resuming && !from.empty()) run = load_checkpoint(*m, from, o, identity);
@@ -580,8 +591,9 @@ inline void run_info(const InfoOptions& o) {
     printf("    parameters, gradients, moments   %s\n", human_bytes((double)parameter_bytes(layout, true)).c_str());
     if (o.ranks > 1) {
         const std::vector<int64_t> bounds = DataParallel::shards(layout, (int)o.ranks);
-        printf("    the same on each of %-5lld ranks    %s with --zero 1 (%s without)\n", (long long)o.ranks, human_bytes((double)parameter_bytes(layout, true, {bounds[0], bounds[1]})).c_str(),
-               human_bytes((double)parameter_bytes(layout, true)).c_str());
+        const double all = (double)parameter_bytes(layout, true), part = (double)parameter_bytes(layout, true, {bounds[0], bounds[1]});
+        printf("    the same on each of %-5lld ranks    %s with --zero 1 (%s without); of it gradients %s\n", (long long)o.ranks, human_bytes(part).c_str(), human_bytes(all).c_str(),
+               human_bytes(4.0 * (double)layout.elements()).c_str());
     }
     for (Recompute level : {Recompute::none, Recompute::light, Recompute::full})
         printf("    activations, recompute %-6s    %s; in use altogether %s\n", recompute_name(level), human_bytes((double)activation_bytes(layout, B, T, true, level)).c_str(),

@@ -10,6 +10,10 @@
 // the CPU build the bytes go through host memory and MPI or TCP, and are added in the order of ranks.
 // Cost of n fp32 elements on N ranks: reduce and all_gather each move 4 n (N-1)/N bytes into and out of every rank.
 //
+// After reduce_as_bf16() the sums travel as bf16, half the bytes, with an error of each contribution x of at most |x|/256:
+//   host   what comes from others is rounded once, and added in fp32
+//   NCCL   every contribution is rounded, and so is the sum on each of the N - 1 steps around the ring
+//
 // Two runs give the same bits: the host path adds rank 0, 1, 2, ...; for NCCL the ring algorithm is asked for, whose order
 // depends on the machine's wiring alone (NCCL_ALGO in the environment wins).
 #pragma once
@@ -20,7 +24,7 @@
 
 #include "comm_guard.h"
 #include "comm_host.h"
-#include "device.cuh"
+#include "ops.cuh"
 
 #ifdef SAMBA_NCCL
 #include <nccl.h>
@@ -49,8 +53,8 @@ struct Comm {
 
     // -- launch ---------------------------------------------------------------------------------------------------------
 
-    void start() {
-        const Launch launch = detect_launch();
+    void start() { start(detect_launch()); }
+    void start(const Launch& launch) {
         hosts = {host_name()};
         if (launch.how == Launch::mpi) start_mpi();
         if (launch.how == Launch::tcp) start_tcp(launch);
@@ -212,12 +216,20 @@ struct Comm {
         forced = mode == Mode::nccl || forced;
         nccl_used_ = ON_GPU && mode != Mode::host && shared.empty() && active();
         note_ = !ON_GPU || mode == Mode::host || shared.empty() ? "" : shared + ", which NCCL refuses: gradients go through host memory";
-        if (const char* delay = std::getenv("SAMBA_TEST_DELAY")) test_delay_ = atoi(delay);
+        test_delay_ = env_number("SAMBA_TEST_DELAY", 0);
+        test_delay_compute_ = env_number("SAMBA_TEST_DELAY_COMPUTE", 0);
         if (nccl_used_) start_nccl();
         order_event_ = event_create();
         computed_ = event_create();
         if (!nccl_used_ && world > 1) staging_ = (float*)pinned_alloc((size_t)STAGING * (size_t)world * 2 * sizeof(float));
     }
+    // From here on reduce() rounds to bf16. longest: elements of the largest range that will be reduced.
+    void reduce_as_bf16(int64_t longest) {
+        bf16_ = true;
+        if (nccl_used_) rounded_ = (uint16_t*)device_alloc((size_t)longest * sizeof(uint16_t), "a bucket of gradients in bf16");
+        else if (world > 1) rounded_ = (uint16_t*)pinned_alloc((size_t)STAGING * (size_t)world * 2 * sizeof(uint16_t));
+    }
+    bool as_bf16() const { return bf16_; }
     bool own_stream() const { return nccl_used_; }
     std::string describe() const {
         return (nccl_used_ ? "NCCL, in a ring" : std::string(host_transport()) + " through host memory") + (note_.empty() ? "" : " (" + note_ + ")");
@@ -227,6 +239,7 @@ struct Comm {
     void after_compute() { order(stream_, compute_); }
     void before_compute() { order(compute_, stream_); }
     void backward_done() { event_record(computed_, compute_); }
+    void delay_compute() { if (test_delay_compute_) stream_delay(compute_, test_delay_compute_); }     // SAMBA_TEST_DELAY_COMPUTE=MICROSECONDS
     void mark(Event e) { event_record(e, stream_); }                               // after all collectives so far
     void wait(Event e) { if (own_stream()) stream_wait(compute_, e); }
 
@@ -385,7 +398,8 @@ private:
     }
 
     // With SAMBA_TEST_DELAY=MICROSECONDS every collective first makes its data unreadable for so long, on its own stream.
-    // A kernel that does not wait for it reads garbage, one that it does not wait for is undone: missing events show.
+    // A kernel that does not wait for it reads garbage, one that it does not wait for is undone: missing events show. The
+    // latter with SAMBA_TEST_DELAY_COMPUTE, which makes the other stream come late.
     void disturb(void* data, int64_t bytes) {
         if (!test_delay_ || bytes <= 0) return;
         if (bytes > test_bytes_) {
@@ -424,17 +438,28 @@ private:
             for (int r = 0; r < world; r++)
                 copy_to_host((r == rank ? in : out) + r * STAGING, x + part[r].begin, (size_t)part[r].size() * sizeof(float), stream_);
             stream_sync(stream_);
-            const During during(*this, Guard::waiting, "exchanging gradients");
-            for (int s = 1; s < world; s++) {
-                const int to = (rank + s) % world, from = (rank - s + world) % world;
-                transport_->exchange(to, out + to * STAGING, part[to].size() * (int64_t)sizeof(float), from, in + from * STAGING, n * (int64_t)sizeof(float));
-                tick();
-            }
+            uint16_t *narrow_out = rounded_, *narrow_in = rounded_ + world * STAGING;
+            for (int r = 0; r < world && bf16_; r++)
+                if (r != rank) cpu::narrow(narrow_out + r * STAGING, out + r * STAGING, part[r].size());
+            if (bf16_) exchange_parts(narrow_in, narrow_out, part);
+            else exchange_parts(in, out, part);
+            for (int r = 0; r < world && bf16_; r++)
+                if (r != rank) cpu::widen(in + r * STAGING, narrow_in + r * STAGING, n);
             for (int r = 1; r < world; r++)        // in the order of ranks: the same bits every time
                 for (int64_t i = 0; i < n; i++) in[i] += in[r * STAGING + i];
             copy_to_device(x + part[rank].begin, in, (size_t)n * sizeof(float), stream_);
             stream_sync(stream_);
         });
+    }
+
+    // Each rank's part of `out` to that rank, and everybody's piece of this rank's part into `in`, both (world, STAGING)
+    template <class T> void exchange_parts(T* in, const T* out, const std::vector<Range>& part) {
+        const During during(*this, Guard::waiting, "exchanging gradients");
+        for (int s = 1; s < world; s++) {
+            const int to = (rank + s) % world, from = (rank - s + world) % world;
+            transport_->exchange(to, out + to * STAGING, part[to].size() * (int64_t)sizeof(T), from, in + from * STAGING, part[rank].size() * (int64_t)sizeof(T));
+            tick();
+        }
     }
 
     void host_all_gather(char* x, size_t size, Range range, const std::vector<int64_t>& bounds) {
@@ -483,12 +508,16 @@ private:
         nccl_ = nullptr;
     }
     void nccl_reduce(float* x, Range range, const std::vector<int64_t>& bounds) {
+        const auto at = [&](int64_t i) -> void* { return bf16_ ? (void*)(rounded_ + (i - range.begin)) : (void*)(x + i); };
+        if (bf16_) ops::narrow(rounded_, x + range.begin, range.size(), stream_);
         nccl_check(ncclGroupStart(), "ncclGroupStart");
         for (int r = 0; r < world; r++) {
             const Range part = range & Range{bounds[r], bounds[r + 1]};
-            if (part.size() > 0) nccl_check(ncclReduce(x + part.begin, x + part.begin, (size_t)part.size(), ncclFloat, ncclSum, r, nccl_, stream_), "ncclReduce");
+            if (part.size() > 0) nccl_check(ncclReduce(at(part.begin), at(part.begin), (size_t)part.size(), bf16_ ? ncclBfloat16 : ncclFloat, ncclSum, r, nccl_, stream_), "ncclReduce");
         }
         nccl_check(ncclGroupEnd(), "ncclGroupEnd");
+        const Range mine = range & Range{bounds[rank], bounds[rank + 1]};
+        if (bf16_) ops::widen(x + mine.begin, rounded_ + (mine.begin - range.begin), mine.size(), stream_);
     }
     void nccl_all_gather(char* x, size_t size, Range range, const std::vector<int64_t>& bounds) {
         nccl_check(ncclGroupStart(), "ncclGroupStart");
@@ -517,9 +546,11 @@ private:
     Stream compute_{}, stream_{};
     Event order_event_{}, computed_{};
     float* staging_ = nullptr;                     // host: (2, world, STAGING), to be sent and received
+    uint16_t* rounded_ = nullptr;                  // bf16: the same on the host; between GPUs one range
+    bool bf16_ = false;
     std::string note_;
     uint64_t hang_at_ = UINT64_MAX;
-    int test_delay_ = 0;
+    int test_delay_ = 0, test_delay_compute_ = 0;
     void* test_copy_ = nullptr;
     int64_t test_bytes_ = 0;
 };

@@ -25,6 +25,7 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
+#include <strings.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -83,6 +84,8 @@ inline Launch detect_launch() {
     if (!has("MASTER_ADDR")) fail("the environment has %d ranks and no MASTER_ADDR: set it to the host name or address of rank 0", launch.world);
     launch.master = std::getenv("MASTER_ADDR");
     launch.port = env_number("MASTER_PORT", launch.port);
+    const char* taken = std::getenv("TORCHELASTIC_USE_AGENT_STORE");
+    if (has("RANK") && taken && strcasecmp(taken, "true") == 0) launch.port++;     // torchrun itself listens on that port, for programs that use its store
     return launch;
 }
 

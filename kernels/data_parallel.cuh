@@ -5,6 +5,7 @@
 //   zero 0   every process keeps all of master copy and moments      sum to owners, all-gather of gradients (fp32)
 //   zero 1   each keeps and updates its 1/N of the flat order        sum to owners, all-gather of working weights
 //
+// Gradients are kept in fp32 and travel to their owners in fp32 or bf16.
 // Matrices travel in buckets of neighbouring layers, as backward completes them, while it goes on with the layers below; the
 // last bucket has the rest: what belongs to no layer, and all vectors. With zero 1 the new weights travel in the same buckets in
 // forward's order, and forward waits for each where it first reads it.
@@ -34,18 +35,36 @@ struct DataParallel {
         return comm.active() && zero == 1 ? Range{bounds[comm.rank], bounds[comm.rank + 1]} : Range{0, layout.elements()};
     }
 
-    DataParallel(Comm& comm, Model& m, int zero, int64_t bucket_bytes)
-        : comm(comm), m(m), sharded(comm.active() && zero == 1), bounds(shards(m.layout, comm.world)) {
-        if (!comm.active()) return;
+    // Buckets of at least bucket_bytes of gradients; <= 0: what suits the transport
+    static std::vector<Bucket> plan(const Layout& layout, const Comm& comm, int64_t bucket_bytes) {
         if (bucket_bytes <= 0) bucket_bytes = comm.own_stream() ? 64 << 20 : INT64_MAX;            // nothing to overlap: all at once
-        const std::vector<int64_t>& begin = m.layout.layer_matrices;
+        std::vector<Bucket> buckets;
+        const std::vector<int64_t>& begin = layout.layer_matrices;
         int64_t end = begin.back();
-        for (int l = (int)m.layout.layers.size() - 1; l > 0; l--) {
+        for (int l = (int)layout.layers.size() - 1; l > 0; l--) {
             if ((end - begin[l]) * (int64_t)sizeof(float) < bucket_bytes) continue;
-            buckets.push_back({l, {begin[l], end}, {}, event_create()});
+            buckets.push_back({l, {begin[l], end}, {}, {}});
             end = begin[l];
         }
-        buckets.push_back({-1, {0, end}, {m.w.n_matrix, m.w.n}, event_create()});
+        buckets.push_back({-1, {0, end}, {layout.matrix_elements, layout.elements()}, {}});
+        return buckets;
+    }
+    static int64_t longest(const std::vector<Bucket>& buckets) {
+        int64_t most = 0;
+        for (const Bucket& b : buckets) most = std::max({most, b.matrices.size(), b.vectors.size()});
+        return most;
+    }
+    // Device memory besides parameters and activations
+    static int64_t staging_bytes(const Layout& layout, const Comm& comm, int64_t bucket_bytes, bool bf16) {
+        return comm.own_stream() && bf16 ? longest(plan(layout, comm, bucket_bytes)) * (int64_t)sizeof(uint16_t) : 0;
+    }
+
+    DataParallel(Comm& comm, Model& m, int zero, int64_t bucket_bytes, bool bf16 = false)
+        : comm(comm), m(m), sharded(comm.active() && zero == 1), bounds(shards(m.layout, comm.world)) {
+        if (!comm.active()) return;
+        buckets = plan(m.layout, comm, bucket_bytes);
+        for (Bucket& b : buckets) b.gathered = event_create();
+        if (bf16) comm.reduce_as_bf16(longest(buckets));
         norms = (float*)device_alloc((size_t)(comm.world * 3 + 2) * sizeof(float), "the numbers of a step");
         stats = norms + comm.world;
         local_norm = stats + 2 * comm.world;
@@ -72,10 +91,12 @@ struct DataParallel {
             }
         }
         if (layer == -1) comm.backward_done();
+        else comm.delay_compute();
     }
 
     void before_layer(int layer) {
         comm.tick();
+        comm.delay_compute();
         if (!weights_on_their_way) return;
         for (const Bucket& b : buckets)    // -1 wants the last bucket, which has all vectors; layers ascend from there
             if (layer == -1 ? b.last_layer == -1 : b.matrices.begin <= m.layout.layer_matrices[layer] && m.layout.layer_matrices[layer] < b.matrices.end) comm.wait(b.gathered);
@@ -86,6 +107,7 @@ struct DataParallel {
         if (!comm.active()) return ::update(m, options, clip, decay_all);
         const int N = comm.world, rank = comm.rank;
         comm.before_compute();             // the reduced gradients
+        comm.delay_compute();
         stop = stopping;
         copy_on_device(stats + 2 * rank, m.acts.loss, sizeof(float), m.stream);
         copy_to_device(stats + 2 * rank + 1, &stop, sizeof(float), m.stream);
@@ -99,6 +121,7 @@ struct DataParallel {
         comm.before_compute();
         if (sharded) ops::global_norm(m.acts.norm, norms, N, clip, m.acts.workspace, m.stream);
         else ops::global_norm(m.acts.norm, m.w.grads, m.w.n, clip, m.acts.workspace, m.stream);
+        comm.delay_compute();
         adamw(m, options, decay_all);
         if (sharded) gather_weights();
     }

@@ -7,6 +7,7 @@
 
 #include "cpu/adamw.h"
 #include "cpu/attention.h"
+#include "cpu/bf16.h"
 #include "cpu/conv1d.h"
 #include "cpu/cross_entropy.h"
 #include "cpu/decode.h"
@@ -23,6 +24,7 @@ namespace ops = cpu;
 #else
 #include "adamw.cuh"
 #include "attention.cuh"
+#include "bf16.cuh"
 #include "conv1d.cuh"
 #include "cross_entropy.cuh"
 #include "decode.cuh"

@@ -1,5 +1,8 @@
 // What several processes share, tested in one: how the flat order is cut, that any cut saves and loads the same moments, in
 // which order buckets complete, and where a run that is no longer finite says that it went wrong. Processes: test_parallel.py.
+#include <bit>
+#include <thread>
+
 #include <gtest/gtest.h>
 
 #include "../../data/model_io.h"
@@ -83,6 +86,114 @@ TEST(Parallel, RangesIntersect) {
     EXPECT_EQ((a & Range{15, 40}).size(), 5);
     EXPECT_EQ((a & Range{30, 40}).size(), 0);
     EXPECT_EQ((a & Range{0, 100}).begin, 10);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// bf16, and sums that travel as bf16
+
+TEST(Bf16, RoundsToNearestEven) {
+    using cpu::to_bf16;
+    const float ulp = 0x1p-7f;                                             // at 1
+    EXPECT_EQ(to_bf16(0.f), 0);
+    EXPECT_EQ(to_bf16(-0.f), 0x8000);
+    EXPECT_EQ(to_bf16(1.f), 0x3f80);
+    EXPECT_EQ(to_bf16(1 + ulp / 2), 0x3f80) << "a tie goes to the even one";
+    EXPECT_EQ(to_bf16(1 + 3 * ulp / 2), 0x3f82) << "a tie goes to the even one";
+    EXPECT_EQ(to_bf16(1 + ulp / 2 + 0x1p-23f), 0x3f81);
+    EXPECT_EQ(to_bf16(3.4e38f), 0x7f80) << "larger than the largest bf16 by half a unit: infinity";
+    EXPECT_EQ(to_bf16(-INFINITY), 0xff80);
+    EXPECT_TRUE(std::isnan(cpu::from_bf16(to_bf16(NAN))));
+    EXPECT_TRUE(std::isnan(cpu::from_bf16(to_bf16(std::bit_cast<float>(0x7f800001u)))));
+    EXPECT_EQ(cpu::from_bf16(to_bf16(0x1p-133f)), 0x1p-133f) << "the smallest subnormal";
+    for (uint32_t bits = 0; bits < 0x10000; bits++)
+        if (const float x = cpu::from_bf16((uint16_t)bits); !std::isnan(x)) { ASSERT_EQ(to_bf16(x), bits); }
+}
+
+#ifndef SAMBA_CPU
+TEST(Bf16, GpuRoundsLikeTheCpu) {
+    REQUIRE_GPU();
+    for (int64_t n : {1, 3, 4, 1021, 4096}) {
+        std::vector<float> x = to_type<float>(random_values((size_t)n + 1, 5, 1e3));
+        x[(size_t)n / 2] = INFINITY;
+        const DeviceBuffer<float> in(x);
+        for (int64_t shift : {0, 1}) {                                     // 1: nothing is aligned
+            DeviceBuffer<uint16_t> narrow((size_t)n + 1);
+            DeviceBuffer<float> wide((size_t)n + 1);
+            gpu::narrow(narrow.ptr + shift, in.ptr + shift, n, Stream{});
+            gpu::widen(wide.ptr + shift, narrow.ptr + shift, n, Stream{});
+            const std::vector<uint16_t> bits = narrow.host();
+            const std::vector<float> values = wide.host();
+            for (size_t i = (size_t)shift; i < (size_t)(n + shift); i++) {
+                ASSERT_EQ(bits[i], cpu::to_bf16(x[i])) << n << " " << i;
+                ASSERT_EQ(values[i], cpu::from_bf16(bits[i])) << n << " " << i;
+            }
+        }
+    }
+}
+#endif
+
+// `world` ranks in as many threads, each connected to the others by TCP and with a Comm of its own: body(comm)
+template <class Body> void with_ranks(int world, Body body) {
+    int port = 0;
+    { Socket free = listen_on(0); port = port_of(free); }
+    std::vector<std::thread> threads;
+    for (int rank = 0; rank < world; rank++)
+        threads.emplace_back([=] {
+            Comm comm;
+            comm.start({Launch::tcp, rank, world, -1, "127.0.0.1", port});
+            comm.use_device(Comm::Mode::host, Stream{});
+            body(comm);
+            comm.finish();
+        });
+    for (std::thread& t : threads) t.join();
+}
+
+// What the owners have after the ranks of `world` added up n random numbers each: largest error of an element, in units of
+// the sum of its contributions' absolute values
+double error_of_sum(int world, int64_t n, bool bf16) {
+    const std::vector<int64_t> bounds = shard_bounds(n, world, 128);
+    std::vector<double> exact((size_t)n), absolute((size_t)n);
+    for (int r = 0; r < world; r++) {
+        const std::vector<double> x = rounded<float>(random_values((size_t)n, 100 + (uint64_t)r));
+        for (size_t i = 0; i < (size_t)n; i++) { exact[i] += x[i]; absolute[i] += std::fabs(x[i]); }
+    }
+    std::vector<double> worst((size_t)world);
+    with_ranks(world, [&](Comm& comm) {
+        const DeviceBuffer<float> x(to_type<float>(random_values((size_t)n, 100 + (uint64_t)comm.rank)));
+        if (bf16) comm.reduce_as_bf16(n);
+        comm.reduce(x.ptr, {0, n}, bounds);
+        const std::vector<float> sum = x.host();
+        for (size_t i = (size_t)bounds[comm.rank]; i < (size_t)bounds[comm.rank + 1]; i++)
+            worst[comm.rank] = std::max(worst[comm.rank], std::fabs((double)sum[i] - exact[i]) / absolute[i]);
+    });
+    return *std::max_element(worst.begin(), worst.end());
+}
+
+// More than one piece of the staging buffer for each rank. A rounding to float errs by 2^-24 at most, one to bf16 by 2^-8.
+TEST(Parallel, SumsAreRoundedAsPromised) {
+    NEEDS_DEVICE();
+    constexpr int world = 3;
+    constexpr int64_t n = 3300007;
+    EXPECT_LE(error_of_sum(world, n, false), (world - 1) * 0x1p-24);
+    const double error = error_of_sum(world, n, true);
+    EXPECT_LE(error, 0x1p-8 + world * 0x1p-24);
+    EXPECT_GE(error, 0x1p-10) << "it did not travel as bf16";
+}
+
+// The path between GPUs, with one: what it sums is rounded once, and nothing else
+TEST(Parallel, NcclWithOneRankRoundsOnce) {
+    if (!ON_GPU) GTEST_SKIP() << "needs a GPU and NCCL";
+    REQUIRE_GPU();
+    constexpr int64_t n = 100003;
+    const std::vector<float> values = to_type<float>(random_values(n, 7));
+    const DeviceBuffer<float> x(values);
+    Comm comm;
+    comm.use_device(Comm::Mode::nccl, Stream{});
+    comm.reduce_as_bf16(n);
+    comm.reduce(x.ptr, {3, n}, {0, n});
+    comm.before_compute();
+    const std::vector<float> sum = x.host();
+    for (int64_t i = 0; i < n; i++) ASSERT_EQ(sum[(size_t)i], i < 3 ? values[(size_t)i] : cpu::from_bf16(cpu::to_bf16(values[(size_t)i]))) << i;
 }
 
 TEST(Parallel, MomentsPassThroughFourThreeAndOneProcesses) {

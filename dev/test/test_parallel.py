@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 
 import numpy as np
@@ -90,6 +91,33 @@ def single(world, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def stopped_job(world, tmp_path_factory):
+    """Two ranks of which one is stopped, with the timeout as it is: left to itself while other tests run"""
+    out = tmp_path_factory.mktemp("stopped") / "run"
+    processes = start_by_environment(2, lambda r: options(world, out, steps=100000))
+    until_step(processes[0])
+    processes[1].send_signal(signal.SIGSTOP)
+    ended = {"started": time.time()}
+
+    def wait():
+        _, ended["error"] = processes[0].communicate()
+        ended["seconds"] = time.time() - ended["started"]
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    yield ended, waiting
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def test_a_rank_is_stopped_and_the_timeout_begins(stopped_job):
+    """The last test of this file sees how long it took."""
+    ended, waiting = stopped_job
+    assert waiting.is_alive() and "seconds" not in ended
+
+
 # Float rounding of sums in another order, through 20 AdamW steps: 1e-4 in a loss of 4 is a hundred times the unit in the last place.
 @needs_mpi
 @pytest.mark.parametrize("ranks,extra", [(2, ["--zero", "0"]), (2, ["--bucket", "1"]), (3, ["--zero", "1", "--bucket", "8k"]), (4, []), (4, ["--zero", "0", "--bucket", "8k"])])
@@ -99,6 +127,27 @@ def test_losses_do_not_depend_on_the_number_of_ranks(world, tmp_path, single, ra
     assert [r["loss"] for r in records(tmp_path / "run", "val")] == pytest.approx([r["loss"] for r in records(single, "val")], abs=1e-4)
     assert_close(state(tmp_path / "run", 20), state(single, 20), 1e-2)
     assert result.stdout.count(f"ranks    {ranks} on 1 hosts") == 1 and "MPI through host memory" in result.stdout
+
+
+# A gradient that travels as bf16 is off by 1/256 at the most (the sums themselves: test_parallel.cu), and its rounding errors are
+# as often up as down: the norm of the first step's gradient is right to 1/256 of itself, losses follow those of fp32, and a
+# repetition is the same bits.
+@needs_mpi
+@pytest.mark.parametrize("zero", ["0", "1"])
+def test_gradients_that_travel_as_bf16(world, tmp_path, single, zero):
+    def by_environment(out):
+        ended = finish(start_by_environment(3, lambda r: options(world, out, "--reduce", "bf16", "--zero", zero, steps=20)))
+        assert all(code == 0 for _, _, code in ended), ended
+        return ended[0][0]
+
+    outputs = [train(3, world, tmp_path / "mpi", "--reduce", "bf16", "--zero", zero, steps=20).stdout, by_environment(tmp_path / "tcp")]
+    for output, transport in zip(outputs, ("MPI", "TCP")):
+        assert f"gradients as bf16 in 1 buckets by {transport} through host memory" in output
+    assert same_bits(state(tmp_path / "mpi", 20), state(tmp_path / "tcp", 20))
+    exact, rounded = [records(out, "train")[0]["grad_norm"] for out in (single, tmp_path / "mpi")]
+    assert 0 < abs(rounded / exact - 1) < 1 / 256
+    difference = np.abs(np.array(losses(tmp_path / "mpi")) - np.array(losses(single)))
+    assert 0 < difference.max() < 0.02 and difference[0] < 1e-4
 
 
 @needs_mpi
@@ -148,10 +197,10 @@ def free_port():
         return s.getsockname()[1]
 
 
-def start_by_environment(ranks, arguments_of, prefix_of=lambda rank: [], master="127.0.0.1"):
+def start_by_environment(ranks, arguments_of, prefix_of=lambda rank: [], master="127.0.0.1", more_of=lambda rank: {}):
     port = free_port()
     return [subprocess.Popen([*prefix_of(r), *arguments_of(r)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                             env={**ENVIRONMENT, "RANK": str(r), "WORLD_SIZE": str(ranks), "MASTER_ADDR": master, "MASTER_PORT": str(port)}) for r in range(ranks)]
+                             env={**ENVIRONMENT, "RANK": str(r), "WORLD_SIZE": str(ranks), "MASTER_ADDR": master, "MASTER_PORT": str(port), **more_of(r)}) for r in range(ranks)]
 
 
 def finish(processes, timeout=60):
@@ -162,6 +211,19 @@ def test_ranks_meet_by_the_environment_alone(world, tmp_path, single):
     ended = finish(start_by_environment(3, lambda r: options(world, tmp_path / "run", steps=20)))
     assert all(code == 0 for _, _, code in ended), ended
     assert "TCP through host memory" in ended[0][0] and ended[1][0] == ""
+    assert losses(tmp_path / "run") == pytest.approx(losses(single), abs=1e-4)
+
+
+def test_the_variables_that_torchrun_sets(world, tmp_path, single):
+    """All of them, as its documentation lists them; MASTER_PORT is where its own store listens, when it says so."""
+    with socket.socket() as store:
+        store.bind(("127.0.0.1", 0))
+        store.listen()
+        port = store.getsockname()[1]
+        of_agent = {"MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1", "ROLE_NAME": "default", "ROLE_WORLD_SIZE": "2",
+                    "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_MAX_RESTARTS": "0", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        ended = finish(start_by_environment(2, lambda r: options(world, tmp_path / "run", steps=20), more_of=lambda r: {**of_agent, "LOCAL_RANK": str(r), "ROLE_RANK": str(r)}))
+    assert all(code == 0 for _, _, code in ended), ended
     assert losses(tmp_path / "run") == pytest.approx(losses(single), abs=1e-4)
 
 
@@ -195,6 +257,22 @@ def test_ranks_that_disagree_are_refused(world, tmp_path, change, expected):
     ended = finish(start_by_environment(2, lambda r: [a.replace(f"{world}/train", f"{folder(r)}/train") for a in options(world, tmp_path / "run", *(change if r == 1 else []))]))
     assert [code for _, _, code in ended] == [1, 1]
     assert re.search(expected, ended[0][1]), ended[0][1]
+
+
+def test_a_rank_with_another_program_is_refused(world, tmp_path):
+    """The same source and options, another file: built elsewhere, or not copied."""
+    other = tmp_path / "train_samba"
+    other.write_bytes(open(PROGRAM, "rb").read() + b"0")
+    other.chmod(0o755)
+    ended = finish(start_by_environment(2, lambda r: [str(other) if r == 1 else PROGRAM, *options(world, tmp_path / "run")[1:]]))
+    assert [code for _, _, code in ended] == [1, 1]
+    assert re.search(r"rank 1 on \S+ has another program than rank 0 on \S+: .* \d+, not .* \d+; build once and copy that file to every host", ended[0][1]), ended[0][1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_zero_2_is_refused_with_the_reason(world, tmp_path):
+    line = error_line(run(*options(world, tmp_path / "run", "--zero", "2")))
+    assert "--zero: 2 is not built" in line and "use --zero 1" in line
 
 
 def until_step(process, step=2):
@@ -478,9 +556,10 @@ def single_gpu(world, tmp_path_factory):
 @pytest.mark.parametrize("zero", [0, 1])
 def test_nccl_with_one_rank_changes_no_bit(world, tmp_path, single_gpu, zero):
     """Every collective, bucket and event of a run on many GPUs, with one; and once more with delays, which show an event that is missing."""
-    for delay in ("0", "2000"):
-        out = tmp_path / f"delay_{delay}"
-        result = run(*on_gpu(options(world, out, "--collectives", "nccl", "--zero", zero, "--bucket", "8k", steps=20)), env={**ENVIRONMENT, "SAMBA_TEST_DELAY": delay})
+    for collectives, compute in (("0", "0"), ("2000", "0"), ("1", "2000")):
+        out = tmp_path / f"delay_{collectives}_{compute}"
+        result = run(*on_gpu(options(world, out, "--collectives", "nccl", "--zero", zero, "--bucket", "8k", steps=20)),
+                     env={**ENVIRONMENT, "SAMBA_TEST_DELAY": collectives, "SAMBA_TEST_DELAY_COMPUTE": compute})
         assert result.returncode == 0, result.stderr
         assert "by NCCL" in result.stdout
         assert same_bits(state(out, 20), state(single_gpu, 20))
@@ -497,3 +576,13 @@ def test_two_ranks_that_share_a_gpu(world, tmp_path, single_gpu, zero):
     assert all(code == 0 for _, _, code in ended), ended
     assert "ranks 0 and 1 share a GPU, which NCCL refuses: gradients go through host memory" in ended[0][0]
     assert losses(tmp_path / "run") == pytest.approx(losses(single_gpu), abs=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The job of which a rank was stopped above
+
+def test_a_stopped_rank_ends_the_job_within_a_minute(stopped_job):
+    ended, waiting = stopped_job
+    waiting.join(timeout=70)
+    assert 44 < ended["seconds"] < 60
+    assert re.search(r"error: rank 1 on \S+: no sign of life for 45 s", ended["error"]), ended["error"]
