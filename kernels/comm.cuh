@@ -217,6 +217,7 @@ struct Comm {
         nccl_used_ = ON_GPU && mode != Mode::host && shared.empty() && active();
         note_ = !ON_GPU || mode == Mode::host || shared.empty() ? "" : shared + ", which NCCL refuses: gradients go through host memory";
         test_delay_ = env_number("SAMBA_TEST_DELAY", 0);
+        if (const char* event = std::getenv("SAMBA_TEST_DROP")) test_drop_ = event;
         test_delay_compute_ = env_number("SAMBA_TEST_DELAY_COMPUTE", 0);
         if (nccl_used_) start_nccl();
         order_event_ = event_create();
@@ -236,12 +237,13 @@ struct Comm {
     }
 
     // What the collectives do next comes after what `compute` has been given so far, and the other way round.
-    void after_compute() { order(stream_, compute_); }
-    void before_compute() { order(compute_, stream_); }
+    // `what` is handed over; SAMBA_TEST_DROP=WHAT leaves that event out.
+    void after_compute(const char* what) { order(stream_, compute_, what); }
+    void before_compute(const char* what) { order(compute_, stream_, what); }
     void backward_done() { event_record(computed_, compute_); }
     void delay_compute() { if (test_delay_compute_) stream_delay(compute_, test_delay_compute_); }     // SAMBA_TEST_DELAY_COMPUTE=MICROSECONDS
     void mark(Event e) { event_record(e, stream_); }                               // after all collectives so far
-    void wait(Event e) { if (own_stream()) stream_wait(compute_, e); }
+    void wait(Event e) { if (own_stream() && test_drop_ != "new weights") stream_wait(compute_, e); }
 
     void reduce(float* x, Range range, const std::vector<int64_t>& bounds) {
         disturb(x + range.begin, range.size() * (int64_t)sizeof(float));
@@ -392,9 +394,9 @@ private:
 
     // -- streams
 
-    void order(Stream then, Stream first) {
+    void order(Stream then, Stream first, const char* what) {
         event_record(order_event_, first);
-        if (own_stream()) stream_wait(then, order_event_);
+        if (own_stream() && test_drop_ != what) stream_wait(then, order_event_);
     }
 
     // With SAMBA_TEST_DELAY=MICROSECONDS every collective first makes its data unreadable for so long, on its own stream.
@@ -551,6 +553,7 @@ private:
     std::string note_;
     uint64_t hang_at_ = UINT64_MAX;
     int test_delay_ = 0, test_delay_compute_ = 0;
+    std::string test_drop_;
     void* test_copy_ = nullptr;
     int64_t test_bytes_ = 0;
 };

@@ -287,8 +287,13 @@ struct MpiTransport : Transport {
         if (from < 0) in_bytes = 0;
         for (int64_t at = 0; at < std::max(out_bytes, in_bytes); at += PIECE) {
             const int n_out = (int)std::clamp<int64_t>(out_bytes - at, 0, PIECE), n_in = (int)std::clamp<int64_t>(in_bytes - at, 0, PIECE);
-            MPI_Sendrecv((const char*)out + at, n_out, MPI_BYTE, n_out ? to : MPI_PROC_NULL, 0, (char*)in + at, n_in, MPI_BYTE, n_in ? from : MPI_PROC_NULL, 0,
-                         MPI_COMM_WORLD, MPI_STATUS_IGNORE);
+            MPI_Request both[2];
+            MPI_Irecv((char*)in + at, n_in, MPI_BYTE, n_in ? from : MPI_PROC_NULL, 0, MPI_COMM_WORLD, &both[0]);
+            MPI_Isend((const char*)out + at, n_out, MPI_BYTE, n_out ? to : MPI_PROC_NULL, 0, MPI_COMM_WORLD, &both[1]);
+            // MPI waits by spinning, which takes the core from a rank that computes where cores are few: sleep after a while
+            int done = 0;
+            for (int tries = 0; MPI_Testall(2, both, &done, MPI_STATUSES_IGNORE), !done; tries++)
+                if (tries > 1000) std::this_thread::sleep_for(std::chrono::microseconds(50));
         }
     }
 };

@@ -84,7 +84,7 @@ struct DataParallel {
         comm.tick();
         if (!reducing) return;
         for (; next < buckets.size() && buckets[next].last_layer >= layer; next++) {
-            comm.after_compute();
+            comm.after_compute("gradients");
             for (Range range : {buckets[next].matrices, buckets[next].vectors}) {
                 comm.reduce(m.w.grads, range, bounds);
                 if (!sharded) comm.all_gather(m.w.grads, range, bounds);
@@ -106,7 +106,7 @@ struct DataParallel {
     void update(const AdamW& options, float clip, bool decay_all, bool stopping) {
         if (!comm.active()) return ::update(m, options, clip, decay_all);
         const int N = comm.world, rank = comm.rank;
-        comm.before_compute();             // the reduced gradients
+        comm.before_compute("summed gradients");
         comm.delay_compute();
         stop = stopping;
         copy_on_device(stats + 2 * rank, m.acts.loss, sizeof(float), m.stream);
@@ -115,10 +115,10 @@ struct DataParallel {
             ops::global_norm(local_norm, m.w.grads + m.w.own.begin, m.w.own.size(), 0, m.acts.workspace, m.stream);
             copy_on_device(norms + rank, local_norm, sizeof(float), m.stream);
         }
-        comm.after_compute();
+        comm.after_compute("own numbers");
         comm.gather(stats, 2);
         if (sharded) comm.gather(norms, 1);
-        comm.before_compute();
+        comm.before_compute("everybody's numbers");
         if (sharded) ops::global_norm(m.acts.norm, norms, N, clip, m.acts.workspace, m.stream);
         else ops::global_norm(m.acts.norm, m.w.grads, m.w.n, clip, m.acts.workspace, m.stream);
         comm.delay_compute();
@@ -127,7 +127,7 @@ struct DataParallel {
     }
 
     void gather_weights() {
-        comm.after_compute();
+        comm.after_compute("own weights");
         for (size_t b = buckets.size(); b-- > 0;) {
             comm.all_gather(m.w.matrices, buckets[b].matrices, bounds);
             comm.all_gather(m.w.vectors - m.w.n_matrix, buckets[b].vectors, bounds);

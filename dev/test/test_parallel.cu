@@ -188,10 +188,11 @@ TEST(Parallel, NcclWithOneRankRoundsOnce) {
     const std::vector<float> values = to_type<float>(random_values(n, 7));
     const DeviceBuffer<float> x(values);
     Comm comm;
+    comm.start(Launch{});
     comm.use_device(Comm::Mode::nccl, Stream{});
     comm.reduce_as_bf16(n);
     comm.reduce(x.ptr, {3, n}, {0, n});
-    comm.before_compute();
+    comm.before_compute("the sum");
     const std::vector<float> sum = x.host();
     for (int64_t i = 0; i < n; i++) ASSERT_EQ(sum[(size_t)i], i < 3 ? values[(size_t)i] : cpu::from_bf16(cpu::to_bf16(values[(size_t)i]))) << i;
 }

@@ -565,6 +565,19 @@ def test_nccl_with_one_rank_changes_no_bit(world, tmp_path, single_gpu, zero):
         assert same_bits(state(out, 20), state(single_gpu, 20))
 
 
+# Each event is needed, and the test above would see that it is missing: without it, and with the stream late that it waits for,
+# the bits are others, or the run fails.
+EVENTS = {"gradients": "compute", "own numbers": "compute", "own weights": "compute", "summed gradients": "collectives", "everybody's numbers": "collectives", "new weights": "collectives"}
+
+
+@needs_gpu
+@pytest.mark.parametrize("event", EVENTS)
+def test_without_an_event_the_bits_are_others(world, tmp_path, single_gpu, event):
+    late = {"SAMBA_TEST_DELAY": "1", "SAMBA_TEST_DELAY_COMPUTE": "2000"} if EVENTS[event] == "compute" else {"SAMBA_TEST_DELAY": "2000"}
+    result = run(*on_gpu(options(world, tmp_path / "run", "--collectives", "nccl", "--bucket", "8k", steps=20)), env={**ENVIRONMENT, "SAMBA_TEST_DROP": event, **late})
+    assert result.returncode != 0 or not same_bits(state(tmp_path / "run", 20), state(single_gpu, 20))
+
+
 @needs_gpu
 @pytest.mark.parametrize("zero", [0, 1])
 def test_two_ranks_that_share_a_gpu(world, tmp_path, single_gpu, zero):
