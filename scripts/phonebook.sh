@@ -6,8 +6,8 @@
 #   START    a checkpoint or a run's folder to fine-tune, or a --model to train from nothing (a name or a .json file)
 #   RECIPE   paper   100 steps of documents of 4,096 tokens (the rest of the recipe is not published: as passkey.sh's, with 10
 #                    steps up to 1e-4); books of 20 to 480 entries
-#            gpu     for a small model from nothing (--model retrieval) on one GPU in two minutes: books of 256 to 512 tokens
-#                    until it copies numbers, then of 256 to 4,096
+#            gpu     half a minute on one GPU for the small model that scripts/passkey.sh gpu left in OUT/whole, which can copy
+#                    digits already: books of 136 to 256 tokens, then of 136 to 4,096
 #            cpu     a few steps of the same, to see that everything works
 #
 # Writes OUT/phonebook.json (every answer) and OUT/phonebook.png (accuracy by entries).
@@ -27,8 +27,8 @@ paper)
     ;;
 gpu)
     common=(--seq-len 4096 --micro-batch 16 --warmup-steps 40 --decay matrices --log-every 50)
-    train short "--documents 16000 --length 4096 --min-length 256 --max-length 512 --queries 8" "${common[@]}" --steps 1000 --lr 2e-3 --schedule constant "$@"
-    train mixed "--documents 32000 --length 4096 --min-length 256 --queries 8" "${common[@]}" --steps 2000 --lr 1e-3 --schedule linear "$@"
+    train short "--documents 16000 --length 4096 --min-length 136 --max-length 256 --queries 4" "${common[@]}" --steps 1000 --lr 2e-3 --schedule constant "$@"
+    train mixed "--documents 10400 --length 4096 --min-length 136 --queries 4" "${common[@]}" --steps 650 --lr 1e-3 --schedule linear "$@"
     ask "--entries 5,10,15,20,30,40,60,80,120,160,240,320,480 --books 20" --micro-batch 20
     ;;
 cpu)
