@@ -37,10 +37,11 @@ struct PromptFile {
 inline PromptFile open_prompts(const std::string& folder, const nlohmann::ordered_json& entry, int vocab_size) {
     const std::string name = entry.at("file"), path = folder + "/" + name;
     PromptFile file{name, Shards({path}, vocab_size), entry.at("length"), entry.at("rows")};
-    if (file.length < 2) fail("%s: rows of %lld tokens; at least a token of prompt and one of answer are needed", path.c_str(), (long long)file.length);
+    if (file.length < 2)
+        fail("%s: rows of %lld tokens; at least a token of prompt and one of answer are needed", path.c_str(), (long long)file.length);
     if (file.rows.samples(file.length) != file.count())
-        fail("%s holds %lld rows of %lld tokens and prompts.json has %lld; make the prompts again", path.c_str(), (long long)file.rows.samples(file.length),
-             (long long)file.length, (long long)file.count());
+        fail("%s holds %lld rows of %lld tokens and prompts.json has %lld; make the prompts again", path.c_str(),
+             (long long)file.rows.samples(file.length), (long long)file.length, (long long)file.count());
     for (const auto& label : file.labels)
         if (const int64_t answer = label.at("answer"); answer < 1 || answer >= file.length)
             fail("%s: an answer of %lld tokens in a row of %lld; make the prompts again", path.c_str(), (long long)answer, (long long)file.length);
@@ -123,9 +124,9 @@ inline nlohmann::ordered_json retrieve_file(Retriever& retriever, const PromptFi
         bar.add((double)answers.size());
     }
     const double seconds = now_seconds() - begin;
-    printf("%-24s | %8lld tokens | %4lld prompts | right %6.2f%% | answer tokens right %6.2f%% | %s tok/s\n", file.name.c_str(), (long long)file.length,
-           (long long)file.count(), 100.0 * (double)right / (double)file.count(), 100.0 * (double)right_tokens / (double)tokens,
-           human((double)(file.count() * file.length) / seconds).c_str());
+    printf("%-24s | %8lld tokens | %4lld prompts | right %6.2f%% | answer tokens right %6.2f%% | %s tok/s\n", file.name.c_str(),
+           (long long)file.length, (long long)file.count(), 100.0 * (double)right / (double)file.count(),
+           100.0 * (double)right_tokens / (double)tokens, human((double)(file.count() * file.length) / seconds).c_str());
     fflush(stdout);
     return {{"file", file.name}, {"length", file.length}, {"accuracy", (double)right / (double)file.count()},
             {"token_accuracy", (double)right_tokens / (double)tokens}, {"seconds", seconds}, {"rows", results}};
@@ -140,8 +141,9 @@ inline void run_retrieve(const RetrieveOptions& o) {
     std::vector<PromptFile> files;
     nlohmann::ordered_json report;
     try {
-        report = {{"task", manifest.at("task")}, {"vocabulary", manifest.at("vocabulary")}, {"checkpoint", o.checkpoint}, {"model", config.name}, {"blocks", config.blocks},
-                  {"window", config.window}, {"parameters", Layout(config).parameters()}, {"trained_length", config.seq_len}, {"build", BUILD_NAME}};
+        report = {{"task", manifest.at("task")}, {"vocabulary", manifest.at("vocabulary")}, {"checkpoint", o.checkpoint}, {"model", config.name},
+                  {"blocks", config.blocks}, {"window", config.window}, {"parameters", Layout(config).parameters()},
+                  {"trained_length", config.seq_len}, {"build", BUILD_NAME}};
         for (const auto& entry : manifest.at("files")) files.push_back(open_prompts(o.prompts, entry, config.vocab_size));
     } catch (const nlohmann::json::exception& e) {
         fail("%s: not a list of prompts (%s); make it with python -m data.retrieval", path.c_str(), e.what());

@@ -32,7 +32,8 @@ from data.shards import MAX_VOCAB_SIZE, PrepareError, make_header, sync_folder, 
 
 FILLER = (
     "Rain fell on the low hills all day. A cart of hay stood by the mill. The baker swept his floor and sang. Two crows sat on the garden wall. "
-    "Smoke rose from a far house. Nobody was in a hurry. The river ran slow and brown under the bridge. An old dog slept in the shade of the barn. "
+    "Smoke rose from a far house. Nobody was in a hurry. The river ran slow and brown under the bridge. An old dog slept in the shade of the "
+    "barn. "
 )
 PASSKEY_INTRO = "Somewhere in this long story a pass key is told. Find it and keep it in mind, because it will be asked for at the end. "
 PASSKEY_FACT = "The pass key is {key}. Do not forget that {key} is the pass key. "
@@ -41,14 +42,14 @@ PASSKEY_QUERY = "Now the story is over. What is the pass key? The pass key is"
 PHONEBOOK_INTRO = "This is a phone book.\n"
 PHONEBOOK_QUERY = "Now find these people in the phone book.\n"
 FIRST_NAMES = (
-    "Ada Alma Anton Arno Astrid Basil Bea Boris Bruno Carla Cecil Clara Cyril Dana Dora Edgar Elsa Emil Enid Erik Esther Felix Flora Frida Gita Greta Gustav "
-    "Hana Hector Heidi Hugo Ida Igor Ingrid Iris Ivan Jana Joris Jutta Karin Kasper Lars Leah Lena Linus Lotte Magda Marek Mina Moritz Nadia Nils Nora Olga "
-    "Oscar Otto Petra Quentin Rhea Rolf Rosa Selma Silas Sven"
+    "Ada Alma Anton Arno Astrid Basil Bea Boris Bruno Carla Cecil Clara Cyril Dana Dora Edgar Elsa Emil Enid Erik Esther Felix Flora Frida Gita "
+    "Greta Gustav Hana Hector Heidi Hugo Ida Igor Ingrid Iris Ivan Jana Joris Jutta Karin Kasper Lars Leah Lena Linus Lotte Magda Marek Mina "
+    "Moritz Nadia Nils Nora Olga Oscar Otto Petra Quentin Rhea Rolf Rosa Selma Silas Sven"
 ).split()
 LAST_NAMES = (
-    "Abel Adler Amsel Arnt Barlow Bexley Birk Bolt Brandt Carver Cole Crane Dahl Decker Drake Ebner Ekman Ellis Faber Falk Fenn Garner Gold Grimm Haas Halder "
-    "Hollis Ibsen Jansen Keller Kern Kling Lark Lindt Lorne Marsh Moss Munk Nagel Norden Oakes Olsen Pike Plum Quist Rask Reed Roth Sands Sommer Stone Tamm "
-    "Thorne Ulm Vance Voss Wade Weber Winter Wolf Yates Zander Zeller Zorn"
+    "Abel Adler Amsel Arnt Barlow Bexley Birk Bolt Brandt Carver Cole Crane Dahl Decker Drake Ebner Ekman Ellis Faber Falk Fenn Garner Gold "
+    "Grimm Haas Halder Hollis Ibsen Jansen Keller Kern Kling Lark Lindt Lorne Marsh Moss Munk Nagel Norden Oakes Olsen Pike Plum Quist Rask "
+    "Reed Roth Sands Sommer Stone Tamm Thorne Ulm Vance Voss Wade Weber Winter Wolf Yates Zander Zeller Zorn"
 ).split()
 
 
@@ -62,7 +63,8 @@ class Words:
     pattern = re.compile(r"[A-Za-z]+|\d|[^\w ]")
 
     def __init__(self):
-        texts = [FILLER, PASSKEY_INTRO, PASSKEY_FACT.format(key=""), PASSKEY_QUERY, PHONEBOOK_INTRO, PHONEBOOK_QUERY, "0123456789:.\n", *FIRST_NAMES, *LAST_NAMES]
+        texts = [FILLER, PASSKEY_INTRO, PASSKEY_FACT.format(key=""), PASSKEY_QUERY, PHONEBOOK_INTRO, PHONEBOOK_QUERY, "0123456789:.\n"]
+        texts += FIRST_NAMES + LAST_NAMES
         self.words = ["<eos>", *sorted({word for text in texts for word in self.pattern.findall(text)})]
         self.ids = {word: i for i, word in enumerate(self.words)}
         self.vocab_size = len(self.words)
@@ -294,7 +296,8 @@ def passkey_prompts(task: Passkey, lengths: list[int], depths: int, keys: int, s
         for depth in [i / max(1, depths - 1) for i in range(depths)]:
             for _ in range(keys):
                 key = task.new_key(rng)
-                rows.append((task.document(length, depth, key, False), {"answer": len(task.answer(key)), "length": length, "depth": round(depth, 6), "key": key}))
+                labels = {"answer": len(task.answer(key)), "length": length, "depth": round(depth, 6), "key": key}
+                rows.append((task.document(length, depth, key, False), labels))
         yield f"length_{length:08d}.bin", rows
 
 
@@ -307,8 +310,11 @@ def phonebook_prompts(task: Phonebook, counts: list[int], books: int, seed: int)
             asked = task.ask(entries, rng)
             drawn.append((task.parts(entries, asked, False), entries.index(asked[-1]), asked[-1]))
         length = 1 + max(sum(map(len, parts)) for parts, _, _ in drawn)
-        yield (f"entries_{count:05d}.bin", [(task.document(length, parts), {"answer": len(task.answer(entry)), "entries": count, "place": place,
-                                                                           "name": entry[0], "number": entry[1]}) for parts, place, entry in drawn])  # fmt: skip
+        rows = []
+        for parts, place, entry in drawn:
+            labels = {"answer": len(task.answer(entry)), "entries": count, "place": place, "name": entry[0], "number": entry[1]}
+            rows.append((task.document(length, parts), labels))
+        yield f"entries_{count:05d}.bin", rows
 
 
 # ------------------------------------------------------------------------------------------------------------ command line
@@ -354,12 +360,15 @@ def run(options: argparse.Namespace) -> str:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.purpose == "train":
         if options.min_length and not task.shortest <= options.min_length <= options.length:
-            raise PrepareError(f"--min-length {options.min_length}: must be from {task.shortest} (a {task.name} with nothing else in it) to --length {options.length}")
+            shortest = f"{task.shortest} (a {task.name} with nothing else in it)"
+            raise PrepareError(f"--min-length {options.min_length}: must be from {shortest} to --length {options.length}")
         max_length = options.max_length or options.length
         if not options.min_length <= max_length <= options.length or (options.max_length and not options.min_length):
-            raise PrepareError(f"--max-length {max_length}: must be from --min-length {options.min_length}, which goes with it, to --length {options.length}")
+            allowed = f"from --min-length {options.min_length}, which goes with it, to --length {options.length}"
+            raise PrepareError(f"--max-length {max_length}: must be {allowed}")
         tokens = write_training(options.out, task, options.documents, options.length, options.min_length, max_length, options.seed)
-        return f"{options.out}/train_000.bin: {options.documents} samples of {options.length} tokens, {tokens} tokens, vocabulary {vocabulary.vocab_size}"
+        samples = f"{options.documents} samples of {options.length} tokens"
+        return f"{options.out}/train_000.bin: {samples}, {tokens} tokens, vocabulary {vocabulary.vocab_size}"
     groups = passkey_prompts(task, options.lengths, options.depths, options.keys, options.seed) if task.name == "passkey" else \
         phonebook_prompts(task, options.entries, options.books, options.seed)  # fmt: skip
     write_prompts(options.out, task, groups)

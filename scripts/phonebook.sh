@@ -27,7 +27,8 @@ paper)
     ;;
 gpu)
     common=(--seq-len 4096 --micro-batch 16 --warmup-steps 40 --decay matrices --log-every 50)
-    train short "--documents 16000 --length 4096 --min-length 136 --max-length 256 --queries 4" "${common[@]}" --steps 1000 --lr 2e-3 --schedule constant "$@"
+    train short "--documents 16000 --length 4096 --min-length 136 --max-length 256 --queries 4" "${common[@]}" --steps 1000 --lr 2e-3 \
+        --schedule constant "$@"
     train mixed "--documents 10400 --length 4096 --min-length 136 --queries 4" "${common[@]}" --steps 650 --lr 1e-3 --schedule linear "$@"
     ask "--entries 5,10,15,20,30,40,60,80,120,160,240,320,480 --books 20" --micro-batch 20
     ;;

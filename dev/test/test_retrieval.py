@@ -90,7 +90,8 @@ def test_a_phone_book_asks_for_what_it_holds(length):
 def test_documents_depend_on_nothing_but_the_seed(tmp_path):
     for task, arguments in (("passkey", ["--min-length", 80]), ("phonebook", [])):
         first, again, other = (
-            made(tmp_path / f"{task}{i}", task, "train", "--documents", 6, "--length", 512, "--seed", seed, *arguments) for i, seed in enumerate((3, 3, 4))
+            made(tmp_path / f"{task}{i}", task, "train", "--documents", 6, "--length", 512, "--seed", seed, *arguments)
+            for i, seed in enumerate((3, 3, 4))
         )
         assert (first / "train_000.bin").read_bytes() == (again / "train_000.bin").read_bytes() != (other / "train_000.bin").read_bytes()
         assert sorted(os.listdir(first)) == ["train_000.bin"]
@@ -143,7 +144,8 @@ def test_a_tokenizer_of_data_prepare_does_as_well(tmp_path):
     vocabulary = retrieval.vocabulary_of(str(tmp_path / "tokenizer.model"))
     text = retrieval.Passkey(vocabulary).document(600, 0.5, "10417", False)
     assert len(text) == 600 and vocabulary.decode(text[1:]).endswith("What is the pass key? The pass key is 10417")
-    folder = made(tmp_path / "prompts", "passkey", "prompts", "--lengths", "600", "--depths", 3, "--keys", 1, "--vocabulary", tmp_path / "tokenizer.model")
+    which = ["--lengths", 600, "--depths", 3, "--keys", 1, "--vocabulary", tmp_path / "tokenizer.model"]
+    folder = made(tmp_path / "prompts", "passkey", "prompts", *which)
     file = json.loads((folder / "prompts.json").read_text())["files"][0]
     assert read_header(folder / file["file"])["fingerprint"] == vocabulary.fingerprint != 0
 
@@ -175,8 +177,8 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     (folder / "model.json").write_text(json.dumps(MODEL))
     made(folder / "data", "passkey", "train", "--documents", 256, "--length", 96, "--min-length", 80)
-    result = run(PROGRAM, "--model", folder / "model.json", "--data", f"{folder}/data/*.bin", "--out", folder / "run", "--micro-batch", 16, "--steps", 40,
-                 "--lr", "1e-2", "--warmup-steps", 2, "--schedule", "constant")  # fmt: skip
+    result = run(PROGRAM, "--model", folder / "model.json", "--data", f"{folder}/data/*.bin", "--out", folder / "run", "--micro-batch", 16,
+                 "--steps", 40, "--lr", "1e-2", "--warmup-steps", 2, "--schedule", "constant")  # fmt: skip
     assert result.returncode == 0, result.stderr
     made(folder / "prompts", "passkey", "prompts", "--lengths", "80,133", "--depths", 3, "--keys", 2)
     manifest = json.loads((folder / "prompts/prompts.json").read_text())
@@ -225,8 +227,10 @@ def test_the_first_answer_is_the_most_likely_token(world):
     raw, losses = bytearray(shard.read_bytes()), {}
     for candidate in [*range(8, 18), *answer]:
         raw[-4:-2] = int(candidate).to_bytes(2, "little")
-        (world / "candidate.bin").write_bytes(bytes(raw[:1024]).replace((81).to_bytes(4, "little"), (80).to_bytes(4, "little"), 1) + bytes(raw[1024:-2]))
-        result = run(PROGRAM, "eval", "--checkpoint", world / "run", "--data", world / "candidate.bin", "--seq-len", 79, "--val-lengths", "1x", "--batches", 1)
+        header = bytes(raw[:1024]).replace((81).to_bytes(4, "little"), (80).to_bytes(4, "little"), 1)
+        (world / "candidate.bin").write_bytes(header + bytes(raw[1024:-2]))
+        which = ["--data", world / "candidate.bin", "--seq-len", 79, "--val-lengths", "1x", "--batches", 1]
+        result = run(PROGRAM, "eval", "--checkpoint", world / "run", *which)
         assert result.returncode == 0, result.stderr
         losses[int(candidate)] = float(result.stdout.split("loss ")[1].split()[0])
     assert losses[answer[0]] == min(losses.values())
@@ -267,7 +271,9 @@ def test_the_heat_map_counts_answers(tmp_path):
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.parametrize("content, says", [("{", "not what train_samba retrieve"), ('{"task": "phonebook", "files": []}', "answers to phonebook prompts"), (None, "No such file")])
+@pytest.mark.parametrize("content, says", [
+    ("{", "not what train_samba retrieve"), ('{"task": "phonebook", "files": []}', "answers to phonebook prompts"), (None, "No such file"),
+])  # fmt: skip
 def test_the_heat_map_refuses_with_one_line(tmp_path, capsys, content, says):
     if content:
         (tmp_path / "a.json").write_text(content)
@@ -284,8 +290,9 @@ def test_the_scripts_train_ask_and_draw(world, tmp_path, task):
         assert result.returncode == 0, result.stderr
         assert (out / f"{task}.png").read_bytes()[:4] == b"\x89PNG"
         report = json.loads((out / f"{task}.json").read_text())
-        assert report["task"] == task and report["step"] == 8 and sum(len(file["rows"]) for file in report["files"]) == (18 if task == "passkey" else 8)
-        assert not (out / "short/documents").exists() and not (out / "prompts").exists()      # nothing is kept that can be made again
+        assert report["task"] == task and report["step"] == 8
+        assert sum(len(file["rows"]) for file in report["files"]) == (18 if task == "passkey" else 8)
+        assert not (out / "short/documents").exists() and not (out / "prompts").exists()  # nothing kept that can be made again
         options = json.loads((out / "short/log.jsonl").read_text().splitlines()[0])["options"]
         assert options["init-from"] == (f"{start}/latest" if start.name == "run" else "")
     result = run(f"scripts/{task}.sh", "tpu", tmp_path / "x", "tiny")
