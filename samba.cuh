@@ -508,6 +508,7 @@ struct Activations {
     floatX* logits;                        // (logit_rows,V), then their gradient in place
     int64_t logit_rows = 0;
     float* losses;                         // (B,T)
+    uint8_t* greedy;                       // (B,T)         1: the target is what greedy decoding chooses; not in training
     float* loss;                           // (1)           mean, accumulated over micro-batches
     float* norm;                           // (2)           gradient norm and clip factor
     float* dx;                             // (B,T,d)       gradient of the residual stream
@@ -612,6 +613,7 @@ inline void Activations::plan(const Layout& layout) {
     staged = kept.take<int>(2 * BT);
     rope = kept.take<float>(T * std::max(c.head_dim, 2));
     losses = kept.take<float>(BT);
+    greedy = training ? nullptr : kept.take<uint8_t>(BT);
     loss = kept.take<float>(1);
     norm = kept.take<float>(2);
     workspace = kept.take<char>((int64_t)workspace_bytes(layout));
@@ -962,7 +964,7 @@ inline void forward_layers(Model& m, int B, int64_t T, SequenceState* state) {
     if (state) state->position += T;
 }
 
-// acts.losses (B,T) = cross entropy of each token, without gradients.
+// acts.losses (B,T) = cross entropy of each token, acts.greedy (B,T) = whether it is the likeliest; no gradients.
 inline void evaluate(Model& m, int B, int64_t T, SequenceState* state) {
     Activations& acts = m.acts;
     const int d = m.config().d_model, V = m.config().vocab_size;
@@ -971,7 +973,7 @@ inline void evaluate(Model& m, int B, int64_t T, SequenceState* state) {
     for (int64_t row = 0; row < BT; row += acts.logit_rows) {
         const int64_t rows = std::min(acts.logit_rows, BT - row);
         ops::matmul_forward(m.matmul, acts.logits, V, acts.n_f + row * d, d, m.w(m.layout.network.head), rows, V, d, m.stream);   // (rows,V)
-        ops::cross_entropy_forward(acts.losses + row, acts.logits, acts.targets + row, rows, V, m.stream);
+        ops::cross_entropy_forward(acts.losses + row, acts.greedy ? acts.greedy + row : nullptr, acts.logits, acts.targets + row, rows, V, m.stream);
     }
 }
 

@@ -4,6 +4,7 @@
 //   train_samba [train] --model samba-421m --data 'data/slim/train_*.bin' --val 'data/slim/val_*.bin' --out out/421m
 //   train_samba eval     --checkpoint out/421m --data 'data/slim/val_*.bin'
 //   train_samba generate --checkpoint out/421m --prompt "import os"
+//   train_samba score    --checkpoint out/421m --requests requests.jsonl
 //   train_samba retrieve --checkpoint out/421m --prompts out/prompts
 //   train_samba info     --model samba-421m
 #include <csignal>
@@ -26,6 +27,7 @@
 #include "commands/generate.h"
 #include "commands/plans.h"
 #include "commands/retrieve.h"
+#include "commands/score.h"
 #include "commands/validation.h"
 
 using json = nlohmann::ordered_json;
@@ -617,6 +619,9 @@ inline int run_main(int argc, char** argv, Comm& comm) {
     EvalOptions eval;
     CLI::App* eval_app = add_eval(app, eval);
 
+    ScoreOptions score;
+    CLI::App* score_app = add_score(app, score);
+
     RetrieveOptions retrieve;
     CLI::App* retrieve_app = add_retrieve(app, retrieve);
 
@@ -644,6 +649,7 @@ inline int run_main(int argc, char** argv, Comm& comm) {
         return 1;
     }
     if (*eval_app) run_eval(eval);
+    else if (*score_app) run_score(score);
     else if (*retrieve_app) run_retrieve(retrieve);
     else if (*generate_app) run_generate(generate);
     else if (*info_app) run_info(info);

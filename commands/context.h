@@ -118,7 +118,7 @@ inline ContextResult read_windows(LongReader& reader, const Shards& shards, cons
                 shards.read_at(window.shard, window.first + first, n, tokens + b * n, targets + b * n);
             }
         };
-        const auto see = [&](int64_t first, int64_t n, const float* losses) {
+        const auto see = [&](int64_t first, int64_t n, const float* losses, const uint8_t*) {
             for (int64_t i = 0; i < B * n; i++) {
                 const TextWindow& window = windows[at + (size_t)(i / n)];
                 if (!std::isfinite(losses[i]))

@@ -38,7 +38,7 @@ template <int W, class X> __device__ inline RowSoftmax row_softmax(const X* logi
 
 template <int W, bool GRADIENT, class X>
 __global__ void __launch_bounds__(CROSS_ENTROPY_THREADS, 2)
-cross_entropy_kernel(float* losses, X* gradient, const X* logits /*== gradient if GRADIENT*/, const int* targets, float scale, int V) {
+cross_entropy_kernel(float* losses, uint8_t* greedy, X* gradient, const X* logits /*== gradient if GRADIENT*/, const int* targets, float scale, int V) {
     const int64_t row = blockIdx.x;
     logits += row * V;
     const int target = targets[row];
@@ -47,6 +47,7 @@ cross_entropy_kernel(float* losses, X* gradient, const X* logits /*== gradient i
     const float target_logit = valid ? to_float(logits[target]) : nanf("");
     const RowSoftmax softmax = row_softmax<W>(logits, V);
     if (threadIdx.x == 0) losses[row] = logf(softmax.sum) + (softmax.max - target_logit);
+    if (threadIdx.x == 0 && greedy) greedy[row] = target_logit >= softmax.max;
     if constexpr (GRADIENT) {
         gradient += row * V;
         const float factor = valid ? scale / softmax.sum : nanf("");
@@ -63,13 +64,15 @@ cross_entropy_kernel(float* losses, X* gradient, const X* logits /*== gradient i
     }
 }
 
-inline void cross_entropy_forward(float* losses /*(M)*/, const floatX* logits /*(M,V)*/, const int* targets /*(M)*/, int64_t M, int V, Stream stream) {
+// greedy: as in the twin
+inline void cross_entropy_forward(float* losses /*(M)*/, uint8_t* greedy /*(M) or null*/, const floatX* logits /*(M,V)*/, const int* targets /*(M)*/,
+                                  int64_t M, int V, Stream stream) {
     const Operation op("cross entropy forward", (double)M * V * sizeof(floatX), 0, stream);
     constexpr int W = 16 / sizeof(floatX);
     if (V % W == 0 && aligned_16(logits))
-        cross_entropy_kernel<W, false, floatX><<<(unsigned)M, CROSS_ENTROPY_THREADS, 0, stream>>>(losses, nullptr, logits, targets, 0.f, V);
+        cross_entropy_kernel<W, false, floatX><<<(unsigned)M, CROSS_ENTROPY_THREADS, 0, stream>>>(losses, greedy, nullptr, logits, targets, 0.f, V);
     else
-        cross_entropy_kernel<1, false, floatX><<<(unsigned)M, CROSS_ENTROPY_THREADS, 0, stream>>>(losses, nullptr, logits, targets, 0.f, V);
+        cross_entropy_kernel<1, false, floatX><<<(unsigned)M, CROSS_ENTROPY_THREADS, 0, stream>>>(losses, greedy, nullptr, logits, targets, 0.f, V);
     LAUNCH_CHECK();
 }
 
@@ -78,9 +81,9 @@ inline void cross_entropy_fused(float* losses /*(M)*/, floatX* logits /*(M,V) in
     const Operation op("cross entropy", 2.0 * M * V * sizeof(floatX), 0, stream);
     constexpr int W = 16 / sizeof(floatX);
     if (V % W == 0 && aligned_16(logits))
-        cross_entropy_kernel<W, true, floatX><<<(unsigned)M, CROSS_ENTROPY_THREADS, 0, stream>>>(losses, logits, logits, targets, scale, V);
+        cross_entropy_kernel<W, true, floatX><<<(unsigned)M, CROSS_ENTROPY_THREADS, 0, stream>>>(losses, nullptr, logits, logits, targets, scale, V);
     else
-        cross_entropy_kernel<1, true, floatX><<<(unsigned)M, CROSS_ENTROPY_THREADS, 0, stream>>>(losses, logits, logits, targets, scale, V);
+        cross_entropy_kernel<1, true, floatX><<<(unsigned)M, CROSS_ENTROPY_THREADS, 0, stream>>>(losses, nullptr, logits, logits, targets, scale, V);
     LAUNCH_CHECK();
 }
 

@@ -22,7 +22,7 @@ TEST(CrossEntropy, FusedMatchesFiniteDifferences) {
     std::vector<double> losses(M), fused_losses(M), gradient = logits;
     cpu::cross_entropy_fused(fused_losses.data(), gradient.data(), targets.data(), scale, M, V);
     auto f = [&] {
-        cpu::cross_entropy_forward(losses.data(), logits.data(), targets.data(), M, V);
+        cpu::cross_entropy_forward(losses.data(), nullptr, logits.data(), targets.data(), M, V);
         return scale * (losses[0] + losses[1] + losses[2]);
     };
     f();
@@ -50,6 +50,18 @@ TEST(CrossEntropy, TargetOutsideVocabularyIsNaN) {
     EXPECT_TRUE(std::isnan(logits[0]) && std::isnan(logits[5]) && std::isfinite(logits[6]));
 }
 
+TEST(CrossEntropy, GreedyIsTheLikeliestTarget) {
+    const std::vector<float> logits = {1, 3, 2, 5, 5, 4, 0, -1, 7, 1, 1, 1};
+    std::vector<float> losses(4);
+    std::vector<uint8_t> greedy(4, 9);
+    const auto of = [&](std::vector<int> targets) {
+        cpu::cross_entropy_forward(losses.data(), greedy.data(), logits.data(), targets.data(), 4, 3);
+        return greedy;
+    };
+    EXPECT_EQ(of({1, 0, 2, 2}), (std::vector<uint8_t>{1, 1, 1, 1}));
+    EXPECT_EQ(of({0, 2, 1, 3}), (std::vector<uint8_t>{0, 0, 0, 0}));
+}
+
 TEST(CrossEntropy, MeanOfLosses) {
     const auto losses = random_values(1001, 1);
     double sum = 0, mean = 1;
@@ -67,14 +79,18 @@ void cross_entropy_gpu(int64_t M, int V, double range) {
     const auto targets = some_targets(M, V);
     const float scale = 1.f / M;
     std::vector<double> losses(M), gradient = logits;
+    std::vector<uint8_t> likeliest(M);
+    cpu::cross_entropy_forward(losses.data(), likeliest.data(), gradient.data(), targets.data(), M, V);
     cpu::cross_entropy_fused(losses.data(), gradient.data(), targets.data(), scale, M, V);
+    DeviceBuffer<uint8_t> greedy(M);
     DeviceBuffer<floatX> device_logits(to_type<floatX>(logits));
     DeviceBuffer<int> device_targets(targets);
     DeviceBuffer<float> forward_losses(M), fused_losses(M);
-    gpu::cross_entropy_forward(forward_losses.ptr, device_logits.ptr, device_targets.ptr, M, V, Stream{});
+    gpu::cross_entropy_forward(forward_losses.ptr, greedy.ptr, device_logits.ptr, device_targets.ptr, M, V, Stream{});
     gpu::cross_entropy_fused(fused_losses.ptr, device_logits.ptr, device_targets.ptr, scale, M, V, Stream{});
     EXPECT_LT(rel_l2(to_double(forward_losses.host()), losses), tolerance<float>());
     EXPECT_EQ(forward_losses.host(), fused_losses.host());
+    EXPECT_EQ(greedy.host(), likeliest);
     EXPECT_LT(rel_l2(to_double(device_logits.host()), gradient), tolerance<floatX>());
 }
 

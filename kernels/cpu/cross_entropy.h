@@ -23,10 +23,16 @@ template <class R> R row_loss(const R* logits, RowSoftmax<R> s, int target, int 
     return std::log(s.sum) + (s.max - logits[target]);
 }
 
+// greedy: 1 where no logit of the row is above the target's, so that greedy decoding would have chosen it (or one as likely)
 template <class R>
-void cross_entropy_forward(R* losses /*(M)*/, const R* logits /*(M,V)*/, const int* targets /*(M)*/, int64_t M, int V, Stream = {}) {
+void cross_entropy_forward(R* losses /*(M)*/, uint8_t* greedy /*(M) or null*/, const R* logits /*(M,V)*/, const int* targets /*(M)*/, int64_t M, int V,
+                           Stream = {}) {
 #pragma omp parallel for
-    for (int64_t i = 0; i < M; i++) losses[i] = row_loss(logits + i * V, row_softmax(logits + i * V, V), targets[i], V);
+    for (int64_t i = 0; i < M; i++) {
+        const RowSoftmax<R> s = row_softmax(logits + i * V, V);
+        losses[i] = row_loss(logits + i * V, s, targets[i], V);
+        if (greedy) greedy[i] = targets[i] >= 0 && targets[i] < V && logits[i * V + targets[i]] >= s.max;
+    }
 }
 
 template <class R>
