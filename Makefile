@@ -258,6 +258,10 @@ bench-scan: ## Selective scan and convolution at the shapes of training: errors,
 	@$(MAKE) --no-print-directory $(BUILD)/bench_scan
 	@$(BUILD)/bench_scan
 
+.PHONY: bench-scaling
+bench-scaling: setup ## Several GPUs of this machine: the same training on any number, speed, collectives alone; table and plot in dev/results
+	@$(MAKE) --no-print-directory $(BUILD)/train_samba $(BUILD)/bench_comm
+	@$(PYTHON) dev/bench/scaling_check.py --program $(BUILD)/train_samba $(SCALING)
 .PHONY: bench-loader
 bench-loader: ## Tokens/s of the DataLoader with a warm page cache
 	@$(MAKE) --no-print-directory $(BUILD)/bench_loader

@@ -268,6 +268,22 @@ struct Comm {
         all_gather(rows, {0, world * count}, bounds);
     }
 
+    // `bytes` to the next rank, and as many from the one before: what the link can do (dev/bench/bench_comm.cu)
+    void shift(char* in, const char* out, int64_t bytes) {
+        const int to = (rank + 1) % world, from = (rank - 1 + world) % world;
+        if (nccl_used_) return nccl_shift(in, out, bytes, to, from);
+        const int64_t piece = STAGING * (int64_t)sizeof(float);
+        char *host_out = (char*)staging_, *host_in = host_out + world * piece;
+        for (int64_t at = 0; at < bytes; at += piece) {
+            const int64_t size = std::min(piece, bytes - at);
+            copy_to_host(host_out, out + at, (size_t)size, stream_);
+            stream_sync(stream_);
+            transport_->exchange(to, host_out, size, from, host_in, size);
+            copy_to_device(in + at, host_in, (size_t)size, stream_);
+            stream_sync(stream_);
+        }
+    }
+
     // Waits for `compute`. The guard can tell from it who computes and who waits: first for what came before
     // backward_done(), then for the others' part.
     void synchronise() {
@@ -531,6 +547,12 @@ private:
         nccl_check(ncclGroupEnd(), "ncclGroupEnd");
     }
     void nccl_gather(float* rows, int64_t count) { nccl_check(ncclAllGather(rows + rank * count, rows, (size_t)count, ncclFloat, nccl_, stream_), "ncclAllGather"); }
+    void nccl_shift(char* in, const char* out, int64_t bytes, int to, int from) {
+        nccl_check(ncclGroupStart(), "ncclGroupStart");
+        nccl_check(ncclSend(out, (size_t)bytes, ncclChar, to, nccl_, stream_), "ncclSend");
+        nccl_check(ncclRecv(in, (size_t)bytes, ncclChar, from, nccl_, stream_), "ncclRecv");
+        nccl_check(ncclGroupEnd(), "ncclGroupEnd");
+    }
     ncclComm_t nccl_ = nullptr;
 #else
     [[noreturn]] static void no_nccl() { fail("several GPUs need NCCL and this program was built without it: install libnccl-dev and build again, or use --collectives host"); }
@@ -539,6 +561,7 @@ private:
     void nccl_reduce(float*, Range, const std::vector<int64_t>&) { no_nccl(); }
     void nccl_all_gather(char*, size_t, Range, const std::vector<int64_t>&) { no_nccl(); }
     void nccl_gather(float*, int64_t) { no_nccl(); }
+    void nccl_shift(char*, const char*, int64_t, int, int) { no_nccl(); }
 #endif
 
     std::unique_ptr<Transport> transport_;

@@ -6,9 +6,9 @@
 # HOSTS is MPI's host file, a line "node1 slots=8" for each machine. This directory, the data and OUT are in a file system that
 # all machines share. mpirun reaches the others by ssh; without that see scripts/slurm.sbatch, which needs no MPI.
 #
-# Cost: about 660 GPU hours (10.3 hours on 64 H100). Computed, not measured: 100e9 tokens at 42k tokens/s and GPU, the share of
-# the bf16 peak (36 %) that PyTorch with the official kernels reaches for 421M on one H100, times 64 without any loss. This
-# trainer has not been timed on several GPUs yet; dev/scaling.md says what is expected of it.
+# Cost: about 490 GPU hours (7.6 hours on 64 H200): 100e9 tokens at 57k tokens/s, the middle of what this trainer was measured at
+# on one H200 (micro-batch 4, 4,096 tokens, dev/results), times 64 without any loss. Several GPUs have not been timed yet;
+# dev/scaling.md says what is expected of them, and make bench-scaling measures it.
 # Memory: 7.7 GiB of parameters and optimizer a GPU with --zero 1, and activations for what is left (--recompute auto).
 #
 # Starts again from the newest checkpoint when it fails. RANKS, PROGRAM, OUT: other than 64, ./train_samba, out/1.3b.

@@ -3,9 +3,9 @@
 #
 #   DATA='data/slim/train_*.bin' VAL='data/slim/val_*.bin' scripts/run_421m_8gpu.sh [options of train_samba]
 #
-# Cost: about 43 GPU hours (5.3 hours on 8 H100). Computed, not measured: 20e9 tokens at 130k tokens/s and GPU, which is what
-# PyTorch with the official kernels reaches on one H100 (micro-batch 8, 4,096 tokens), times 8 without any loss. This trainer
-# has not been timed on several GPUs yet; dev/scaling.md says what is expected of it.
+# Cost: about 33 GPU hours (4.1 hours on 8 H200): 20e9 tokens at the 170.7k tokens/s that this trainer was measured at on one H200
+# (micro-batch 8, 4,096 tokens, dev/results), times 8 without any loss. Several GPUs have not been timed yet; dev/scaling.md says
+# what is expected of them, and make bench-scaling measures it.
 # Memory: 2.9 GiB of parameters and optimizer a GPU with --zero 1, and activations for what is left (--recompute auto).
 #
 # Starts again from the newest checkpoint when it fails. RANKS, PROGRAM, OUT: other than 8, ./train_samba, out/421m.

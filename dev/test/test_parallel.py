@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 
@@ -410,6 +411,18 @@ def test_the_run_script_starts_again_from_latest(world, tmp_path):
     assert "starting again from step_" in err and re.search(r"resumed  \S+ at step \d+0\n", rest)
     assert records(out, "train")[-1]["step"] == 300
     assert os.readlink(out / "latest") == "step_00000300"
+
+
+def test_the_check_of_several_gpus_in_small(tmp_path):
+    """make bench-scaling, with two ranks of this build and a small model: everything but the speed of GPUs"""
+    result = run(sys.executable, os.path.join(ROOT, "dev/bench/scaling_check.py"), "--small", "--ranks", "1,2", "--steps", "6", "--program", PROGRAM, "--out", tmp_path, env=ENVIRONMENT)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("ok      ") == 7 and "FAILED" not in result.stdout
+    measured = json.load(open(tmp_path / "scaling.json"))
+    assert [(r["ranks"], r["accumulate"], r["reduce"], r["overlap"]) for r in measured["speed"]] == [
+        row for accumulate in (8, 1) for row in ((1, accumulate, "fp32", True), (2, accumulate, "fp32", True), (2, accumulate, "bf16", True), (2, accumulate, "fp32", False),
+                                                 (2, accumulate, "bf16", False))]
+    assert (tmp_path / "scaling.png").stat().st_size > 10000 and "| 2 |" in (tmp_path / "README.md").read_text()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
