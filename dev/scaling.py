@@ -54,7 +54,8 @@ def table(network, flops_rate):
             seconds, exposed = step(model, gpus, tokens, network, flops_rate)
             rate = tokens / seconds
             efficiency = 100 * rate * flops / flops_rate / gpus
-            print(f"| {model} | {gpus:,} | {tokens / 1e6:.1f}M | {seconds * 1e3:,.0f} | {exposed * 1e3:,.0f} | {rate / 1e6:.2f}M | {efficiency:.0f} % |")
+            print(f"| {model} | {gpus:,} | {tokens / 1e6:.1f}M | {seconds * 1e3:,.0f} | {exposed * 1e3:,.0f} | "
+                  f"{rate / 1e6:.2f}M | {efficiency:.0f} % |")
 
 
 def measured(path):
@@ -62,7 +63,8 @@ def measured(path):
     global NVLINK
     result = json.load(open(path))
     most = max(result["collectives"], key=lambda r: r["ranks"])
-    NVLINK = (4 * most["elements"] * (most["ranks"] - 1) / most["ranks"] / most["reduce"], most["hop"] / min(most["ranks"], 64) ** 0.5)      # the step's latency has that root
+    bandwidth = 4 * most["elements"] * (most["ranks"] - 1) / most["ranks"] / most["reduce"]
+    NVLINK = (bandwidth, most["hop"] / min(most["ranks"], 64) ** 0.5)       # step() multiplies by that root
     NETWORKS["8 x 400 Gb/s a machine"] = NVLINK
     flops_rate = None
     print(f"measured: {result['machine']}, commit {result['commit']}: {NVLINK[0] / 1e9:.1f} GB/s of a sum, {NVLINK[1] * 1e6:.1f} us a hop\n")

@@ -93,7 +93,8 @@ class Check:
         launch(ranks, [str(a) for a in arguments], f"{self.work}/errors.txt")
         log = [r for r in map(json.loads, open(f"{out}/log.jsonl")) if r["type"] == "train"]
         ms = statistics.median(r["ms"] for r in log[-8:])
-        print(f"  {ranks} ranks, {micro_batches} micro-batches {' '.join(map(str, extra))}: loss {log[-1]['loss']:.4f}, {ms:.1f} ms a step", flush=True)
+        how = " ".join(map(str, extra))
+        print(f"  {ranks} ranks, {micro_batches} micro-batches {how}: loss {log[-1]['loss']:.4f}, {ms:.1f} ms a step", flush=True)
         return log, out
 
     def bits(self, out):
@@ -166,17 +167,18 @@ class Check:
 
 
 def tables(result):
-    lines = [f"# Several GPUs: {result['machine']}", "", f"Commit {result['commit']}, {result['date']}. Command: `make bench-scaling`.", "", "## Speed", "",
+    lines = [f"# Several GPUs: {result['machine']}", "", f"Commit {result['commit']}, {result['date']}. Command: `make bench-scaling`.", "",
+             "## Speed", "",
              "| model | GPUs | micro-batches a GPU | gradients | overlap | ms a step | tokens/s | efficiency |", "|---|---|---|---|---|---|---|---|"]
     for r in result["speed"]:
-        lines.append(f"| {r['model']} | {r['ranks']} | {r['accumulate']} | {r['reduce']} | {'on' if r['overlap'] else 'off'} | {r['ms']:.1f} | {r['tok_s']:,.0f} | "
-                     f"{100 * r['efficiency']:.1f} % |")
+        lines.append(f"| {r['model']} | {r['ranks']} | {r['accumulate']} | {r['reduce']} | {'on' if r['overlap'] else 'off'} | {r['ms']:.1f} | "
+                     f"{r['tok_s']:,.0f} | {100 * r['efficiency']:.1f} % |")
     lines += ["", "## Collectives alone", "",
               "| GPUs | link, GB/s | sum fp32, ms | of the link | sum bf16, ms | of the link | weights, ms |", "|---|---|---|---|---|---|---|"]
     for r in result["collectives"]:
         share = (r["ranks"] - 1) / r["ranks"] * r["elements"] / r["link"]
-        lines.append(f"| {r['ranks']} | {r['link'] / 1e9:.1f} | {r['reduce'] * 1e3:.2f} | {400 * share / r['reduce']:.0f} % | {r['reduce_bf16'] * 1e3:.2f} | "
-                     f"{200 * share / r['reduce_bf16']:.0f} % | {r['gather'] * 1e3:.2f} |")
+        lines.append(f"| {r['ranks']} | {r['link'] / 1e9:.1f} | {r['reduce'] * 1e3:.2f} | {400 * share / r['reduce']:.0f} % | "
+                     f"{r['reduce_bf16'] * 1e3:.2f} | {200 * share / r['reduce_bf16']:.0f} % | {r['gather'] * 1e3:.2f} |")
     lines += ["", "## The same training on any number", "",
               "| GPUs | 20 losses, at most from those of one | a repetition |", "|---|---|---|"]
     for r in result["correctness"]:

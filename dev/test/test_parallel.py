@@ -425,6 +425,11 @@ def test_the_check_of_several_gpus_in_small(tmp_path):
     assert (tmp_path / "scaling.png").stat().st_size > 10000 and "| 2 |" in (tmp_path / "README.md").read_text()
 
 
+def test_the_tables_of_the_scaling_page_are_what_the_model_says():
+    result = run(sys.executable, os.path.join(ROOT, "dev/scaling.py"))
+    assert result.returncode == 0 and result.stdout.strip() in open(os.path.join(ROOT, "dev/scaling.md")).read()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is not finite
 
