@@ -1068,13 +1068,13 @@ inline void upload_tokens(Model& m, const int* tokens, const int* targets, int64
     event_record(m.taken, m.stream);
 }
 
-// One step's passes on tokens that mean nothing, before the first: loads every kernel, and times the candidates of matrix products
-// that have no choice yet. Leaves gradients and activations to be overwritten; nothing else changes.
-inline void rehearse(Model& m, int B, int64_t T, bool several_micro_batches) {
+// One step's passes on tokens that mean nothing, before the first: loads every kernel, and where asked for times the candidates of matrix
+// products that have no choice yet. Leaves gradients and activations to be overwritten; nothing else changes.
+inline void rehearse(Model& m, int B, int64_t T, bool several_micro_batches, bool time_products) {
     std::vector<int> tokens(B * T);
     for (size_t i = 0; i < tokens.size(); i++) tokens[i] = (int)(counter_uniform(1, i) * m.config().vocab_size);
     const auto before = std::exchange(m.before_layer, nullptr), after = std::exchange(m.after_layer, nullptr);
-    m.matmul.rehearsal = true;
+    m.matmul.rehearsal = time_products;
     upload_tokens(m, tokens.data(), tokens.data(), B * T);
     for (int pass = 0; pass < 1 + several_micro_batches; pass++) forward_backward(m, B, T, 1.0f, pass == 0);
     stream_sync(m.stream);

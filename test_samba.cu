@@ -392,7 +392,7 @@ TEST(Training, GraphsChangeNoBit) {
         SequenceState state;
         state.create(f.m.layout, 2, 64, f.m.stream);
         f.m.matmul.choices = choices;
-        rehearse(f.m, 2, 32, true);
+        rehearse(f.m, 2, 32, true, true);
         choices = f.m.matmul.choices;
         for (int step = 1; step <= 4; step++) {
             for (int micro = 0; micro < 2; micro++) {

@@ -89,11 +89,18 @@ inline MatmulChoices load_matmul_plans(const std::string& path, const MatmulPlan
     return choices;
 }
 
-// Adds to what the file has by now: another run may have written it meanwhile, and the choices it made first stay. A folder that cannot
-// be written costs the next run its time, no more.
+// Why no file could be kept in this folder, or ""
+inline std::string folder_defect(const std::string& folder) {
+    if (folder.empty()) return "there is no home folder";
+    std::error_code error;
+    std::filesystem::create_directories(folder, error);
+    if (error) return folder + ": " + error.message();
+    return access(folder.c_str(), W_OK) == 0 ? "" : folder + ": " + strerror(errno);
+}
+
+// Adds to what the file has by now: another run may have written it meanwhile, and the choices it made first stay.
 inline void save_matmul_plans(const std::string& path, const MatmulPlanKey& key, const MatmulChoices& choices) {
     try {
-        std::filesystem::create_directories(parent_directory(path));
         MatmulChoices all, ours = choices;
         if (access(path.c_str(), R_OK) == 0) parse_matmul_plans(MappedFile(path).text(), key, all);
         all.merge(ours);

@@ -101,13 +101,17 @@ struct Matmul {
     static int64_t library() { return (int64_t)cublasLtGetVersion(); }
     Matmul(const Matmul&) = delete;
     Matmul& operator=(const Matmul&) = delete;
-    ~Matmul() {
+    void forget_plans() {                         // they are made anew from the choices
         for (auto& [shape, plan] : plans) {
             cublasLtMatrixLayoutDestroy(plan.a);
             cublasLtMatrixLayoutDestroy(plan.b);
             cublasLtMatrixLayoutDestroy(plan.c);
             cublasLtMatmulDescDestroy(plan.operation);
         }
+        plans.clear();
+    }
+    ~Matmul() {
+        forget_plans();
         cudaFree(workspace);   // no check: a destructor must not throw
         if (handle) cublasLtDestroy(handle);
     }

@@ -26,6 +26,7 @@ void expect_equal(const MatmulChoices& a, const MatmulChoices& b) {
 
 TEST(MatmulPlans, AreReadAsWritten) {
     TempFolder folder;
+    EXPECT_EQ(folder_defect(folder.path("deep")), "");
     const std::string path = folder.path("deep/" + plan_file_name(KEY));
     EXPECT_EQ(plan_file_name(KEY), "matmul_NVIDIA_H100_80GB_HBM3_cublaslt130100_gpu-bf16.json");
     EXPECT_TRUE(load_matmul_plans(path, KEY).empty()) << "no file: nothing, and no error";
@@ -85,6 +86,9 @@ TEST(MatmulPlans, AFileThatCannotBeUsedIsSaidInOneLine) {
     EXPECT_EQ(testing::internal::GetCapturedStderr(), path + ": it is not JSON; timing matrix products again\n");
     save_matmul_plans(path, KEY, some_choices());          // and it is replaced
     expect_equal(some_choices(), load_matmul_plans(path, KEY));
+    EXPECT_EQ(folder_defect(folder.path("a/b")), "");
+    EXPECT_NE(folder_defect("").find("home"), std::string::npos);
+    EXPECT_NE(folder_defect(path + "/below").find(path), std::string::npos);
     testing::internal::CaptureStderr();
     save_matmul_plans(path + "/below/plans.json", KEY, some_choices());
     const std::string said = testing::internal::GetCapturedStderr();

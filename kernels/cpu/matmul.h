@@ -22,6 +22,7 @@ struct Matmul {   // the GPU twin keeps a handle, a workspace and plans here
     bool rehearsal = false;
     MatmulChoices choices;
     static int64_t library() { return 0; }
+    void forget_plans() {}
 };
 
 #ifdef SAMBA_OPENBLAS
