@@ -197,7 +197,8 @@ def parity(o):
     with tempfile.TemporaryDirectory() as folder:
         start = start_checkpoint(o, folder + "/start")
         T = o.seq_len or json.loads(run_program([o.program, "info", "--model", o.model, "--json"], capture_output=True).stdout)["block_size"]
-        schedule = ["--lr", str(o.lr), "--schedule", "constant", "--warmup-steps", "0", "--seed", "3407"]
+        # The rate rises from step to step: at full rate from the start, fresh weights blow up, and then roundings decide
+        schedule = ["--lr", str(o.lr), "--schedule", "constant", "--warmup-steps", str(o.steps), "--seed", "3407"]
         run_program([o.program, "--model", o.model, "--data", o.data, "--init-from", start, "--out", folder + "/run", "--micro-batch", str(o.micro_batch), "--seq-len", str(T),
                      "--steps", str(o.steps), "--log-every", "10", "--checkpoint-every", "0", *schedule])  # fmt: skip
         log = [json.loads(line) for line in open(folder + "/run/log.jsonl", encoding="utf-8")]
@@ -211,6 +212,8 @@ def train_twin(model, o, T):
     batches, rope, adamw = Batches(o.data, T, 3407), model.rope(T), optimizer(model, o.lr)
     history = []
     for step in range(o.steps):
+        for group in adamw.param_groups:
+            group["lr"] = o.lr * (step + 1) / o.steps
         adamw.zero_grad(set_to_none=True)
         loss = forward_backward(model, *batches.batch(step * o.micro_batch, o.micro_batch), rope)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -249,7 +252,7 @@ def main():
             p.add_argument("--data", required=True)
             p.add_argument("--steps", type=int, default=50)
             p.add_argument("--seq-len", type=int, default=0)
-            p.add_argument("--lr", type=float, default=4e-4)
+            p.add_argument("--lr", type=float, default=4e-4, help="of the last step: it rises linearly from 0")
             p.add_argument("--tolerance", type=float, default=0.005)
     o = parser.parse_args()
     sys.exit(o.function(o))
