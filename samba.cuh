@@ -597,7 +597,7 @@ inline size_t Activations::workspace_bytes(const Layout& layout) const {
     need(ops::global_norm_workspace(layout.elements()));
     for (const Layer& layer : layout.layers) {
         if (layer.kind == Kind::mamba) need(ops::conv1d_backward_workspace((int)B, T, c.d_inner()));
-        if (layer.kind == Kind::attention) need(ops::attention_backward_workspace((int)B, T, c.n_head, c.n_kv_head, c.head_dim));
+        if (layer.kind == Kind::attention) need(ops::attention_backward_workspace((int)B, T, c.n_head, c.n_kv_head, c.head_dim, layer.window));
     }
     return most;
 }
@@ -853,12 +853,13 @@ inline void attention_inner(Pass& p, const Layer& layer, LayerActivations& a, co
     const int64_t T = p.T, BT = p.BT(), position = s ? p.state->position : 0, capacity = s ? s->capacity : 0;
     const Stream stream = m.stream;
     const floatX* ring = position > 0 && capacity > 0 ? s->ring : nullptr;
+    const int* starts = nullptr;                          // one document a sequence
 
     if (make.cheap) ops::rmsnorm_forward(a.n, a.rstd, x, m.w(t.norm), BT, d, c.norm_eps, stream);                            // (B,T,d)
     if (!make.dear) return;
     ops::matmul_forward(m.matmul, a.qkv, c.qkv_dim(), a.n, d, m.w(t.qkv), BT, c.qkv_dim(), d, stream);                       // (B,T,(H+2G)hd)
     if (c.rope) ops::rope_forward(a.qkv, m.acts.rope, B, T, H, G, hd, stream);
-    ops::attention_forward(a.out, a.lse, a.qkv, ring, capacity, position, B, T, H, G, hd, layer.window, stream);             // (B,T,H hd)
+    ops::attention_forward(a.out, a.lse, a.qkv, ring, capacity, position, starts, B, T, H, G, hd, layer.window, stream);     // (B,T,H hd)
     if (capacity > 0) ops::ring_update(s->ring, a.qkv, capacity, position, B, T, H, G, hd, stream);
 }
 
@@ -882,7 +883,10 @@ inline void attention_backward(Pass& p, const Layer& layer, LayerActivations& a,
     attention_inner(p, layer, a, x, nullptr, make_missing(m.acts.recompute));
     ops::matmul_dgrad(m.matmul, a.d_out, c.q_dim(), dy, d, w(t.proj), BT, d, c.q_dim(), false, stream);                      // (B,T,H hd)
     ops::matmul_wgrad(m.matmul, w.grad(t.proj), dy, d, a.out, c.q_dim(), BT, d, c.q_dim(), p.add, stream);
-    ops::attention_backward(a.d_in, a.d_out, a.out, a.qkv, a.lse, m.acts.workspace, B, T, H, G, hd, layer.window, stream);   // (B,T,(H+2G)hd)
+    const floatX* no_ring = nullptr;
+    const int* starts = nullptr;                          // one document a sequence
+    ops::attention_backward(a.d_in, a.d_out, a.out, a.qkv, a.lse, no_ring, 0, 0, starts, m.acts.workspace, B, T, H, G, hd, layer.window,
+                            stream);                                                                                         // (B,T,(H+2G)hd)
     if (c.rope) ops::rope_backward(a.d_in, m.acts.rope, B, T, H, G, hd, stream);
     ops::matmul_dgrad(m.matmul, a.dn, d, a.d_in, c.qkv_dim(), w(t.qkv), BT, c.qkv_dim(), d, false, stream);                  // (B,T,d)
     ops::matmul_wgrad(m.matmul, w.grad(t.qkv), a.d_in, c.qkv_dim(), a.n, d, BT, c.qkv_dim(), d, p.add, stream);

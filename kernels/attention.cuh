@@ -1,22 +1,24 @@
 // Causal sliding-window attention with grouped heads (MHA, GQA, MQA), forward and deterministic backward.
-// Formula, shapes and the meaning of the ring: kernels/cpu/attention.h. Scores are never in memory; lse (fp32) is saved.
+// Formula, shapes, the ring of earlier keys and document starts: kernels/cpu/attention.h. Scores are never in memory; lse (fp32) is saved.
 //
 // Three paths, one choice (attn::forward, attn::backward):
-//   sm90      bf16 on Hopper: TMA, warp-specialised wgmma; head_dim 64 and 128, no ring: attention_sm90.cuh
+//   sm90      bf16 on Hopper: TMA, warp-specialised wgmma; head_dim 64 and 128: attention_sm90.cuh
 //   *_mma     bf16 on tensor cores: mma.sync m16n8k16, ldmatrix, cp.async (sm_80 and newer); head_dim 64, 128, 256
 //   *_plain   fp32 arithmetic from either type; any head_dim that is a multiple of 8 up to 256
 //
 // Forward: a block owns a tile of queries and visits the key tiles of its window, the diagonal first; online softmax in the
-// exp2 domain. Backward: one kernel whose blocks own keys (dk, dv; they loop over the group's query heads) and one whose
-// blocks own queries (dq): 7 products instead of 5, but every sum has one owner and a fixed order: no atomics, no fp32 dq
-// buffer. Precision: fp32 sums, softmax and statistics; P and dS are rounded to bf16 for their second product.
+// exp2 domain. Backward: blocks that own keys make dk and dv (they loop over the group's query heads) and keep dS in memory
+// (attention_common.cuh); blocks that own queries make dq = dS K from it: 5 products, every sum has one owner and a fixed order, no
+// atomics, no fp32 dq buffer. Where dS does not fit its workspace (DS_LIMIT), or keys come from the ring, the second kernel makes S and
+// dP again: 7 products. Precision: fp32 sums, softmax and statistics; P and dS are rounded to bf16 for their second product.
 //
-// Flops per (query, visible key) pair: 4 hd forward, 10 hd backward (14 hd done). Samba-421M (B 8, T 4096, window 2048, 12
-// heads of 128): 309 and 773 GFLOP a layer; bytes do not matter (0.2 GB). mma.sync reaches 300 to 350 TFLOP/s on an H100.
+// Flops per (query, visible key) pair: 4 hd forward, 10 hd backward. Samba-421M (B 8, T 4096, window 2048, 12 heads of 128): 309 and
+// 773 GFLOP a layer; bytes: 0.2 GB forward, 2.7 GB backward (dS 1.25 written and read). mma.sync reaches 300 to 350 TFLOP/s on an H100.
 #pragma once
 #include <algorithm>
 #include <type_traits>
 
+#include "attention_common.cuh"
 #include "attention_sm90.cuh"
 #include "device.cuh"
 #include "measure.cuh"
@@ -24,43 +26,12 @@
 namespace gpu {
 namespace attn {
 
-using bf16 = __nv_bfloat16;
-constexpr float LOG2E = 1.44269504f;
-
-// What every kernel gets. Positions count from this call's t = 0, so a key of an earlier call has a negative one; they fit an
-// int (check() sees to it: registers are short), offsets into tensors never do.
-template <class X> struct Args {
-    X *out, *dqkv;
-    float *lse, *lse2, *delta;               // (B, H, T); lse2 = lse log2(e)
-    const X *qkv, *ring, *dout, *saved_out;
-    int64_t capacity, position;
-    int B, T, H, G, hd, window;
-
-    __host__ __device__ int64_t row() const { return (int64_t)(H + 2 * G) * hd; }
-    __host__ __device__ int64_t out_row() const { return (int64_t)H * hd; }
-    __device__ int64_t query(int b, int h) const { return (int64_t)b * T * row() + (int64_t)(h / (H / G) * (H / G + 2) + h % (H / G)) * hd; }
-    __device__ int64_t key(int b, int g) const { return (int64_t)b * T * row() + (int64_t)(g * (H / G + 2) + H / G) * hd; }
-    __device__ int64_t value(int b, int g) const { return key(b, g) + hd; }
-    __device__ int64_t output(int b, int h) const { return ((int64_t)b * T * H + h) * hd; }
-    __device__ int64_t stat(int b, int h) const { return ((int64_t)b * H + h) * T; }
-    __device__ int oldest() const { return -(int)min(position, capacity); }                  // first key held by the ring
-    __device__ const X* ring_row(int b, int g, int64_t p, int value) const {                // p < 0
-        return ring + (((b * capacity + (position + p) % capacity) * 2 + value) * G + g) * hd;
-    }
-};
-
 // Which tile (of `rows` rows) of which (b, head) this block owns. Heads one after the other, so that the blocks that run at a
 // time share keys in L2; last_first: the tiles with the longest past first.
 struct Work { int tile, b, head; };
 __device__ inline Work block_work(int T, int rows, int heads, bool last_first) {
     const int tiles = (T + rows - 1) / rows, tile = blockIdx.x % tiles, owner = blockIdx.x / tiles;
     return {last_first ? tiles - 1 - tile : tile, owner / heads, owner % heads};
-}
-
-__device__ inline float exp2_fast(float x) {                    // ex2.approx: 2 ulp, exp2(-inf) = 0
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -73,7 +44,6 @@ __device__ inline float exp2_fast(float x) {                    // ex2.approx: 2
 
 extern __shared__ __align__(1024) unsigned char attention_shared[];
 
-__device__ inline uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 // 16 rows x 16 columns: the A operand, or (transposed) B = rows as k, columns as n
 template <int HD> __device__ inline uint32_t lane_a() {
     const int lane = threadIdx.x % WARP;
@@ -95,7 +65,7 @@ __device__ inline void copy_async_4(uint32_t to, const void* from, bool real) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(real ? 4 : 0) : "memory");
 }
 __device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-__device__ inline void copy_async_wait() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+template <int PENDING = 0> __device__ inline void copy_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 
 // What this lane copies of a tile that starts at p: its first 16 bytes. Hoisted out of loops, it saves registers there.
 template <int HD> __device__ inline const bf16* lane_source(const bf16* p, int64_t stride) {
@@ -114,7 +84,8 @@ template <int ROWS, int HD, int THREADS> __device__ inline void load_tile(uint32
     }
 }
 // Keys (value = 0) or values (1) n0 .. n0 + ROWS - 1 of group g, some or all of them in the ring
-template <int ROWS, int HD, int THREADS> __device__ inline void load_tile_ring(uint32_t tile, const Args<bf16>& a, int b, int g, int n0, int value) {
+template <int ROWS, int HD, int THREADS>
+__device__ inline void load_tile_ring(uint32_t tile, const Args<bf16>& a, int b, int g, int n0, int value) {
     constexpr int CHUNKS = HD / 8, STEP = THREADS / CHUNKS;
     const int chunk = threadIdx.x % CHUNKS, row0 = threadIdx.x / CHUNKS;
     const bf16* here = a.qkv + a.key(b, g) + value * HD;
@@ -127,10 +98,12 @@ template <int ROWS, int HD, int THREADS> __device__ inline void load_tile_ring(u
 }
 
 __device__ inline void load_matrices(uint32_t (&r)[4], uint32_t at) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at));
 }
 __device__ inline void load_matrices_transposed(uint32_t (&r)[4], uint32_t at) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at));
 }
 // c (16, 8) += a (16, 16) b (16, 8). Lane l holds c of rows l/4 (c[0], c[1]) and l/4 + 8 (c[2], c[3]), columns l%4 * 2, + 1.
 __device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -182,10 +155,6 @@ __device__ inline void product_columns(float (&c)[MT][N / 8][4], const uint32_t 
             }
         }
 }
-__device__ inline uint32_t pack(float low, float high) {
-    const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&v);
-}
 // A result's registers are, rounded, the A operand of the next product: no trip through shared memory.
 template <int MT, int NT> __device__ inline void pack_operand(uint32_t (&p)[MT][NT / 2][4], const float (&c)[MT][NT][4]) {
 #pragma unroll
@@ -197,42 +166,53 @@ template <int MT, int NT> __device__ inline void pack_operand(uint32_t (&p)[MT][
         }
 }
 
-// Scores of unseen pairs become -infinity: row r of the block sees columns max(first + r, least) .. last + r. row: this lane's.
-template <int MT, int NT> __device__ inline void mask(float (&s)[MT][NT][4], int row, int first, int last, int least) {
+// Scores of unseen pairs become -infinity: row r of the block sees columns from(r) .. to(r). row: this lane's first.
+template <int MT, int NT, class From, class To> __device__ inline void mask(float (&s)[MT][NT][4], int row, From from, To to) {
     const int column = threadIdx.x % 4 * 2;
 #pragma unroll
     for (int m = 0; m < MT; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int from = max(first + row + m * 16 + half * 8, least) - column, to = last + row + m * 16 + half * 8 - column;
+            const int r = row + m * 16 + half * 8, first = from(r) - column, last = to(r) - column;
 #pragma unroll
             for (int n = 0; n < NT; n++)
 #pragma unroll
                 for (int e = 0; e < 2; e++)
-                    if (n * 8 + e < from || n * 8 + e > to) s[m][n][half * 2 + e] = -INFINITY;
+                    if (n * 8 + e < first || n * 8 + e > last) s[m][n][half * 2 + e] = -INFINITY;
         }
+}
+// Rows are queries from i0 on, columns keys from n0 on; or rows keys, columns queries
+template <int MT, int NT> __device__ inline void mask_keys(float (&s)[MT][NT][4], const Args<bf16>& a, int b, int row, int i0, int n0) {
+    mask(s, row, [&](int r) { return a.first_key(b, i0 + r) - n0; }, [&](int r) { return i0 + r - n0; });
+}
+template <int MT, int NT> __device__ inline void mask_queries(float (&s)[MT][NT][4], const Args<bf16>& a, int b, int row, int n0, int i0) {
+    mask(s, row, [&](int r) { return n0 + r - i0; }, [&](int r) { return a.last_query(b, n0 + r) - i0; });
 }
 
 // The warp's 16 MT result rows to global memory, rounded, by way of its own rows of a shared tile, in 16-byte stores.
-// factor(m, half) scales a row. Rows from `valid` on are not written. Only this warp may use these rows of the tile.
-template <int HD, int MT, class F>
-__device__ inline void store_rows(bf16* p, int64_t stride, int valid, const float (&c)[MT][HD / 8][4], unsigned char* rows, F factor) {
+// factor(m, half) scales a row, row_of(r) says where row r belongs. Rows from `valid` on are not written. Only this warp may use these
+// rows of the tile.
+struct SameRow { __device__ int operator()(int row) const { return row; } };
+template <int HD, int MT, class F, class R = SameRow>
+__device__ inline void store_rows(bf16* p, int64_t stride, int valid, const float (&c)[MT][HD / 8][4], unsigned char* rows, F factor, R row_of = {}) {
     const int lane = threadIdx.x % WARP;
     __syncwarp();
 #pragma unroll
     for (int m = 0; m < MT; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int row = m * 16 + half * 8 + lane / 4;
+            const int row = row_of(m * 16 + half * 8 + lane / 4);
             const float f = factor(m, half);
 #pragma unroll
             for (int n = 0; n < HD / 8; n++)
-                *reinterpret_cast<uint32_t*>(rows + row * HD * 2 + (n ^ (row % 8)) * 16 + lane % 4 * 4) = pack(c[m][n][half * 2] * f, c[m][n][half * 2 + 1] * f);
+                *reinterpret_cast<uint32_t*>(rows + row * HD * 2 + (n ^ (row % 8)) * 16 + lane % 4 * 4) =
+                    pack(c[m][n][half * 2] * f, c[m][n][half * 2 + 1] * f);
         }
     __syncwarp();
     for (int i = lane; i < MT * 16 * (HD / 8); i += WARP) {
         const int row = i / (HD / 8), chunk = i % (HD / 8);
-        if (row < valid) *reinterpret_cast<uint4*>(p + row * stride + chunk * 8) = *reinterpret_cast<const uint4*>(rows + row * HD * 2 + (chunk ^ (row % 8)) * 16);
+        if (row >= valid) continue;
+        *reinterpret_cast<uint4*>(p + row * stride + chunk * 8) = *reinterpret_cast<const uint4*>(rows + row * HD * 2 + (chunk ^ (row % 8)) * 16);
     }
 }
 
@@ -240,7 +220,8 @@ __device__ inline void store_rows(bf16* p, int64_t stride, int valid, const floa
 // Tensor-core path: forward
 
 // s becomes exp2(c s - c max); the running maximum, sum and output follow. Sums are per lane, joined at the end.
-template <int MT, int NT, int DT> __device__ inline void online_softmax(float (&s)[MT][NT][4], float (&o)[MT][DT][4], float (&top)[MT][2], float (&sum)[MT][2], float c) {
+template <int MT, int NT, int DT>
+__device__ inline void online_softmax(float (&s)[MT][NT][4], float (&o)[MT][DT][4], float (&top)[MT][2], float (&sum)[MT][2], float c) {
 #pragma unroll
     for (int m = 0; m < MT; m++)
 #pragma unroll
@@ -275,8 +256,8 @@ template <int HD, int WARPS, int MT, int BN, bool RING> __global__ void __launch
     constexpr int BM = WARPS * MT * 16, ROW = HD * 2, THREADS = WARPS * WARP;
     const Work work = block_work(a.T, BM, a.H, true);
     const int b = work.b, h = work.head, g = h / (a.H / a.G), warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    const int i0 = work.tile * BM, oldest = RING ? a.oldest() : 0;
-    const int first = max(oldest, i0 - a.window + 1) & -BN, last = (min(i0 + BM, a.T) - 1) & -BN;
+    const int i0 = work.tile * BM, first = a.first_key(b, i0) & -BN, last = (min(i0 + BM, a.T) - 1) & -BN;
+    const int all = a.first_key(b, i0 + BM - 1);                     // every query of the tile sees the keys from here to i0
     const float c = rsqrtf((float)HD) * LOG2E;
     const uint32_t q_tile = shared_address(attention_shared), k_tile = q_tile + BM * ROW, v_tile = k_tile + BN * ROW;
     const uint32_t q_at = q_tile + warp * MT * 16 * ROW;
@@ -299,8 +280,7 @@ template <int HD, int WARPS, int MT, int BN, bool RING> __global__ void __launch
         load_keys(v_tile, n0, 1);
         float s[MT][BN / 8][4];
         product_rows<HD>(s, q_at, k_tile);
-        if (n0 + BN - 1 > i0 || n0 <= i0 + BM - 1 - a.window || (RING && n0 < oldest))
-            mask(s, warp * MT * 16 + lane / 4, i0 - a.window + 1 - n0, i0 - n0, oldest - n0);
+        if (n0 + BN - 1 > i0 || n0 < all) mask_keys(s, a, b, warp * MT * 16 + lane / 4, i0, n0);
         copy_async_wait();
         __syncthreads();                                                // V is here; K's readers are done
         if (n0 > first) load_keys(k_tile, n0 - BN, 0);
@@ -362,6 +342,24 @@ __device__ inline void load_query_stage(const Args<bf16>& a, int b, int h, int i
     copy_async_commit();
 }
 
+// dS of a warp's 16 MT keys from `key` on and BM queries from i0 on (multiples of 32) to memory, for dq: as far as its blocks are kept
+template <int MT, int KT> __device__ inline void keep(const Args<bf16>& a, int owner, int key, int i0, const uint32_t (&ds)[MT][KT][4]) {
+    const int query_block = i0 / DS_EDGE, key_block = key / DS_EDGE, difference = query_block - key_block;
+    if (!a.ds || difference < 0 || difference >= ds_bands(a.T, a.window) || query_block * DS_EDGE >= a.T) return;
+    bf16* block = a.ds + ds_block(owner, query_block, key_block, a.T, a.window);
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+#pragma unroll
+            for (int k = 0; k < KT; k += 2)                             // 32 queries each
+                ds_store(block, key % DS_EDGE + m * 16 + half * 8 + threadIdx.x % WARP / 4, i0 / 32 % 2 + k / 2, ds[m][k][half], ds[m][k][2 + half],
+                         ds[m][k + 1][half], ds[m][k + 1][2 + half]);
+}
+
+// The last tile of BM queries for keys up to p: the last that sees one, and to the end of its block of dS
+template <int BM> __device__ inline int last_step(const Args<bf16>& a, int b, int p) { return min(a.T - 1, a.last_query(b, p) | (DS_EDGE - 1)) / BM; }
+
 // A block owns BN = 16 WARPS MT keys of one group and goes over the group's query heads and their tiles of BM queries. Scores
 // are formed transposed (keys as rows), so that P^T and dS^T are register operands. DK, DV: which of the two to compute;
 // head_dim 256 needs a launch for each, its sums fill the registers.
@@ -370,8 +368,8 @@ template <int HD, int WARPS, int MT, int BM, bool DK, bool DV> __global__ void _
     static_assert(2 * BM <= THREADS);
     const Work work = block_work(a.T, BN, a.G, false);
     const int b = work.b, g = work.head, heads = a.H / a.G, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    const int n0 = work.tile * BN, first = n0 / BM, last = min(a.T - 1, n0 + BN - 1 + a.window - 1) / BM;
-    const int count = last - first + 1, steps = heads * count;
+    const int n0 = work.tile * BN, first = n0 / BM, last = last_step<BM>(a, b, n0 + BN - 1);
+    const int count = last - first + 1, steps = heads * count, all = a.last_query(b, n0);              // every key is seen up to `all`
     const float scale = rsqrtf((float)HD), c = scale * LOG2E;
     const uint32_t k_tile = shared_address(attention_shared), v_tile = k_tile + BN * ROW, stages = v_tile + BN * ROW;
     float* statistics = reinterpret_cast<float*>(attention_shared + 2 * BN * ROW + 2 * STAGE);         // (2 stages, lse2 | delta, BM)
@@ -395,8 +393,7 @@ template <int HD, int WARPS, int MT, int BM, bool DK, bool DV> __global__ void _
         float s[MT][BM / 8][4];
         uint32_t operand[MT][BM / 16][4];
         product_rows<HD>(s, k_tile + warp * MT * 16 * ROW, q_tile);
-        if (i0 < n0 + BN - 1 || i0 + BM - 1 >= n0 + a.window)
-            mask(s, warp * MT * 16 + lane / 4, n0 - i0, n0 - i0 + a.window - 1, 0);
+        if (i0 < n0 + BN - 1 || i0 + BM - 1 > all) mask_queries(s, a, b, warp * MT * 16 + lane / 4, n0, i0);
         probabilities(s, c, [&](int, int n, int e) { return lse2[n * 8 + e % 2]; });
         if (DV) {
             pack_operand(operand, s);
@@ -407,6 +404,7 @@ template <int HD, int WARPS, int MT, int BM, bool DK, bool DV> __global__ void _
             product_rows<HD>(dp, v_tile + warp * MT * 16 * ROW, do_tile);
             score_gradients(dp, s, [&](int, int n, int e) { return delta[n * 8 + e % 2]; });
             pack_operand(operand, dp);
+            keep(a, b * a.H + g * heads + step / count, n0 + warp * MT * 16, i0, operand);
             product_columns<HD, HD>(dk, operand, q_tile);
         }
     }
@@ -455,8 +453,8 @@ template <int HD> __global__ void __launch_bounds__(2 * PAIRS * WARP) backward_p
     const Work work = block_work(a.T, BN, a.G, false);
     const int b = work.b, g = work.head, heads = a.H / a.G;
     const int lane = threadIdx.x % WARP, side = threadIdx.x / WARP % 2, pair = threadIdx.x / (2 * WARP);
-    const int n0 = work.tile * BN, first = n0 / BM, last = min(a.T - 1, n0 + BN - 1 + a.window - 1) / BM;
-    const int count = last - first + 1, steps = heads * count;
+    const int n0 = work.tile * BN, first = n0 / BM, last = last_step<BM>(a, b, n0 + BN - 1);
+    const int count = last - first + 1, steps = heads * count, all = a.last_query(b, n0);              // every key is seen up to `all`
     const float scale = rsqrtf((float)HD), c = scale * LOG2E;
     const uint32_t k_tile = shared_address(attention_shared), v_tile = k_tile + BN * ROW, stages = v_tile + BN * ROW;
     const uint32_t k_at = k_tile + pair * PAIR_KEYS * ROW, v_at = k_at + BN * ROW;
@@ -483,13 +481,14 @@ template <int HD> __global__ void __launch_bounds__(2 * PAIRS * WARP) backward_p
         float s[2][4][4], dp[2][4][4];
         uint32_t operand[2][2][4];
         product_rows<HD>(s, k_at, q_tile + side * 32 * ROW);
-        if (i0 < n0 + BN - 1 || i0 + 31 >= n0 + a.window) mask(s, pair * PAIR_KEYS + lane / 4, n0 - i0, n0 - i0 + a.window - 1, 0);
+        if (i0 < n0 + BN - 1 || i0 + 31 > all) mask_queries(s, a, b, pair * PAIR_KEYS + lane / 4, n0, i0);
         probabilities(s, c, [&](int, int n, int e) { return lse2[n * 8 + e % 2]; });
         pack_operand(operand, s);
         pair_product<HD>(dv, operand, do_tile + side * 128, parts, pair, side);                        // + 128 bytes: our columns
         product_rows<HD>(dp, v_at, do_tile + side * 32 * ROW);
         score_gradients(dp, s, [&](int, int n, int e) { return delta[n * 8 + e % 2]; });
         pack_operand(operand, dp);
+        keep(a, b * a.H + g * heads + step / count, n0 + pair * PAIR_KEYS, i0, operand);
         pair_product<HD>(dk, operand, q_tile + side * 128, gradient_parts, pair, side);
     }
     const int row0 = n0 + pair * PAIR_KEYS;
@@ -502,21 +501,27 @@ template <int HD> __global__ void __launch_bounds__(2 * PAIRS * WARP) backward_p
 
 template <int HD, int WARPS, int MT, int BN> constexpr int backward_queries_shared() { return (2 * WARPS * MT * 16 + 4 * BN) * HD * 2; }
 
-// A block owns BM = 16 WARPS MT queries of one head and goes over the key tiles of their window, two in flight.
-template <int HD, int WARPS, int MT, int BN> __global__ void __launch_bounds__(WARPS* WARP) backward_queries_mma(const Args<bf16> a) {
+// dq with S and dP made again: a block owns BM = 16 WARPS MT queries of one head and goes over the key tiles of their window, two in flight.
+template <int HD, int WARPS, int MT, int BN, bool RING> __global__ void __launch_bounds__(WARPS* WARP) backward_queries_mma(const Args<bf16> a) {
     constexpr int BM = WARPS * MT * 16, ROW = HD * 2, THREADS = WARPS * WARP, STAGE = 2 * BN * ROW;
     const Work work = block_work(a.T, BM, a.H, true);
     const int b = work.b, h = work.head, g = h / (a.H / a.G), warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const int i0 = work.tile * BM, row0 = i0 + warp * MT * 16;
-    const int first = max(0, i0 - a.window + 1) & -BN, last = (min(i0 + BM, a.T) - 1) & -BN;
+    const int first = a.first_key(b, i0) & -BN, last = (min(i0 + BM, a.T) - 1) & -BN;
+    const int all = a.first_key(b, i0 + BM - 1);                        // every query of the tile sees the keys from here to i0
     const float scale = rsqrtf((float)HD), c = scale * LOG2E;
     const uint32_t q_tile = shared_address(attention_shared), do_tile = q_tile + BM * ROW, stages = do_tile + BM * ROW;
     const uint32_t q_at = q_tile + warp * MT * 16 * ROW, do_at = q_at + BM * ROW;
     const bf16* keys = lane_source<HD>(a.qkv + a.key(b, g), a.row());
     auto load_keys = [&](int n0) {
-        const uint32_t tile = stages + (n0 / BN % 2) * STAGE;
-        load_tile<BN, HD, THREADS>(tile, keys + n0 * a.row(), a.row(), a.T - n0);
-        load_tile<BN, HD, THREADS>(tile + BN * ROW, keys + n0 * a.row() + HD, a.row(), a.T - n0);
+        const uint32_t tile = stages + (n0 / BN & 1) * STAGE;
+        if (RING && n0 < 0) {
+            load_tile_ring<BN, HD, THREADS>(tile, a, b, g, n0, 0);
+            load_tile_ring<BN, HD, THREADS>(tile + BN * ROW, a, b, g, n0, 1);
+        } else {
+            load_tile<BN, HD, THREADS>(tile, keys + n0 * a.row(), a.row(), a.T - n0);
+            load_tile<BN, HD, THREADS>(tile + BN * ROW, keys + n0 * a.row() + HD, a.row(), a.T - n0);
+        }
         copy_async_commit();
     };
     float dq[MT][HD / 8][4], lse2[MT][2], delta[MT][2];
@@ -536,11 +541,10 @@ template <int HD, int WARPS, int MT, int BN> __global__ void __launch_bounds__(W
         copy_async_wait();
         __syncthreads();
         if (n0 < last) load_keys(n0 + BN);
-        const uint32_t k_tile = stages + (n0 / BN % 2) * STAGE, v_tile = k_tile + BN * ROW;
+        const uint32_t k_tile = stages + (n0 / BN & 1) * STAGE, v_tile = k_tile + BN * ROW;
         float s[MT][BN / 8][4], dp[MT][BN / 8][4];
         product_rows<HD>(s, q_at, k_tile);
-        if (n0 + BN - 1 > i0 || n0 <= i0 + BM - 1 - a.window)
-            mask(s, warp * MT * 16 + lane / 4, i0 - a.window + 1 - n0, i0 - n0, 0);
+        if (n0 + BN - 1 > i0 || n0 < all) mask_keys(s, a, b, warp * MT * 16 + lane / 4, i0, n0);
         probabilities(s, c, [&](int m, int, int e) { return lse2[m][e / 2]; });
         product_rows<HD>(dp, do_at, v_tile);
         score_gradients(dp, s, [&](int m, int, int e) { return delta[m][e / 2]; });
@@ -548,7 +552,65 @@ template <int HD, int WARPS, int MT, int BN> __global__ void __launch_bounds__(W
         pack_operand(operand, dp);
         product_columns<HD, HD>(dq, operand, k_tile);
     }
-    store_rows<HD>(a.dqkv + a.query(b, h) + row0 * a.row(), a.row(), a.T - row0, dq, attention_shared + warp * MT * 16 * ROW, [&](int, int) { return scale; });
+    store_rows<HD>(a.dqkv + a.query(b, h) + row0 * a.row(), a.row(), a.T - row0, dq, attention_shared + warp * MT * 16 * ROW,
+                   [&](int, int) { return scale; });
+}
+
+// dq = dS K from the blocks that the kernels of dk and dv kept. A warp owns 32 queries and up to 128 columns; a step is 64 keys: their
+// tile and a block of dS for every 64 queries, STAGES of them on their way. Bound by reading dS: 8 KB for 4,096 hd multiply-adds.
+constexpr int PRODUCT_WARPS = 4, PRODUCT_STAGES = 3;
+template <int HD> constexpr int PRODUCT_ROWS = HD == 256 ? 64 : 128;
+template <int HD> constexpr int product_stage() { return DS_EDGE * HD * 2 + PRODUCT_ROWS<HD> * DS_EDGE * 2; }
+template <int HD> constexpr int backward_product_shared() { return (HD == 256 ? 2 : PRODUCT_STAGES) * product_stage<HD>(); }
+
+template <int HD> __global__ void __launch_bounds__(PRODUCT_WARPS* WARP, 2) backward_product_mma(const Args<bf16> a) {
+    constexpr int BM = PRODUCT_ROWS<HD>, BN = DS_EDGE, THREADS = PRODUCT_WARPS * WARP, STAGE = product_stage<HD>(), K_BYTES = BN * HD * 2;
+    constexpr int STAGES = backward_product_shared<HD>() / STAGE, COLUMNS = BM * HD / (PRODUCT_WARPS * 32), MT = 2;
+    const Work work = block_work(a.T, BM, a.H, true);
+    const int b = work.b, h = work.head, g = h / (a.H / a.G), warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const int i0 = work.tile * BM, row0 = warp * 32 % BM, column0 = warp * 32 / BM * COLUMNS;           // this warp's part of dq
+    const int first = a.first_key(b, i0) / BN, last = (min(i0 + BM, a.T) - 1) / BN;
+    const uint32_t stages = shared_address(attention_shared);
+    const bf16* keys = lane_source<HD>(a.qkv + a.key(b, g), a.row());
+    auto load = [&](int n) {                                            // block of keys n; one group of copies even if there is none
+        const uint32_t stage = stages + n % STAGES * STAGE;
+        if (n <= last) {
+            load_tile<BN, HD, THREADS>(stage, keys + (int64_t)n * BN * a.row(), a.row(), a.T - n * BN);
+#pragma unroll
+            for (int q = 0; q < BM / DS_EDGE; q++) {                    // before the first key of the block's queries nothing was kept: zeros
+                const int i = i0 + q * DS_EDGE;
+                const bool kept = i < a.T && n <= i / DS_EDGE && n >= a.first_key(b, i) / BN;
+                const bf16* from = a.ds + (kept ? ds_block(b * a.H + h, i / DS_EDGE, n, a.T, a.window) : 0) + threadIdx.x * 8;
+#pragma unroll
+                for (int part = 0; part < DS_BLOCK / (THREADS * 8); part++)
+                    copy_async_16(stage + K_BYTES + q * DS_BLOCK * 2 + (part * THREADS + threadIdx.x) * 16, from + part * THREADS * 8, kept);
+            }
+        }
+        copy_async_commit();
+    };
+    float dq[MT][COLUMNS / 8][4];
+    clear(dq);
+    for (int n = first; n < first + STAGES - 1; n++) load(n);
+    for (int n = first; n <= last; n++) {
+        copy_async_wait<STAGES - 2>();
+        __syncthreads();                                                // this stage is here; the last one's readers are done
+        load(n + STAGES - 1);
+        const uint32_t k_tile = stages + n % STAGES * STAGE, ds_tile = k_tile + K_BYTES + row0 / DS_EDGE * DS_BLOCK * 2;
+        uint32_t operand[MT][BN / 16][4];                               // rows are queries: the block's columns, hence transposed
+        const int key = lane % 8 + lane / 16 * 8, chunk = row0 % DS_EDGE / 8 + lane / 8 % 2;
+#pragma unroll
+        for (int m = 0; m < MT; m++)
+#pragma unroll
+            for (int k = 0; k < BN / 16; k++)
+                load_matrices_transposed(operand[m][k], ds_tile + (k * 16 + key) * 128 + ((chunk + m * 2) ^ (key % 8)) * 16);
+        product_columns<HD, COLUMNS>(dq, operand, k_tile + column0 * 2);
+    }
+    copy_async_wait();
+    __syncthreads();
+    const float scale = rsqrtf((float)HD);
+    bf16* to = a.dqkv + a.query(b, h) + (int64_t)(i0 + row0) * a.row() + column0;
+    store_rows<COLUMNS>(to, a.row(), a.T - i0 - row0, dq, attention_shared + warp * 32 * COLUMNS * 2, [&](int, int) { return scale; },
+                        [&](int r) { return ds_query(row0 % DS_EDGE + r) - row0 % DS_EDGE; });
 }
 
 // lse2 = lse log2(e) and delta = dout . out per row, (B, H, T): eight lanes a row
@@ -605,7 +667,10 @@ template <int HDP, int R> __device__ inline void plain_product_rows(float (&s)[R
     for (int d = 0; d < HDP; d += 4) {
         Vec<float, 4> a[R], b[R];
 #pragma unroll
-        for (int r = 0; r < R; r++) a[r] = load_vec<4>(x + (ty + 16 * r) * PLAIN_ROW<HDP> + d), b[r] = load_vec<4>(y + (tx + 16 * r) * PLAIN_ROW<HDP> + d);
+        for (int r = 0; r < R; r++) {
+            a[r] = load_vec<4>(x + (ty + 16 * r) * PLAIN_ROW<HDP> + d);
+            b[r] = load_vec<4>(y + (tx + 16 * r) * PLAIN_ROW<HDP> + d);
+        }
 #pragma unroll
         for (int r = 0; r < R; r++)
 #pragma unroll
@@ -615,7 +680,8 @@ template <int HDP, int R> __device__ inline void plain_product_rows(float (&s)[R
     }
 }
 // acc += p y: p (BT, BT) of this half-warp's rows goes through shared memory
-template <int HDP, int R> __device__ inline void plain_product_columns(float (&acc)[R][HDP / 16], const float (&p)[R][R], float* scores, const float* y) {
+template <int HDP, int R>
+__device__ inline void plain_product_columns(float (&acc)[R][HDP / 16], const float (&p)[R][R], float* scores, const float* y) {
     constexpr int BT = 16 * R;
     const int ty = threadIdx.x / 16, tx = threadIdx.x % 16;
     __syncwarp();
@@ -661,6 +727,12 @@ __device__ inline float half_warp_max(float x) {
     return x;
 }
 
+// A key (value = 0) or value (1) of the call or of the ring; null: there is none
+template <class X> __device__ inline const X* plain_key(const Args<X>& a, int b, int g, int p, int value) {
+    if (p < a.oldest() || p >= a.T) return nullptr;
+    return p < 0 ? a.ring_row(b, g, p, value) : a.qkv + a.key(b, g) + (int64_t)value * a.hd + p * a.row();
+}
+
 template <int HDP> constexpr int forward_plain_shared() { return (2 * PLAIN_TILE<HDP> + PLAIN_SCORES<HDP>) * 4; }
 
 template <class X, int HDP> __global__ void __launch_bounds__(PLAIN_THREADS) forward_plain(const Args<X> a) {
@@ -668,31 +740,27 @@ template <class X, int HDP> __global__ void __launch_bounds__(PLAIN_THREADS) for
     float *queries = reinterpret_cast<float*>(attention_shared), *keys = queries + PLAIN_TILE<HDP>, *scores = keys + PLAIN_TILE<HDP>;
     const Work work = block_work(a.T, BT, a.H, true);
     const int b = work.b, h = work.head, g = h / (a.H / a.G), ty = threadIdx.x / 16, tx = threadIdx.x % 16;
-    const int i0 = work.tile * BT, oldest = a.ring ? a.oldest() : 0;
+    const int i0 = work.tile * BT;
     const float scale = rsqrtf((float)a.hd);
-    auto key_row = [&](int p, int value) -> const X* {
-        if (p < oldest || p >= a.T) return nullptr;
-        return p < 0 ? a.ring_row(b, g, p, value) : a.qkv + a.key(b, g) + (int64_t)value * a.hd + p * a.row();
-    };
     float o[R][HDP / 16], top[R], sum[R];
     plain_clear(o);
     for (int r = 0; r < R; r++) top[r] = -INFINITY, sum[r] = 0.f;
     plain_load<HDP, X>(queries, a.hd, [&](int r) { return i0 + r < a.T ? a.qkv + a.query(b, h) + (i0 + r) * a.row() : nullptr; });
-    for (int n0 = max(oldest, i0 - a.window + 1); n0 < min(i0 + BT, a.T); n0 += BT) {
+    for (int n0 = a.first_key(b, i0); n0 < min(i0 + BT, a.T); n0 += BT) {
         float s[R][R];
-        plain_load<HDP, X>(keys, a.hd, [&](int r) { return key_row(n0 + r, 0); });
+        plain_load<HDP, X>(keys, a.hd, [&](int r) { return plain_key(a, b, g, n0 + r, 0); });
         __syncthreads();
         plain_product_rows<HDP>(s, queries, keys);
         __syncthreads();
-        plain_load<HDP, X>(keys, a.hd, [&](int r) { return key_row(n0 + r, 1); });
+        plain_load<HDP, X>(keys, a.hd, [&](int r) { return plain_key(a, b, g, n0 + r, 1); });
 #pragma unroll
         for (int r = 0; r < R; r++) {
-            const int i = i0 + ty + 16 * r;
+            const int i = i0 + ty + 16 * r, first = a.first_key(b, i);
             float now = top[r], total = 0.f;
 #pragma unroll
             for (int k = 0; k < R; k++) {
                 const int p = n0 + tx + 16 * k;
-                s[r][k] = p <= i && p > i - a.window ? s[r][k] * scale : -INFINITY;
+                s[r][k] = p <= i && p >= first ? s[r][k] * scale : -INFINITY;
                 now = fmaxf(now, s[r][k]);
             }
             now = half_warp_max(now);
@@ -731,8 +799,8 @@ template <class X, int HDP, bool OWNS_KEYS> __global__ void __launch_bounds__(PL
     const int own0 = work.tile * BT;
     const float scale = rsqrtf((float)a.hd);
     auto load_keys = [&](float* k, float* v, int p0) {
-        plain_load<HDP, X>(k, a.hd, [&](int r) { return p0 + r < a.T ? a.qkv + a.key(b, g) + (p0 + r) * a.row() : nullptr; });
-        plain_load<HDP, X>(v, a.hd, [&](int r) { return p0 + r < a.T ? a.qkv + a.value(b, g) + (p0 + r) * a.row() : nullptr; });
+        plain_load<HDP, X>(k, a.hd, [&](int r) { return plain_key(a, b, g, p0 + r, 0); });
+        plain_load<HDP, X>(v, a.hd, [&](int r) { return plain_key(a, b, g, p0 + r, 1); });
     };
     auto load_queries = [&](float* q, float* d, int h, int i0) {
         plain_load<HDP, X>(q, a.hd, [&](int r) { return i0 + r < a.T ? a.qkv + a.query(b, h) + (i0 + r) * a.row() : nullptr; });
@@ -743,8 +811,8 @@ template <class X, int HDP, bool OWNS_KEYS> __global__ void __launch_bounds__(PL
     plain_clear(second);
     if (OWNS_KEYS) load_keys(own_a, own_b, own0);
     else load_queries(own_a, own_b, work.head, own0);
-    const int begin = OWNS_KEYS ? own0 : max(0, own0 - a.window + 1);
-    const int end = OWNS_KEYS ? min(a.T, own0 + BT - 1 + a.window) : min(a.T, own0 + BT);
+    const int begin = OWNS_KEYS ? own0 : a.first_key(b, own0);
+    const int end = OWNS_KEYS ? a.last_query(b, own0 + BT - 1) + 1 : min(a.T, own0 + BT);
     for (int h = OWNS_KEYS ? g * heads : work.head; h < (OWNS_KEYS ? (g + 1) * heads : work.head + 1); h++)
         for (int other0 = begin; other0 < end; other0 += BT) {
             __syncthreads();                                            // the last round's readers are done
@@ -760,7 +828,7 @@ template <class X, int HDP, bool OWNS_KEYS> __global__ void __launch_bounds__(PL
                 for (int k = 0; k < R; k++) {
                     const int row = own0 + ty + 16 * r, column = other0 + tx + 16 * k;
                     const int i = OWNS_KEYS ? column : row, key = OWNS_KEYS ? row : column;
-                    const bool seen = i < a.T && key <= i && key > i - a.window;
+                    const bool seen = i < a.T && key <= i && key >= a.first_key(b, i);
                     const int64_t at = a.stat(b, h) + (seen ? i : 0);
                     p[r][k] = seen ? expf(p[r][k] * scale - a.lse[at]) : 0.f;
                     ds[r][k] = p[r][k] * (ds[r][k] - a.delta[at]);
@@ -778,10 +846,11 @@ template <class X, int HDP, bool OWNS_KEYS> __global__ void __launch_bounds__(PL
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Launches
+// Launches. Functions that name many kernels are templates (of nothing), so that only a source that calls them compiles these.
 
 // One block for each of `tiles` x `owners` (heads or groups, times the batch)
-template <class X> inline void launch(void (*kernel)(const Args<X>), const Args<X>& a, int64_t tiles, int64_t owners, int threads, int shared, Stream stream) {
+template <class X>
+inline void launch(void (*kernel)(const Args<X>), const Args<X>& a, int64_t tiles, int64_t owners, int threads, int shared, Stream stream) {
     if (tiles * owners > INT32_MAX) fail("attention: B %d, T %d, %d heads need more than 2^31 blocks; use a smaller batch", a.B, a.T, a.H);
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
     kernel<<<(unsigned)(tiles * owners), threads, shared, stream>>>(a);
@@ -796,8 +865,8 @@ inline int shared_limit() {                                              // byte
 
 template <int HD, int WARPS, int MT> inline void launch_forward_mma(const Args<bf16>& a, Stream stream) {
     constexpr int BN = 64;
-    launch(a.ring ? forward_mma<HD, WARPS, MT, BN, true> : forward_mma<HD, WARPS, MT, BN, false>, a, ceil_div(a.T, WARPS * MT * 16), (int64_t)a.B * a.H,
-           WARPS * WARP, forward_shared<HD, WARPS, MT, BN>(), stream);
+    launch(a.ring ? forward_mma<HD, WARPS, MT, BN, true> : forward_mma<HD, WARPS, MT, BN, false>, a, ceil_div(a.T, WARPS * MT * 16),
+           (int64_t)a.B * a.H, WARPS * WARP, forward_shared<HD, WARPS, MT, BN>(), stream);
 }
 template <int HD, int WARPS, int MT, int BM, bool DK, bool DV> inline void launch_backward_keys_mma(const Args<bf16>& a, Stream stream) {
     launch(backward_keys_mma<HD, WARPS, MT, BM, DK, DV>, a, ceil_div(a.T, WARPS * MT * 16), (int64_t)a.B * a.G, WARPS * WARP,
@@ -807,8 +876,12 @@ template <int HD> inline void launch_backward_pairs_mma(const Args<bf16>& a, Str
     launch(backward_pairs_mma<HD>, a, ceil_div(a.T, PAIRS * PAIR_KEYS), (int64_t)a.B * a.G, 2 * PAIRS * WARP, backward_pairs_shared<HD>(), stream);
 }
 template <int HD, int WARPS, int MT, int BN> inline void launch_backward_queries_mma(const Args<bf16>& a, Stream stream) {
-    launch(backward_queries_mma<HD, WARPS, MT, BN>, a, ceil_div(a.T, WARPS * MT * 16), (int64_t)a.B * a.H, WARPS * WARP,
-           backward_queries_shared<HD, WARPS, MT, BN>(), stream);
+    launch(a.ring ? backward_queries_mma<HD, WARPS, MT, BN, true> : backward_queries_mma<HD, WARPS, MT, BN, false>, a,
+           ceil_div(a.T, WARPS * MT * 16), (int64_t)a.B * a.H, WARPS * WARP, backward_queries_shared<HD, WARPS, MT, BN>(), stream);
+}
+template <int HD> inline void launch_backward_product_mma(const Args<bf16>& a, Stream stream) {
+    launch(backward_product_mma<HD>, a, ceil_div(a.T, PRODUCT_ROWS<HD>), (int64_t)a.B * a.H, PRODUCT_WARPS * WARP,
+           backward_product_shared<HD>(), stream);
 }
 template <class X, int HDP> inline void launch_forward_plain(const Args<X>& a, Stream stream) {
     launch(forward_plain<X, HDP>, a, ceil_div(a.T, 16 * PLAIN_R<HDP>), (int64_t)a.B * a.H, PLAIN_THREADS, forward_plain_shared<HDP>(), stream);
@@ -820,26 +893,26 @@ template <class X, int HDP> inline void launch_backward_plain(const Args<X>& a, 
 }
 
 // Both return false where the tensor-core path has no kernel for this shape on this device
-inline bool forward_on_tensor_cores(const Args<bf16>& a, Stream stream) {
+template <int = 0> inline bool forward_on_tensor_cores(const Args<bf16>& a, Stream stream) {
     if (a.hd == 64) launch_forward_mma<64, 4, 2>(a, stream);
     else if (a.hd == 128) launch_forward_mma<128, 4, 2>(a, stream);
     else if (a.hd == 256) launch_forward_mma<256, 4, 1>(a, stream);
     else return false;
     return true;
 }
-inline bool backward_on_tensor_cores(const Args<bf16>& a, Stream stream) {
+template <int = 0> inline bool backward_on_tensor_cores(const Args<bf16>& a, Stream stream) {
     const int limit = shared_limit();
     if (a.hd == 64) {
         launch_backward_keys_mma<64, 4, 2, 32, true, true>(a, stream);
-        launch_backward_queries_mma<64, 4, 2, 64>(a, stream);
-    } else if (a.hd == 128) {                                            // more keys a block: half the L2 traffic, where they fit
-        if (limit >= backward_keys_shared<128, 8, 1, 64>()) launch_backward_keys_mma<128, 8, 1, 64, true, true>(a, stream);
+        a.ds ? launch_backward_product_mma<64>(a, stream) : launch_backward_queries_mma<64, 4, 2, 64>(a, stream);
+    } else if (a.hd == 128) {                                            // pairs of warps read less shared memory, where it is large enough
+        if (limit >= backward_pairs_shared<128>()) launch_backward_pairs_mma<128>(a, stream);
         else launch_backward_keys_mma<128, 4, 1, 64, true, true>(a, stream);
-        launch_backward_queries_mma<128, 4, 2, 32>(a, stream);
+        a.ds ? launch_backward_product_mma<128>(a, stream) : launch_backward_queries_mma<128, 4, 2, 32>(a, stream);
     } else if (a.hd == 256 && limit >= backward_keys_shared<256, 4, 1, 32>()) {
         launch_backward_keys_mma<256, 4, 1, 32, true, false>(a, stream);
         launch_backward_keys_mma<256, 4, 1, 32, false, true>(a, stream);
-        launch_backward_queries_mma<256, 4, 1, 32>(a, stream);
+        a.ds ? launch_backward_product_mma<256>(a, stream) : launch_backward_queries_mma<256, 4, 1, 32>(a, stream);
     } else
         return false;
     return true;
@@ -848,20 +921,60 @@ inline bool backward_on_tensor_cores(const Args<bf16>& a, Stream stream) {
 // portable: not the Hopper path. Each path says whether it took the work.
 template <class X> inline void forward(const Args<X>& a, bool portable, Stream stream) {
     if constexpr (std::is_same_v<X, bf16>) {
-        if (!portable && !a.ring && sm90::attention_forward(a.out, a.lse, a.qkv, a.B, a.T, a.H, a.G, a.hd, a.window, stream)) return;
+        if (!portable && sm90::forward_if_supported(a, stream)) return;
         if (forward_on_tensor_cores(a, stream)) return;
     }
     if (a.hd <= 64) launch_forward_plain<X, 64>(a, stream);
     else if (a.hd <= 128) launch_forward_plain<X, 128>(a, stream);
     else launch_forward_plain<X, 256>(a, stream);
 }
+
+// dS may take so much memory: at the shape of the head all 8 sequences need 1.66 GB, so they go in two halves. 0: none fits
+constexpr int64_t DS_LIMIT = (int64_t)1 << 30;
+// Workspace of backward: lse2 | delta | ends | dS
+struct Workspace {
+    int sequences = 0;                                                   // of which dS is kept at a time
+    int64_t statistics, ends, ds;                                        // bytes; T rounded up to the tiles of the Hopper path
+    Workspace(int B, int64_t T, int H, int hd, int64_t window, bool bf16_inputs, int64_t limit = DS_LIMIT)
+        : statistics(B * H * round_up(T, 128) * 4), ends(round_up(B * T * 4, 256)) {
+        const int64_t one = ds_elements(H, T, (int)window) * (int64_t)sizeof(bf16), fit = std::min<int64_t>(limit / one, B);
+        if (bf16_inputs && (hd == 64 || hd == 128 || hd == 256) && fit > 0) sequences = (int)ceil_div(B, ceil_div(B, fit));   // equal parts
+        ds = sequences * one;
+    }
+    int64_t bytes() const { return 2 * statistics + ends + ds; }
+    template <class X> void give(Args<X>& a, void* workspace) const {
+        char* at = (char*)workspace;
+        a.lse2 = (float*)at, a.delta = (float*)(at + statistics), at += 2 * statistics;
+        if (a.starts) a.ends = (const int*)at;
+        if (sequences > 0 && !a.ring) a.ds = (bf16*)(at + ends), a.ds_sequences = sequences;
+    }
+};
+
+// Tensor cores: a part of the batch at a time, if dS is kept
+template <int = 0> inline bool backward_bf16(const Args<bf16>& a, bool hopper, Stream stream) {
+    const int step = a.ds ? a.ds_sequences : a.B;
+    for (int b = 0; b < a.B; b += step) {                                // lse2 and delta: padded on Hopper
+        const Args<bf16> part = a.batches(b, std::min(step, a.B - b), hopper ? round_up(a.T, 128) : a.T);
+        if (hopper) sm90::run_backward(part, stream);
+        else if (!backward_on_tensor_cores(part, stream)) return false;
+    }
+    return true;
+}
 template <class X> inline void backward(const Args<X>& a, bool portable, Stream stream) {
-    if constexpr (std::is_same_v<X, bf16>)                  // has statistics of its own, at the workspace's start
-        if (!portable && sm90::attention_backward(a.dqkv, a.dout, a.saved_out, a.qkv, a.lse, a.lse2, a.B, a.T, a.H, a.G, a.hd, a.window, stream)) return;
-    backward_statistics<X><<<ceil_div((int64_t)a.B * a.T * a.H * 8, 256), 256, 0, stream>>>(a);
+    if (a.starts) {
+        document_ends<0><<<(unsigned)ceil_div((int64_t)a.B * a.T, 256), 256, 0, stream>>>(const_cast<int*>(a.ends), a.starts, a.B, a.T);
+        LAUNCH_CHECK();
+    }
+    if constexpr (std::is_same_v<X, bf16>)
+        if (!portable && sm90::backward_supported(a)) {                  // has statistics of its own, padded
+            sm90::run_statistics(a, stream);
+            backward_bf16(a, true, stream);
+            return;
+        }
+    backward_statistics<X><<<(unsigned)ceil_div((int64_t)a.B * a.T * a.H * 8, 256), 256, 0, stream>>>(a);
     LAUNCH_CHECK();
     if constexpr (std::is_same_v<X, bf16>)
-        if (backward_on_tensor_cores(a, stream)) return;
+        if (backward_bf16(a, false, stream)) return;
     if (a.hd <= 64) launch_backward_plain<X, 64>(a, stream);
     else if (a.hd <= 128) launch_backward_plain<X, 128>(a, stream);
     else launch_backward_plain<X, 256>(a, stream);
@@ -894,38 +1007,49 @@ template <class X> __global__ void ring_update_kernel(X* ring, const Args<X> a, 
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-// portable: stay on the path that every GPU has, for tests
-inline void attention_forward(floatX* out, float* lse, const floatX* qkv, const floatX* ring, int64_t capacity, int64_t position, int B, int64_t T, int H, int G,
-                              int hd, int64_t window, Stream stream = {}, bool portable = false) {
+template <class X> inline attn::Args<X> attention_args(const X* qkv, const std::type_identity_t<X>* ring, int64_t capacity, int64_t position,
+                                                       const int* starts, int B, int64_t T, int H, int G, int hd, int64_t window) {
     attn::check(T, capacity, H, G, hd);
-    if (B * T == 0) return;
-    attn::Args<floatX> a{};
-    a.out = out, a.lse = lse, a.qkv = qkv, a.capacity = capacity, a.position = position, a.B = B, a.T = (int)T, a.H = H, a.G = G, a.hd = hd;
+    attn::Args<X> a{};
+    a.qkv = qkv, a.starts = starts, a.capacity = capacity, a.position = position, a.B = B, a.T = (int)T, a.H = H, a.G = G, a.hd = hd;
     a.ring = position > 0 && capacity > 0 ? ring : nullptr;
     const int64_t visible = T + (a.ring ? std::min(position, capacity) : 0);
     a.window = (int)(window <= 0 ? visible : std::min(window, visible));
+    return a;
+}
+
+// starts: (B, T) on the device, or null. portable: stay on the path that every GPU has, for tests
+template <int = 0>
+inline void attention_forward(floatX* out, float* lse, const floatX* qkv, const floatX* ring, int64_t capacity, int64_t position, const int* starts,
+                              int B, int64_t T, int H, int G, int hd, int64_t window, Stream stream = {}, bool portable = false) {
+    attn::Args<floatX> a = attention_args(qkv, ring, capacity, position, starts, B, T, H, G, hd, window);
+    if (B * T == 0) return;
+    a.out = out, a.lse = lse;
     const Operation op("attention forward", (double)B * T * (2 * H + 2 * G) * hd * sizeof(floatX), 4 * attn::visible_pairs(a) * hd, stream);
     attn::forward(a, portable, stream);
 }
 
-// lse log2(e) and delta, (B, H, T) each, with T rounded up to the tiles of the Hopper path. 16-byte aligned.
-inline size_t attention_backward_workspace(int B, int64_t T, int H, int, int) { return (size_t)B * H * round_up(T, 128) * 2 * sizeof(float); }
+// 16-byte aligned
+inline size_t attention_backward_workspace(int B, int64_t T, int H, int, int hd, int64_t window) {
+    return attn::Workspace(B, T, H, hd, window <= 0 ? T : std::min(window, T), sizeof(floatX) == 2).bytes();
+}
 
-// Training only: no ring, t = 0 is position 0. Every element of dqkv is written.
-inline void attention_backward(floatX* dqkv, const floatX* dout, const floatX* out, const floatX* qkv, const float* lse, void* workspace, int B, int64_t T, int H,
-                               int G, int hd, int64_t window, Stream stream = {}, bool portable = false) {
-    attn::check(T, 0, H, G, hd);
+// Gradients of this call's queries, keys and values; those of earlier calls, in the ring, are constants. Every element of dqkv is written.
+template <int = 0>
+inline void attention_backward(floatX* dqkv, const floatX* dout, const floatX* out, const floatX* qkv, const float* lse, const floatX* ring,
+                               int64_t capacity, int64_t position, const int* starts, void* workspace, int B, int64_t T, int H, int G, int hd,
+                               int64_t window, Stream stream = {}, bool portable = false) {
+    attn::Args<floatX> a = attention_args(qkv, ring, capacity, position, starts, B, T, H, G, hd, window);
     if (B * T == 0) return;
-    attn::Args<floatX> a{};
-    a.dqkv = dqkv, a.dout = dout, a.saved_out = out, a.qkv = qkv, a.lse = const_cast<float*>(lse), a.B = B, a.T = (int)T, a.H = H, a.G = G, a.hd = hd;
-    a.lse2 = (float*)workspace, a.delta = a.lse2 + (int64_t)B * H * T;
-    a.window = (int)(window <= 0 ? T : std::min(window, T));
+    a.dqkv = dqkv, a.dout = dout, a.saved_out = out, a.lse = const_cast<float*>(lse);
+    attn::Workspace(B, T, H, hd, std::min<int64_t>(a.window, T), sizeof(floatX) == 2).give(a, workspace);
     const Operation op("attention backward", (double)B * T * (4 * H + 4 * G) * hd * sizeof(floatX), 10 * attn::visible_pairs(a) * hd, stream);
     attn::backward(a, portable, stream);
 }
 
 // The chunk's last min(T, capacity) keys and values into the ring (B, capacity, 2, G, hd), for the calls that follow
-inline void ring_update(floatX* ring, const floatX* qkv, int64_t capacity, int64_t position, int B, int64_t T, int H, int G, int hd, Stream stream = {}) {
+inline void ring_update(floatX* ring, const floatX* qkv, int64_t capacity, int64_t position, int B, int64_t T, int H, int G, int hd,
+                        Stream stream = {}) {
     attn::check(T, capacity, H, G, hd);
     const int64_t rows = std::min(T, capacity), items = B * rows * G * 2 * (hd / 4);
     if (items == 0) return;

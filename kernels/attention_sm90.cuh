@@ -1,5 +1,5 @@
 // Causal sliding-window attention for Hopper (compute capability 9.0, code built for sm_90a), bf16, head_dim 64 or 128. Same
-// formula, layout and results' form as attention.cuh (the portable path); no ring, t = 0 is position 0.
+// formula, layout and results' form as attention.cuh (the portable path), ring of earlier keys and document starts included.
 //
 // Each block is three warpgroups: one thread of the first feeds tiles through TMA into rings in shared memory (mbarriers say
 // full and empty), the other two own 64 rows each and multiply by wgmma. Blocks stay resident (one per SM) and take work items
@@ -8,19 +8,22 @@
 //
 // Forward, per warpgroup and key tile: S' = Q K'^T and then O += P V of the tile before are issued; softmax of S' runs while
 // P V does, across the ends of items too. The two warpgroups take turns at issuing (order_wait, order_pass), so that one's
-// softmax runs during the other's products. Backward: one kernel whose blocks own queries (dq: S, dP, dS K) and one whose
-// blocks own keys (dk, dv: S^T, dP^T, P^T dO, dS^T Q): 7 products instead of 5, no fp32 dq buffer. Tiles outside the window are
-// never loaded, halves that a warpgroup does not see not multiplied; only tiles on the window's edges are masked. Precision as
-// in the portable path: fp32 sums and softmax; P and dS rounded to bf16 for their product.
+// softmax runs during the other's products. Tiles that no query of the item sees are never loaded, halves that a warpgroup does not
+// see not multiplied; only 64 x 64 blocks on an edge (diagonal, window, document, ring) are masked.
 //
-// Flops per visible pair: 4 hd forward, 10 hd backward (14 hd done). Samba-421M (B 8, T 4096, window 2048, 12 heads of 128):
-// 309 and 773 GFLOP a layer, of which tiles of 64 x 128 do 319 and 1116: 0.32 and 1.13 ms at the H100's nominal rate.
+// Backward: blocks that own keys make dk and dv (S^T, dP^T, P^T dO, dS^T Q) and keep dS in memory (attention_common.cuh), blocks that
+// own queries then make dq = dS K: 5 products, no atomics, no fp32 dq buffer. Where dS does not fit its workspace, or keys come from the
+// ring, the second kernel makes S and dP again: 7 products. Precision as in the portable path: fp32 sums and softmax; P and dS
+// rounded to bf16 for their product.
+//
+// Flops per visible pair: 4 hd forward, 10 hd backward. Samba-421M (B 8, T 4096, window 2048, 12 heads of 128): 309 and 773 GFLOP a
+// layer, of which blocks of 64 x 64 do 319 and 797: 0.32 and 0.81 ms at the H100's nominal rate; dS is 1.25 GB written and read.
 #pragma once
 #include <algorithm>
 
 #include <cuda.h>
 
-#include "device.cuh"
+#include "attention_common.cuh"
 
 // wgmma and setmaxnreg exist for sm_90a only: other passes compile empty kernels, which usable() keeps from being launched.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || (defined(__CUDA_ARCH_SPECIFIC__) && __CUDA_ARCH_SPECIFIC__ == 900)
@@ -30,7 +33,7 @@
 namespace gpu {
 namespace sm90 {
 
-using bf16 = __nv_bfloat16;
+using attn::bf16, attn::Args, attn::exp2_fast, attn::pack, attn::shared_address;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Can it run?
@@ -121,35 +124,39 @@ constexpr int ROWS = 128;                                                // of e
 template <int HD> constexpr int TILE_BYTES = ROWS * HD * 2;
 constexpr int LOWER = 1, UPPER = 2, BOTH = 3;                            // halves of a tile of keys
 
+// The ring's slots (capacity 0: there is none): position p < 0 is in slot split + p, or + capacity where that is negative
+struct Prefix { int capacity, split; };
+
 #ifdef SAMBA_SM90A_CODE
-// A tile of queries: the keys it sees are `count` tiles, of which the first is on the diagonal, each before the last
-struct QueryWork { int owner, b, h, i0, count; };
-__device__ inline QueryWork query_work(const Schedule& s, int item, int H, int window) {
+// A tile of queries: the keys it sees are `count` tiles, of which the first is on the diagonal, each before the last. A tile of
+// the ring that slot 0 divides comes twice, as its newer and its older part; `newer`: the last visit to the newer side of slot 0.
+// first0, first1: the first key that the first and the second consumer's 64 queries see
+struct QueryWork { int owner, b, h, i0, count, newer, twice, first0, first1; };
+__device__ inline QueryWork query_work(const Schedule& s, int item, const Args<bf16>& a, const Prefix& prefix) {
     const Work work = work_item(s, item);
-    const int i0 = work.tile * ROWS;
-    return {work.owner, work.owner / H, work.owner % H, i0, work.tile - max(0, i0 - window + 1) / ROWS + 1};
+    const int b = work.owner / a.H, i0 = work.tile * ROWS, first = a.first_key(b, i0);
+    const int twice = prefix.capacity > 0 && prefix.split % ROWS != 0 && first < -prefix.split;
+    return {work.owner, b, work.owner % a.H, i0, work.tile - (first >> 7) + 1 + twice, work.tile - (-prefix.split >> 7), twice,
+            first, a.first_key(b, i0 + 64)};
 }
-// The halves of key tile j that a consumer's 64 queries may see: not the diagonal tile's upper one, if theirs is the lower; not
-// one before the first query's window. Half a tile is worked on like a smaller tile.
-__device__ inline int parts_of(int consumer, int j, int window) {
-    if (j == 0) return consumer == 0 ? LOWER : BOTH;
-    return j * ROWS + 1 - window + consumer * 64 >= 64 ? UPPER : BOTH;
+// Visit j: keys n0 .. n0 + 127, of which from .. to are there, at row t of the call's keys or of the ring
+struct KeyTile { int n0, t, from, to; bool ring; };
+__device__ inline KeyTile key_tile(const QueryWork& work, int j, const Prefix& prefix) {
+    const bool older = work.twice && j > work.newer;
+    const int n0 = work.i0 - (j - older) * ROWS;
+    if (n0 >= 0) return {n0, n0, 0, INT_MAX, false};
+    if (j > work.newer) return {n0, prefix.split + prefix.capacity + n0, INT_MIN, -prefix.split - 1, true};
+    return {n0, prefix.split + n0, -prefix.split, INT_MAX, true};
+}
+// The halves of a key tile that a consumer's 64 queries may see. Half a tile is worked on like a smaller tile.
+__device__ inline int parts_of(int consumer, const QueryWork& work, int n0) {
+    const int first = consumer ? work.first1 : work.first0;
+    return (n0 + 63 >= first ? LOWER : 0) | (n0 + 64 <= work.i0 + consumer * 64 + 63 && n0 + 127 >= first ? UPPER : 0);
 }
 __device__ inline int half_offset(int parts) { return parts == UPPER ? 64 * 128 : 0; }           // bytes, to its rows in each slab
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Instructions
-
-__device__ inline uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
-__device__ inline float exp2_fast(float x) {                             // ex2.approx: 2 ulp, exp2(-inf) = 0
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-__device__ inline uint32_t pack(float low, float high) {
-    const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&v);
-}
 
 __device__ inline void barrier_init(uint32_t bar, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
@@ -252,7 +259,15 @@ __device__ inline void wgmma_columns(float (&c)[32], const uint32_t (&a)[4], uin
     asm volatile(SM90_ADD("%37") "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" SM90_ACC32 "}, {%32,%33,%34,%35}, %36, add, 1, 1, 1;\n}"
                  : SM90_F32("+f", c, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
-
+// a and b along columns: a's rows are k, its 64 columns the product's rows
+__device__ inline void wgmma_columns(float (&c)[64], uint64_t a, uint64_t b, int add) {
+    asm volatile(SM90_ADD("%66") "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" SM90_ACC64 "}, %64, %65, add, 1, 1, 1, 1;\n}"
+                 : SM90_F32("+f", c, 0), SM90_F32("+f", c, 32) : "l"(a), "l"(b), "r"(add));
+}
+__device__ inline void wgmma_columns(float (&c)[32], uint64_t a, uint64_t b, int add) {
+    asm volatile(SM90_ADD("%34") "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" SM90_ACC32 "}, %32, %33, add, 1, 1, 1, 1;\n}"
+                 : SM90_F32("+f", c, 0) : "l"(a), "l"(b), "r"(add));
+}
 
 // The registers of a tile of N columns (N rows, as an operand), at the start of those of a larger one
 template <int N, int NR> __device__ inline float (&part_of(float (&c)[NR]))[N / 2] { return *reinterpret_cast<float (*)[N / 2]>(c); }
@@ -281,6 +296,16 @@ template <int B_ROWS, int K, int NR> __device__ inline void issue_columns(float 
     wgmma_commit();
     hold(c);
 }
+// c (64, HD) += a^T b, or = a^T b if not add: a 64 rows (k) of 64 columns, b 64 rows of a tile of B_ROWS
+template <int B_ROWS, int NR> __device__ inline void issue_transposed(float (&c)[NR], uint32_t a, uint32_t b, int add) {
+    const uint64_t da = descriptor(a, 0), db = descriptor(b, B_ROWS * 128);
+    hold(c);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 4; k++) wgmma_columns(c, da + k * 2048 / 16, db + k * 2048 / 16, k == 0 ? add : 1);
+    wgmma_commit();
+    hold(c);
+}
 // A result's registers are, rounded, the a operand of the next product.
 template <int K> __device__ inline void pack_operand(uint32_t (&p)[K][4], const float (&c)[8 * K]) {
 #pragma unroll
@@ -289,33 +314,51 @@ template <int K> __device__ inline void pack_operand(uint32_t (&p)[K][4], const 
         for (int i = 0; i < 4; i++) p[k][i] = pack(c[8 * k + 2 * i], c[8 * k + 2 * i + 1]);
 }
 
-// Scores of unseen pairs become -infinity: row r of the tile sees columns first + r .. last + r. row: this lane's first.
-template <int NR> __device__ inline void mask(float (&s)[NR], int row, int first, int last) {
+// Scores of unseen pairs become -infinity, in 64 columns: this lane's first row sees columns from[0] .. to[0], its second from[1] .. to[1].
+__device__ inline void mask(float* s, const int (&from)[2], const int (&to)[2]) {
     const int column = threadIdx.x % 4 * 2;
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const int from = first + row + half * 8 - column, to = last + row + half * 8 - column;
+    for (int half = 0; half < 2; half++)
 #pragma unroll
-        for (int n = 0; n < NR / 4; n++)
+        for (int n = 0; n < 8; n++)
 #pragma unroll
             for (int e = 0; e < 2; e++)
-                if (n * 8 + e < from || n * 8 + e > to) s[n * 4 + half * 2 + e] = -INFINITY;
+                if (column + n * 8 + e < from[half] || column + n * 8 + e > to[half]) s[n * 4 + half * 2 + e] = -INFINITY;
+}
+// The scores of a consumer's 64 queries, of which `row` is this lane's first, with N keys from n0 on. all: the first key that all 64 see
+template <int N>
+__device__ inline void mask_keys(float* s, const Args<bf16>& a, const QueryWork& work, const KeyTile& tile, int n0, int i, int least, int all) {
+#pragma unroll
+    for (int part = 0; part < N; part += 64) {
+        const int p = n0 + part;
+        if (p + 63 <= least && p >= all && p >= tile.from && p + 63 <= tile.to) continue;
+        int from[2], to[2];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int query = i + half * 8;
+            from[half] = max(a.first_key(work.b, query), tile.from) - p, to[half] = min(query, tile.to) - p;
+        }
+        mask(s + part / 2, from, to);
     }
 }
 
-// The warpgroup's 64 rows, rounded, into rows of a tile of TILE_ROWS in the form TMA stores; `rows`: its first row. factor: per half
-template <int TILE_ROWS, int NR> __device__ inline void stage_rows(unsigned char* rows, const float (&c)[NR], const float (&factor)[2]) {
-    const int lane = threadIdx.x % WARP, row0 = threadIdx.x / WARP % 4 * 16 + lane / 4;
+// The warpgroup's 64 rows, rounded, into rows of a tile of TILE_ROWS in the form TMA stores; `rows`: its first row. factor: per half.
+// row_of: where a row of the result belongs
+struct SameRow { __device__ int operator()(int row) const { return row; } };
+template <int TILE_ROWS, class F = SameRow, int NR>
+__device__ inline void stage_rows(unsigned char* rows, const float (&c)[NR], const float (&factor)[2], F row_of = {}) {
+    const int lane = threadIdx.x % WARP;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        unsigned char* row = rows + (row0 + half * 8) * 128 + lane % 4 * 4;
+        const int r = row_of(threadIdx.x / WARP % 4 * 16 + lane / 4 + half * 8);
+        unsigned char* row = rows + r * 128 + lane % 4 * 4;
 #pragma unroll
         for (int n = 0; n < NR / 4; n++)
-            *reinterpret_cast<uint32_t*>(row + n / 8 * TILE_ROWS * 128 + (n % 8 ^ lane / 4) * 16) =
+            *reinterpret_cast<uint32_t*>(row + n / 8 * TILE_ROWS * 128 + (n % 8 ^ r % 8) * 16) =
                 pack(c[n * 4 + half * 2] * factor[half], c[n * 4 + half * 2 + 1] * factor[half]);
     }
 }
-// The staged 64 rows to positions t .. of a head, as far as they exist. By one thread; committed by the caller
+// Staged rows (a box of the map) to positions t .. of a head, as far as they exist. By one thread; committed by the caller
 template <int HD, int TILE_ROWS> __device__ inline void store_tile(const CUtensorMap* map, const unsigned char* rows, int head, int t, int b) {
     for (int slab = 0; slab < HD / 64; slab++) tma_store(map, shared_address(rows) + slab * TILE_ROWS * 128, slab * 64, head, t, b);
 }
@@ -333,8 +376,8 @@ template <int STAGES> struct Ring {
         __syncwarp();                                                    // all lanes have read before one of them says so
         if (threadIdx.x % WARP == 0) barrier_arrive(empty_bar(n));
     }
-    __device__ void init(int releases = 2 * WARPGROUP / WARP) const {
-        for (int i = 0; i < STAGES; i++) barrier_init(full_bar(i), 1), barrier_init(empty_bar(i), releases);
+    __device__ void init(int releases = 2 * WARPGROUP / WARP, int fills = 1) const {
+        for (int i = 0; i < STAGES; i++) barrier_init(full_bar(i), fills), barrier_init(empty_bar(i), releases);
     }
 };
 // A tile of N positions from t on, by a map whose boxes have BOX rows
@@ -349,6 +392,15 @@ template <int HD, int STAGES> __device__ inline void load_stage(const Ring<STAGE
     ring.wait_empty(n);
     barrier_expect(ring.full_bar(n), TILE_BYTES<HD>);
     load_tile<HD, ROWS, ROWS>(ring.tile(n), ring.full_bar(n), map, head, t, b);
+}
+// The maps a producer loads keys by
+struct KeyMaps { const CUtensorMap *qkv, *ring; };
+// Keys (value = 0) or values (1) of a visit, as position n of a ring of tiles
+template <int HD, int STAGES>
+__device__ inline void load_keys(const Ring<STAGES>& stages, int n, const KeyMaps& maps, const Args<bf16>& a, const QueryWork& work,
+                                 const KeyTile& tile, int value) {
+    const int heads = a.H / a.G, g = work.h / heads;
+    load_stage<HD>(stages, n, tile.ring ? maps.ring : maps.qkv, tile.ring ? value * a.G + g : g * (heads + 2) + heads + value, tile.t, work.b);
 }
 
 // Turns at issuing products: barrier 1 is the first consumer's, 2 the second's
@@ -390,10 +442,11 @@ template <int NR> __device__ inline void rescale(float (&o)[NR], const float (&f
 // ---------------------------------------------------------------------------------------------------------------------
 // Forward
 
-struct ForwardArgs {
-    float* lse;                                                          // (B, H, T)
-    int T, H, G, window;
+// What every kernel gets besides its tensor maps
+struct Problem : Args<bf16> {
     Schedule schedule;
+    Prefix prefix;
+    int padded;                                                          // lse2 and delta are (B, H, padded): infinity and 0 past T
 };
 template <int HD> constexpr int FORWARD_STAGES = HD == 64 ? 4 : 2;
 // Q ring | K ring | V ring | O staging | barriers
@@ -410,20 +463,24 @@ template <int HD> struct ForwardRings {
 };
 
 // The order in which the consumers want tiles: an item's queries and first keys, then the last values of the item before.
-template <int HD> __device__ inline void forward_produce(const ForwardRings<HD>& rings, const CUtensorMap* qkv_map, const ForwardArgs& a) {
+template <int HD> __device__ inline void
+forward_produce(const ForwardRings<HD>& rings, const CUtensorMap* qkv_map, const CUtensorMap* ring_map, const Problem& a) {
     const int heads = a.H / a.G;
-    int n = 0, value_slot = 0, value_t = 0, value_b = 0;
+    const KeyMaps maps{qkv_map, ring_map};
+    QueryWork before{};
+    KeyTile tile_before{};
+    int n = 0;
     for (int round = 0, item; (item = item_of_round(round)) < a.schedule.items; round++) {
-        const QueryWork work = query_work(a.schedule, item, a.H, a.window);
-        const int slot = work.h / heads * (heads + 2);
-        load_stage<HD>(rings.queries, round, qkv_map, slot + work.h % heads, work.i0, work.b);
+        const QueryWork work = query_work(a.schedule, item, a, a.prefix);
+        load_stage<HD>(rings.queries, round, qkv_map, work.h / heads * (heads + 2) + work.h % heads, work.i0, work.b);
         for (int j = 0; j < work.count; j++, n++) {                      // the diagonal tile first; keys one ahead of values
-            load_stage<HD>(rings.keys, n, qkv_map, slot + heads, work.i0 - j * ROWS, work.b);
-            if (n > 0) load_stage<HD>(rings.values, n - 1, qkv_map, value_slot, value_t, value_b);
-            value_slot = slot + heads + 1, value_t = work.i0 - j * ROWS, value_b = work.b;
+            const KeyTile tile = key_tile(work, j, a.prefix);
+            load_keys<HD>(rings.keys, n, maps, a, work, tile, 0);
+            if (n > 0) load_keys<HD>(rings.values, n - 1, maps, a, before, tile_before, 1);
+            before = work, tile_before = tile;
         }
     }
-    load_stage<HD>(rings.values, n - 1, qkv_map, value_slot, value_t, value_b);
+    load_keys<HD>(rings.values, n - 1, maps, a, before, tile_before, 1);
 }
 
 // One warpgroup's 64 rows. Key tiles of all its items form one sequence: step n issues the scores of tile n and the product with
@@ -431,13 +488,14 @@ template <int HD> __device__ inline void forward_produce(const ForwardRings<HD>&
 template <int HD> struct ForwardConsumer {
     const ForwardRings<HD>& rings;
     const CUtensorMap* out_map;
-    const ForwardArgs& a;
+    const Problem& a;
     const int consumer = __shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP, 0) - 1;     // the compiler must see it is one for a warp
     const int row = consumer * 64 + threadIdx.x / WARP % 4 * 16 + threadIdx.x % WARP / 4;   // of the tile: this lane's first
-    const float scale = rsqrtf((float)HD), c = scale * 1.44269504f;
+    const float scale = rsqrtf((float)HD), c = scale * attn::LOG2E;
     float s[ROWS / 2] = {}, o[HD / 2] = {}, shrink[2];
     uint32_t p[ROWS / 16][4] = {};
     int parts, add = 0;                                                  // of the tile that p comes from; whether o holds earlier ones of its item
+    int all;                                                             // the first key that all 64 queries see
     Statistics stat;
 
     // S of tile n: N columns, of one half or both
@@ -453,8 +511,8 @@ template <int HD> struct ForwardConsumer {
         hold(s);
         rings.keys.release(n);
         if (j == work.count - 1) rings.queries.release(round);
-        const int shift = j * ROWS - (now == UPPER ? 64 : 0);
-        if (j == 0 || (j + 1) * ROWS > a.window) mask(part_of<N>(s), row, shift + 1 - a.window, shift);
+        const KeyTile tile = key_tile(work, j, a.prefix);
+        mask_keys<N>(s, a, work, tile, tile.n0 + (now == UPPER ? 64 : 0), work.i0 + row, work.i0 + consumer * 64, all);
     }
     // The first tile of all: nothing to overlap with
     template <int N> __device__ void begin(const QueryWork& work) {
@@ -498,19 +556,28 @@ template <int HD> struct ForwardConsumer {
             const int i = work.i0 + row + half * 8;
             if (threadIdx.x % 4 == 0 && i < a.T) a.lse[(int64_t)work.owner * a.T + i] = of.top[half] * scale + logf(sum);
         }
-        if (threadIdx.x % WARPGROUP == 0) tma_store_wait();
-        named_sync(3 + consumer, WARPGROUP);                             // the last item's store has read the staging tile
+        const int first = threadIdx.x / WARP % 4 * 16, t = work.i0 + consumer * 64 + first;   // a warp stores its own 16 rows
+        const bool leader = threadIdx.x % WARP == 0;
+        if (leader) tma_store_wait();                                    // the last item's store has read them
+        __syncwarp();
         stage_rows<64>(staging, o, factor);
         fence_async();
-        named_sync(3 + consumer, WARPGROUP);
-        if (threadIdx.x % WARPGROUP == 0 && work.i0 + consumer * 64 < a.T) {
-            store_tile<HD, 64>(out_map, staging, work.h, work.i0 + consumer * 64, work.b);
+        __syncwarp();
+        if (leader && t < a.T) {
+            store_tile<HD, 64>(out_map, staging + first * 128, work.h, t, work.b);
             tma_store_commit();
         }
     }
+    // The halves of visit j that are multiplied: at least one
+    __device__ int visible_parts(const QueryWork& work, int j) const {
+        const int visible = parts_of(consumer, work, key_tile(work, j, a.prefix).n0);
+        return visible ? visible : UPPER;
+    }
+    __device__ void begin_item(const QueryWork& work) { all = a.first_key(work.b, work.i0 + consumer * 64 + 63); }
     __device__ void run() {
-        QueryWork work = query_work(a.schedule, item_of_round(0), a.H, a.window), before = work;
-        parts = parts_of(consumer, 0, a.window);
+        QueryWork work = query_work(a.schedule, item_of_round(0), a, a.prefix), before = work;
+        begin_item(work);
+        parts = visible_parts(work, 0);
         if (parts == BOTH) begin<128>(work);
         else begin<64>(work);
         if (consumer == 1) order_pass(1);
@@ -519,9 +586,10 @@ template <int HD> struct ForwardConsumer {
             if (j == work.count) {
                 const int item = item_of_round(++round);
                 if (item >= a.schedule.items) break;
-                before = work, work = query_work(a.schedule, item, a.H, a.window), j = 0;
+                before = work, work = query_work(a.schedule, item, a, a.prefix), j = 0;
+                begin_item(work);
             }
-            const int now = parts_of(consumer, j, a.window);
+            const int now = visible_parts(work, j);
             if (now == BOTH && parts == BOTH) step<128, 128>(n, round, j, now, work, before);
             else if (now == BOTH) step<128, 64>(n, round, j, now, work, before);
             else if (parts == BOTH) step<64, 128>(n, round, j, now, work, before);
@@ -534,13 +602,14 @@ template <int HD> struct ForwardConsumer {
         hold(o), hold(p);
         store(work, stat);
         if (consumer == 0) order_wait(0);                                // takes the other's last pass
-        if (threadIdx.x % WARPGROUP == 0) tma_store_wait();
+        if (threadIdx.x % WARP == 0) tma_store_wait();
     }
 };
 #endif // SAMBA_SM90A_CODE
 
 template <int HD> __global__ void __launch_bounds__(BLOCK, 1)
-forward(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__ CUtensorMap out_map, const ForwardArgs a) {
+forward(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__ CUtensorMap ring_map, const __grid_constant__ CUtensorMap out_map,
+        const __grid_constant__ Problem a) {
 #ifdef SAMBA_SM90A_CODE
     const uint32_t shared = shared_address(sm90_shared);
     const ForwardRings<HD> rings(shared, shared + ForwardRings<HD>::STAGING + TILE_BYTES<HD>);
@@ -551,7 +620,7 @@ forward(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__ CUt
     __syncthreads();
     if (threadIdx.x < WARPGROUP) {
         registers_down<24>();
-        if (threadIdx.x == 0) forward_produce<HD>(rings, &qkv_map, a);
+        if (threadIdx.x == 0) forward_produce<HD>(rings, &qkv_map, &ring_map, a);
     } else {
         registers_up<240>();
         ForwardConsumer<HD>{rings, &out_map, a}.run();
@@ -562,16 +631,11 @@ forward(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__ CUt
 // ---------------------------------------------------------------------------------------------------------------------
 // Backward
 
-struct BackwardArgs {
-    float *lse2, *delta;                                                 // (B, H, padded): lse log2(e), infinity past T; dout . out, 0 past T
-    int T, H, G, window, padded;
-    Schedule schedule;
-};
 inline int64_t padded_length(int64_t T) { return round_up(T, ROWS); }
 
 // A block takes ROWS positions of one owner (b, h), eight lanes each.
 template <int HD> __global__ void __launch_bounds__(256)
-backward_statistics(const BackwardArgs a, const bf16* dout, const bf16* out, const float* lse) {
+backward_statistics(const Problem a) {
     constexpr int LANES = 8, STEP = 256 / LANES;
     const int tiles = a.padded / ROWS, owner = blockIdx.x / tiles, t0 = blockIdx.x % tiles * ROWS + threadIdx.x / LANES;
     const int64_t first = ((int64_t)(owner / a.H) * a.T * a.H + owner % a.H) * HD + threadIdx.x % LANES * 8, stride = (int64_t)a.H * HD;
@@ -581,7 +645,7 @@ backward_statistics(const BackwardArgs a, const bf16* dout, const bf16* out, con
         if (t < a.T)
 #pragma unroll
             for (int d = 0; d < HD; d += LANES * 8) {
-                const Vec<bf16, 8> x = load_vec<8>(dout + first + t * stride + d), y = load_vec<8>(out + first + t * stride + d);
+                const Vec<bf16, 8> x = load_vec<8>(a.dout + first + t * stride + d), y = load_vec<8>(a.saved_out + first + t * stride + d);
 #pragma unroll
                 for (int i = 0; i < 8; i++) sum += to_float(x[i]) * to_float(y[i]);
             }
@@ -590,12 +654,13 @@ backward_statistics(const BackwardArgs a, const bf16* dout, const bf16* out, con
         if (threadIdx.x % LANES != 0) continue;
         const int64_t at = (int64_t)owner * a.padded + t;
         a.delta[at] = sum;
-        a.lse2[at] = t < a.T ? lse[(int64_t)owner * a.T + t] * 1.44269504f : INFINITY;
+        a.lse2[at] = t < a.T ? a.lse[(int64_t)owner * a.T + t] * attn::LOG2E : INFINITY;
     }
 }
 
-// dq: a block owns 128 queries of a head and visits the key tiles of their window, as forward does. A warpgroup's dq is staged in
-// its rows of the item's query tile, and stored from there during the next item, whose queries have the ring's other stage.
+// dq with S and dP made again: a block owns 128 queries of a head and visits the key tiles of their window, as forward does. A
+// warpgroup's dq is staged in its rows of the item's query tile, and stored from there during the next item, whose queries have
+// the ring's other stage.
 constexpr int QUERIES_STAGES = 2;
 // Q ring | dO | K ring | V ring | barriers
 template <int HD> constexpr int backward_queries_shared() { return (3 + 2 * QUERIES_STAGES) * TILE_BYTES<HD> + 128; }
@@ -612,36 +677,41 @@ template <int HD> struct QueriesRings {
 };
 
 template <int HD> __device__ inline void
-queries_produce(const QueriesRings<HD>& rings, const CUtensorMap* qkv_map, const CUtensorMap* dout_map, const BackwardArgs& a) {
+queries_produce(const QueriesRings<HD>& rings, const KeyMaps& maps, const CUtensorMap* dout_map, const Problem& a) {
     const int heads = a.H / a.G;
     for (int n = 0, round = 0, item; (item = item_of_round(round)) < a.schedule.items; round++) {
-        const QueryWork work = query_work(a.schedule, item, a.H, a.window);
-        const int slot = work.h / heads * (heads + 2);
-        load_stage<HD>(rings.queries, round, qkv_map, slot + work.h % heads, work.i0, work.b);
+        const QueryWork work = query_work(a.schedule, item, a, a.prefix);
+        load_stage<HD>(rings.queries, round, maps.qkv, work.h / heads * (heads + 2) + work.h % heads, work.i0, work.b);
         for (int j = 0; j < work.count; j++, n++) {
-            load_stage<HD>(rings.keys, n, qkv_map, slot + heads, work.i0 - j * ROWS, work.b);
-            load_stage<HD>(rings.values, n, qkv_map, slot + heads + 1, work.i0 - j * ROWS, work.b);
+            const KeyTile tile = key_tile(work, j, a.prefix);
+            load_keys<HD>(rings.keys, n, maps, a, work, tile, 0);
+            load_keys<HD>(rings.values, n, maps, a, work, tile, 1);
             if (j == 0) load_stage<HD>(rings.douts, round, dout_map, work.h, work.i0, work.b);
         }
     }
 }
 
+// Queries' slot in a row of qkv
+__device__ inline int query_slot(const Problem& a, int h) { return h / (a.H / a.G) * (a.H / a.G + 2) + h % (a.H / a.G); }
+
 template <int HD> struct QueriesConsumer {
     const QueriesRings<HD>& rings;
     const CUtensorMap* dqkv_map;
-    const BackwardArgs& a;
+    const Problem& a;
     const int consumer = __shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP, 0) - 1;     // the compiler must see it is one for a warp
     const int row = consumer * 64 + threadIdx.x / WARP % 4 * 16 + threadIdx.x % WARP / 4;
-    const float scale = rsqrtf((float)HD), c = scale * 1.44269504f;
+    const float scale = rsqrtf((float)HD), c = scale * attn::LOG2E;
     float s[ROWS / 2] = {}, dp[ROWS / 2] = {}, dq[HD / 2] = {}, lse2[2], delta[2];
     uint32_t ds[ROWS / 16][4] = {};
+    int all;                                                             // the first key that all 64 queries see
 
-    __device__ void load_statistics(const QueryWork& work) {
+    __device__ void begin_item(const QueryWork& work) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int64_t at = (int64_t)work.owner * a.padded + work.i0 + row + half * 8;
             lse2[half] = a.lse2[at], delta[half] = a.delta[at];
         }
+        all = a.first_key(work.b, work.i0 + consumer * 64 + 63);
     }
     // Tile j of item `round`, tile n of all: N columns of it. The product of the step before runs until this step's scores are issued.
     template <int N> __device__ void step(int n, int round, int j, int now, const QueryWork& work) {
@@ -658,8 +728,8 @@ template <int HD> struct QueriesConsumer {
         issue_rows<HD, ROWS, ROWS>(dpt, rings.douts.tile(0) + consumer * 64 * 128, v_at);
         wgmma_wait<1>();
         hold(s);
-        const int shift = j * ROWS - (now == UPPER ? 64 : 0);
-        if (j == 0 || (j + 1) * ROWS > a.window) mask(st, row, shift + 1 - a.window, shift);
+        const KeyTile tile = key_tile(work, j, a.prefix);
+        mask_keys<N>(s, a, work, tile, tile.n0 + (now == UPPER ? 64 : 0), work.i0 + row, work.i0 + consumer * 64, all);
 #pragma unroll
         for (int i = 0; i < N / 2; i++) st[i] = exp2_fast(fmaf(st[i], c, -lse2[i / 2 % 2]));
         wgmma_wait<0>();
@@ -678,8 +748,7 @@ template <int HD> struct QueriesConsumer {
         fence_async();
         named_sync(3 + consumer, WARPGROUP);
         if (threadIdx.x % WARPGROUP == 0 && work.i0 + consumer * 64 < a.T) {
-            const int heads = a.H / a.G;
-            store_tile<HD, ROWS>(dqkv_map, staging(round), work.h / heads * (heads + 2) + work.h % heads, work.i0 + consumer * 64, work.b);
+            store_tile<HD, ROWS>(dqkv_map, staging(round), query_slot(a, work.h), work.i0 + consumer * 64, work.b);
             tma_store_commit();
         }
     }
@@ -689,10 +758,10 @@ template <int HD> struct QueriesConsumer {
     __device__ void run() {
         int n = 0;
         for (int round = 0, item; (item = item_of_round(round)) < a.schedule.items; round++) {
-            const QueryWork work = query_work(a.schedule, item, a.H, a.window);
-            load_statistics(work);
+            const QueryWork work = query_work(a.schedule, item, a, a.prefix);
+            begin_item(work);
             for (int j = 0; j < work.count; j++, n++) {
-                const int now = parts_of(consumer, j, a.window);
+                const int visible = parts_of(consumer, work, key_tile(work, j, a.prefix).n0), now = visible ? visible : UPPER;
                 if (now == BOTH) step<128>(n, round, j, now, work);
                 else step<64>(n, round, j, now, work);
                 if (j == 0 && round > 0) stored(round - 1);
@@ -708,8 +777,8 @@ template <int HD> struct QueriesConsumer {
 #endif // SAMBA_SM90A_CODE
 
 template <int HD> __global__ void __launch_bounds__(BLOCK, 1)
-backward_queries(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__ CUtensorMap dout_map,
-              const __grid_constant__ CUtensorMap dqkv_map, const BackwardArgs a) {
+backward_queries(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__ CUtensorMap ring_map,
+                 const __grid_constant__ CUtensorMap dout_map, const __grid_constant__ CUtensorMap dqkv_map, const __grid_constant__ Problem a) {
 #ifdef SAMBA_SM90A_CODE
     const uint32_t shared = shared_address(sm90_shared);
     const QueriesRings<HD> rings(shared, shared + QueriesRings<HD>::BARRIERS);
@@ -720,7 +789,7 @@ backward_queries(const __grid_constant__ CUtensorMap qkv_map, const __grid_const
     __syncthreads();
     if (threadIdx.x < WARPGROUP) {
         registers_down<24>();
-        if (threadIdx.x == 0) queries_produce<HD>(rings, &qkv_map, &dout_map, a);
+        if (threadIdx.x == 0) queries_produce<HD>(rings, {&qkv_map, &ring_map}, &dout_map, a);
     } else {
         registers_up<240>();
         QueriesConsumer<HD>{rings, &dqkv_map, a}.run();
@@ -728,8 +797,111 @@ backward_queries(const __grid_constant__ CUtensorMap qkv_map, const __grid_const
 #endif
 }
 
+// dq = dS K from the blocks that backward_keys kept: a block owns 128 queries of a head, a step is a tile of 128 keys and the up to
+// four blocks of dS of it. Bound by reading dS: 32 KB for 2 x 2^20 multiply-adds at head_dim 128.
+template <int HD> constexpr int PRODUCT_STAGES = HD == 64 ? 4 : 3;
+constexpr int DS_BYTES = attn::DS_BLOCK * 2;
+// ring of K | dS of consumer 0, lower and upper | of consumer 1; staging of dq; barriers
+template <int HD> constexpr int backward_product_shared() {
+    return PRODUCT_STAGES<HD> * (TILE_BYTES<HD> + 4 * DS_BYTES) + TILE_BYTES<HD> + 16 * PRODUCT_STAGES<HD>;
+}
+
+#ifdef SAMBA_SM90A_CODE
+template <int HD> using ProductRing = Ring<PRODUCT_STAGES<HD>>;
+
+template <int HD> __device__ inline void product_produce(const ProductRing<HD>& ring, const CUtensorMap* qkv_map, const Problem& a) {
+    const int slots = a.H / a.G + 2;
+    for (int n = 0, round = 0, item; (item = item_of_round(round)) < a.schedule.items; round++) {
+        const QueryWork work = query_work(a.schedule, item, a, a.prefix);
+        for (int j = 0; j < work.count; j++, n++) {
+            const int n0 = work.i0 - j * ROWS;
+            int parts[2];
+#pragma unroll
+            for (int c = 0; c < 2; c++) parts[c] = work.i0 + c * 64 < a.T ? parts_of(c, work, n0) : 0;
+            const uint32_t bar = ring.full_bar(n);
+            ring.wait_empty(n);
+            barrier_expect(bar, TILE_BYTES<HD> + (__popc(parts[0]) + __popc(parts[1])) * DS_BYTES);
+            load_tile<HD, ROWS, ROWS>(ring.tile(n), bar, qkv_map, work.h / (slots - 2) * slots + slots - 2, n0, work.b);
+#pragma unroll
+            for (int c = 0; c < 2; c++)
+#pragma unroll
+                for (int half = 0; half < 2; half++)
+                    if (parts[c] >> half & 1)
+                        bulk_load(ring.tile(n) + TILE_BYTES<HD> + (c * 2 + half) * DS_BYTES,
+                                  a.ds + attn::ds_block(work.owner, work.i0 / 64 + c, n0 / 64 + half, a.T, a.window), DS_BYTES, bar);
+        }
+    }
+}
+
+template <int HD> struct ProductConsumer {
+    static constexpr int TILE = TILE_BYTES<HD>;
+    const ProductRing<HD>& ring;
+    const CUtensorMap* dqkv_map;
+    const Problem& a;
+    const int consumer = __shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP, 0) - 1;     // the compiler must see it is one for a warp
+    float dq[HD / 2] = {};
+
+    __device__ void store(const QueryWork& work) {
+        unsigned char* staging = sm90_shared + PRODUCT_STAGES<HD> * (TILE + 4 * DS_BYTES) + consumer * TILE / 2;
+        const float scale = rsqrtf((float)HD);
+        if (threadIdx.x % WARPGROUP == 0) tma_store_wait();
+        named_sync(3 + consumer, WARPGROUP);                             // the last item's store has read the staging tile
+        stage_rows<64>(staging, dq, {scale, scale}, [](int position) { return attn::ds_query(position); });
+        fence_async();
+        named_sync(3 + consumer, WARPGROUP);
+        if (threadIdx.x % WARPGROUP == 0 && work.i0 + consumer * 64 < a.T) {
+            store_tile<HD, 64>(dqkv_map, staging, query_slot(a, work.h), work.i0 + consumer * 64, work.b);
+            tma_store_commit();
+        }
+    }
+    __device__ void run() {
+        int n = 0;
+        for (int round = 0, item; (item = item_of_round(round)) < a.schedule.items; round++) {
+            const QueryWork work = query_work(a.schedule, item, a, a.prefix);
+            int add = 0;
+            for (int j = 0; j < work.count; j++, n++) {
+                const int parts = work.i0 + consumer * 64 < a.T ? parts_of(consumer, work, work.i0 - j * ROWS) : 0;
+                const uint32_t k_at = ring.tile(n), ds_at = k_at + TILE + consumer * 2 * DS_BYTES;
+                ring.wait_full(n);
+                if (parts & LOWER) issue_transposed<ROWS>(dq, ds_at, k_at, add), add = 1;
+                if (parts & UPPER) issue_transposed<ROWS>(dq, ds_at + DS_BYTES, k_at + 64 * 128, add), add = 1;
+                if (j > 0) {
+                    if (parts == BOTH) wgmma_wait<2>();                  // the step before is done
+                    else wgmma_wait<0>();
+                    ring.release(n - 1);
+                }
+            }
+            wgmma_wait<0>();
+            hold(dq);
+            ring.release(n - 1);
+            store(work);
+        }
+        if (threadIdx.x % WARPGROUP == 0) tma_store_wait();
+    }
+};
+#endif // SAMBA_SM90A_CODE
+
+template <int HD> __global__ void __launch_bounds__(BLOCK, 1)
+backward_product(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__ CUtensorMap dqkv_map, const __grid_constant__ Problem a) {
+#ifdef SAMBA_SM90A_CODE
+    constexpr int STAGE = TILE_BYTES<HD> + 4 * DS_BYTES;
+    const uint32_t shared = shared_address(sm90_shared);
+    const ProductRing<HD> ring{shared, shared + PRODUCT_STAGES<HD> * STAGE + TILE_BYTES<HD>, STAGE};
+    if (threadIdx.x == 0) {
+        ring.init();
+        barrier_init_done();
+    }
+    __syncthreads();
+    if (threadIdx.x < WARPGROUP) {
+        if (threadIdx.x == 0) product_produce<HD>(ring, &qkv_map, a);
+    } else
+        ProductConsumer<HD>{ring, &dqkv_map, a}.run();
+#endif
+}
+
 // dk, dv: a block owns 128 keys of a group and goes over the group's query heads and their tiles of 64 queries. Scores are formed
 // transposed (keys as rows), so that P^T and dS^T come from registers. dk and dv are staged in the key and value tiles, as dq is.
+// A warp of the first warpgroup fetches the tiles' lse2 and delta, by ordinary loads.
 constexpr int KEYS_STAGES = 3, STEP_ROWS = 64;
 template <int HD> constexpr int STEP_BYTES = 2 * STEP_ROWS * HD * 2;     // Q | dO
 // ring of K | V | ring of Q | dO | ring of lse2 | delta | barriers
@@ -743,18 +915,18 @@ template <int HD> struct KeysRings {
     Ring<STAGES> steps;
     __device__ KeysRings(uint32_t shared)
         : keys{shared, shared + BARRIERS, 2 * TILE}, steps{shared + 4 * TILE, shared + BARRIERS + 32, STEP_BYTES<HD>} {}
-    __device__ static int statistics(int n) { return STATISTICS + n % STAGES * 2 * STEP_ROWS * 4; }
+    __device__ static float* statistics(int n) { return reinterpret_cast<float*>(sm90_shared + STATISTICS) + n % STAGES * 2 * STEP_ROWS; }
 };
 // A tile of keys, and the first and last tile of queries that see it
 struct KeyWork { int b, g, n0, first, last; };
-__device__ inline KeyWork key_work(const BackwardArgs& a, int item) {
+__device__ inline KeyWork key_work(const Problem& a, int item) {
     const Work work = work_item(a.schedule, item);
-    const int n0 = work.tile * ROWS;
-    return {work.owner / a.G, work.owner % a.G, n0, n0 / STEP_ROWS, min(a.T - 1, n0 + ROWS - 1 + a.window - 1) / STEP_ROWS};
+    const int n0 = work.tile * ROWS, b = work.owner / a.G;
+    return {b, work.owner % a.G, n0, n0 / STEP_ROWS, a.last_query(b, n0 + ROWS - 1) / STEP_ROWS};
 }
 
 template <int HD> __device__ inline void
-keys_produce(const KeysRings<HD>& rings, const CUtensorMap* qkv_map, const CUtensorMap* dout_map, const BackwardArgs& a) {
+keys_produce(const KeysRings<HD>& rings, const CUtensorMap* qkv_map, const CUtensorMap* dout_map, const Problem& a) {
     constexpr int TILE = TILE_BYTES<HD>, STEP = STEP_BYTES<HD>, N = STEP_ROWS;
     const int heads = a.H / a.G;
     for (int n = 0, round = 0, item; (item = item_of_round(round)) < a.schedule.items; round++) {
@@ -767,14 +939,27 @@ keys_produce(const KeysRings<HD>& rings, const CUtensorMap* qkv_map, const CUten
         load_tile<HD, ROWS, N>(rings.keys.tile(round) + TILE, keys_bar, qkv_map, slot + heads + 1, work.n0, work.b);
         for (int h = 0; h < heads; h++)
             for (int tile = work.first; tile <= work.last; tile++, n++) {
-                const uint32_t bar = rings.steps.full_bar(n), statistics = shared_address(sm90_shared) + rings.statistics(n);
-                const int64_t at = ((int64_t)work.b * a.H + work.g * heads + h) * a.padded + tile * N;
+                const uint32_t bar = rings.steps.full_bar(n);
                 rings.steps.wait_empty(n);
-                barrier_expect(bar, STEP + 2 * N * 4);
+                barrier_expect(bar, STEP);
                 load_tile<HD, N, N>(rings.steps.tile(n), bar, qkv_map, slot + h, tile * N, work.b);
                 load_tile<HD, N, N>(rings.steps.tile(n) + STEP / 2, bar, dout_map, work.g * heads + h, tile * N, work.b);
-                bulk_load(statistics, a.lse2 + at, N * 4, bar);
-                bulk_load(statistics + N * 4, a.delta + at, N * 4, bar);
+            }
+    }
+}
+// By a whole warp: 64 lse2 and 64 delta a step, four a lane, read before the stage is empty
+template <int HD> __device__ inline void keys_produce_statistics(const KeysRings<HD>& rings, const Problem& a) {
+    const int heads = a.H / a.G, lane = threadIdx.x % WARP;
+    const float* from = (lane < 16 ? a.lse2 : a.delta) + lane % 16 * 4;
+    for (int n = 0, round = 0, item; (item = item_of_round(round)) < a.schedule.items; round++) {
+        const KeyWork work = key_work(a, item);
+        for (int h = 0; h < heads; h++)
+            for (int tile = work.first; tile <= work.last; tile++, n++) {
+                const Vec<float, 4> v = load_vec<4>(from + ((int64_t)work.b * a.H + work.g * heads + h) * a.padded + tile * STEP_ROWS);
+                rings.steps.wait_empty(n);
+                store_vec(rings.statistics(n) + lane * 4, v);
+                __syncwarp();                                            // all lanes have written before one of them says so
+                if (lane == 0) barrier_arrive(rings.steps.full_bar(n));
             }
     }
 }
@@ -783,19 +968,40 @@ template <int HD> struct KeysConsumer {
     static constexpr int TILE = TILE_BYTES<HD>, STEP = STEP_BYTES<HD>, N = STEP_ROWS;
     const KeysRings<HD>& rings;
     const CUtensorMap* dqkv_map;
-    const BackwardArgs& a;
+    const Problem& a;
     const int consumer = __shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP, 0) - 1;     // the compiler must see it is one for a warp
-    const int row = consumer * 64 + threadIdx.x / WARP % 4 * 16 + threadIdx.x % WARP / 4;
-    const float scale = rsqrtf((float)HD), c = scale * 1.44269504f;
+    const int row = threadIdx.x / WARP % 4 * 16 + threadIdx.x % WARP / 4;             // of our 64: this lane's first
+    const float scale = rsqrtf((float)HD), c = scale * attn::LOG2E;
     float s[N / 2], dp[N / 2], dk[HD / 2] = {}, dv[HD / 2] = {};
     uint32_t p[N / 16][4] = {}, ds[N / 16][4] = {};
     int unreleased = -1;                                                 // the step whose products may still run
 
+    // Rows are keys p0 + row, + 8; columns queries from i0 on. all: the last query that sees all 64 keys
+    __device__ void mask_queries(const KeyWork& work, int p0, int i0, int all) {
+        if (i0 >= p0 + 63 && i0 + N - 1 <= all) return;
+        int from[2], to[2];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int key = p0 + row + half * 8;
+            from[half] = key - i0, to[half] = a.last_query(work.b, key) - i0;
+        }
+        mask(s, from, to);
+    }
+    // dS of these 64 keys and the tile's 64 queries to memory, for dq
+    __device__ void keep(const KeyWork& work, int p0, int h, int tile) const {
+        if (!a.ds || tile * N < p0) return;
+        bf16* block = a.ds + attn::ds_block(work.b * a.H + work.g * (a.H / a.G) + h, tile, p0 / N, a.T, a.window);
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+#pragma unroll
+            for (int k = 0; k < 4; k += 2)
+                attn::ds_store(block, row + half * 8, k / 2, ds[k][half], ds[k][2 + half], ds[k + 1][half], ds[k + 1][2 + half]);
+    }
     // One tile of queries, n of all, with the keys of item `round`
-    __device__ void step(int n, int tile, int round, bool first, const KeyWork& work) {
-        const float* lse2 = reinterpret_cast<const float*>(sm90_shared + rings.statistics(n)) + threadIdx.x % 4 * 2;
-        const int i0 = tile * N;
+    __device__ void step(int n, int h, int tile, int round, bool first, int all, const KeyWork& work) {
+        const float* lse2 = rings.statistics(n) + threadIdx.x % 4 * 2;
         const uint32_t k_at = rings.keys.tile(round) + consumer * 64 * 128, q_at = rings.steps.tile(n), do_at = q_at + STEP / 2;
+        const int p0 = work.n0 + consumer * 64;
         if (first) rings.keys.wait_full(round);
         rings.steps.wait_full(n);
         issue_rows<HD, ROWS, N>(s, k_at, q_at);
@@ -806,7 +1012,7 @@ template <int HD> struct KeysConsumer {
         issue_rows<HD, ROWS, N>(dp, k_at + TILE, do_at);
         wgmma_wait<1>();
         hold(s);
-        if (i0 < work.n0 + ROWS - 1 || i0 + N - 1 >= work.n0 + a.window) mask(s, row, work.n0 - i0, work.n0 - i0 + a.window - 1);
+        mask_queries(work, p0, tile * N, all);
 #pragma unroll
         for (int i = 0; i < N / 8; i++) {
             const Vec<float, 2> l = load_vec<2>(lse2 + i * 8);
@@ -825,6 +1031,7 @@ template <int HD> struct KeysConsumer {
         }
         pack_operand(ds, dp);
         issue_columns<N>(dk, ds, q_at, !first);
+        keep(work, p0, h, tile);
     }
     // A tile of queries that sees none of our 64 keys
     __device__ void skip(int n) { rings.steps.wait_full(n), rings.steps.release(n); }
@@ -851,18 +1058,20 @@ template <int HD> struct KeysConsumer {
         int n = 0;
         for (int round = 0, item; (item = item_of_round(round)) < a.schedule.items; round++) {
             const KeyWork work = key_work(a, item);
-            // The second warpgroup's keys come after the first tile of queries; the first's may leave the window before the last tile.
-            const bool several = work.first < work.last, late = several && consumer == 1;
-            const bool early = several && consumer == 0 && work.last * N >= work.n0 + 63 + a.window;
-            for (int h = 0; h < heads; h++) {
-                if (late) skip(n++);
-                for (int tile = work.first + late; tile <= work.last - early; tile++, n++) {
-                    const bool first = h == 0 && tile == work.first + late;
-                    step(n, tile, round, first, work);
+            const int p0 = work.n0 + consumer * 64;
+            // Tiles of queries before our keys, and behind the last that sees one of them, are skipped; one always stays
+            const int mine = min(work.first + consumer, work.last), last = max(mine, a.last_query(work.b, p0 + 63) / N);
+            const int all = a.last_query(work.b, p0);
+            for (int h = 0; h < heads; h++)
+                for (int tile = work.first; tile <= work.last; tile++, n++) {
+                    if (tile < mine || tile > last) {
+                        skip(n);
+                        continue;
+                    }
+                    const bool first = h == 0 && tile == mine;
+                    step(n, h, tile, round, first, all, work);
                     if (first && round > 0) stored(round - 1);
                 }
-                if (early) skip(n++);
-            }
             wgmma_wait<0>();
             hold(dk), hold(dv), hold(p), hold(ds);
             rings.steps.release(unreleased);
@@ -876,17 +1085,18 @@ template <int HD> struct KeysConsumer {
 
 template <int HD> __global__ void __launch_bounds__(BLOCK, 1)
 backward_keys(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__ CUtensorMap dout_map,
-              const __grid_constant__ CUtensorMap dqkv_map, const BackwardArgs a) {
+              const __grid_constant__ CUtensorMap dqkv_map, const __grid_constant__ Problem a) {
 #ifdef SAMBA_SM90A_CODE
     const KeysRings<HD> rings(shared_address(sm90_shared));
     if (threadIdx.x == 0) {
-        rings.keys.init(2), rings.steps.init();                          // 2: see stored()
+        rings.keys.init(2), rings.steps.init(2 * WARPGROUP / WARP, 2);   // 2: see stored(); tiles and statistics
         barrier_init_done();
     }
     __syncthreads();
     if (threadIdx.x < WARPGROUP) {
         registers_down<24>();
         if (threadIdx.x == 0) keys_produce<HD>(rings, &qkv_map, &dout_map, a);
+        if (threadIdx.x / WARP == 1) keys_produce_statistics<HD>(rings, a);
     } else {
         registers_up<240>();
         KeysConsumer<HD>{rings, &dqkv_map, a}.run();
@@ -904,64 +1114,67 @@ inline Schedule schedule(int64_t tiles, int64_t owners, int blocks, bool last_fi
 }
 constexpr int SHARED_LIMIT = 227 * 1024;                                  // a block's, on compute capability 9.0
 static_assert(forward_shared<128>() <= SHARED_LIMIT && backward_queries_shared<128>() <= SHARED_LIMIT && backward_keys_shared<128>() <= SHARED_LIMIT);
+static_assert(backward_product_shared<128>() <= SHARED_LIMIT && backward_product_shared<64>() <= SHARED_LIMIT);
 inline int multiprocessors() {
     int device = 0, count = 0;
     CUDA_CHECK(cudaGetDevice(&device));
     CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
     return count;
 }
-inline bool supported(const void* qkv, const void* out, int64_t T, int H, int G, int hd) {          // T * row * 2 < 2^40: a limit of tensor maps
-    return (hd == 64 || hd == 128) && usable() && ((uintptr_t)qkv | (uintptr_t)out) % 16 == 0 && T * (H + 2 * G) * hd < (int64_t)1 << 39;
+inline bool supported(const Args<bf16>& a, const void* other) {          // T * row * 2 < 2^40: a limit of tensor maps
+    return (a.hd == 64 || a.hd == 128) && usable() && ((uintptr_t)a.qkv | (uintptr_t)a.ring | (uintptr_t)other) % 16 == 0 &&
+           std::max<int64_t>(a.T * a.row(), a.ring ? a.capacity * 2 * a.G * a.hd : 0) < (int64_t)1 << 39;
 }
 
-template <int HD> inline void launch_forward(bf16* out, float* lse, const bf16* qkv, int B, int64_t T, int H, int G, int64_t window, Stream stream) {
+// One block a multiprocessor, over tiles x heads (or groups)
+template <class Kernel, class... Maps>
+inline void launch_resident(Kernel kernel, Problem a, int64_t owners, bool last_first, int shared, Stream stream, const Maps&... maps) {
     const int blocks = multiprocessors();
-    const ForwardArgs a{lse, (int)T, H, G, (int)(window <= 0 ? T : std::min(window, T)), schedule(ceil_div(T, ROWS), (int64_t)B * H, blocks, true)};
-    CUDA_CHECK(cudaFuncSetAttribute(forward<HD>, cudaFuncAttributeMaxDynamicSharedMemorySize, forward_shared<HD>()));
-    forward<HD><<<std::min(blocks, a.schedule.items), BLOCK, forward_shared<HD>(), stream>>>(
-        tensor_map(qkv, B, T, H + 2 * G, HD, ROWS), tensor_map(out, B, T, H, HD, 64), a);
+    a.schedule = schedule(ceil_div(a.T, ROWS), owners, blocks, last_first);
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+    kernel<<<std::min(blocks, a.schedule.items), BLOCK, shared, stream>>>(maps..., a);
     LAUNCH_CHECK();
 }
+inline Problem problem(const Args<bf16>& a) {
+    return {a, {}, a.ring ? Prefix{(int)a.capacity, (int)(a.position % a.capacity)} : Prefix{0, 0}, (int)padded_length(a.T)};
+}
+// Keys and queries of the call; of the ring (or, where there is none, anything)
+inline CUtensorMap qkv_map(const Args<bf16>& a, int rows) { return tensor_map(a.qkv, a.B, a.T, a.H + 2 * a.G, a.hd, rows); }
+inline CUtensorMap ring_map(const Args<bf16>& a) { return a.ring ? tensor_map(a.ring, a.B, a.capacity, 2 * a.G, a.hd, ROWS) : qkv_map(a, ROWS); }
 
-template <int HD> inline void launch_backward(bf16* dqkv, const bf16* dout, const bf16* out, const bf16* qkv, const float* lse, void* workspace,
-                                              int B, int64_t T, int H, int G, int64_t window, Stream stream) {
-    const int blocks = multiprocessors();
-    const int64_t padded = padded_length(T), rows = (int64_t)B * padded * H;
-    BackwardArgs a{(float*)workspace, (float*)workspace + rows, (int)T, H, G, (int)(window <= 0 ? T : std::min(window, T)), (int)padded,
-                   schedule(ceil_div(T, ROWS), (int64_t)B * H, blocks, true)};
-    backward_statistics<HD><<<a.schedule.items, 256, 0, stream>>>(a, dout, out, lse);
+template <int HD> inline void launch_forward(const Args<bf16>& a, Stream stream) {
+    launch_resident(forward<HD>, problem(a), (int64_t)a.B * a.H, true, forward_shared<HD>(), stream, qkv_map(a, ROWS), ring_map(a),
+           tensor_map(a.out, a.B, a.T, a.H, HD, 16));
+}
+template <int HD> inline void launch_statistics(const Args<bf16>& a, Stream stream) {
+    backward_statistics<HD><<<(unsigned)(ceil_div(a.T, ROWS) * a.B * a.H), 256, 0, stream>>>(problem(a));
     LAUNCH_CHECK();
-    const CUtensorMap dqkv_map = tensor_map(dqkv, B, T, H + 2 * G, HD, 64);
-    CUDA_CHECK(cudaFuncSetAttribute(backward_queries<HD>, cudaFuncAttributeMaxDynamicSharedMemorySize, backward_queries_shared<HD>()));
-    backward_queries<HD><<<std::min(blocks, a.schedule.items), BLOCK, backward_queries_shared<HD>(), stream>>>(
-        tensor_map(qkv, B, T, H + 2 * G, HD, ROWS), tensor_map(dout, B, T, H, HD, ROWS), dqkv_map, a);
-    LAUNCH_CHECK();
-    a.schedule = schedule(ceil_div(T, ROWS), (int64_t)B * G, blocks, false);
-    CUDA_CHECK(cudaFuncSetAttribute(backward_keys<HD>, cudaFuncAttributeMaxDynamicSharedMemorySize, backward_keys_shared<HD>()));
-    backward_keys<HD><<<std::min(blocks, a.schedule.items), BLOCK, backward_keys_shared<HD>(), stream>>>(
-        tensor_map(qkv, B, T, H + 2 * G, HD, STEP_ROWS), tensor_map(dout, B, T, H, HD, STEP_ROWS), dqkv_map, a);
-    LAUNCH_CHECK();
+}
+// The kernels of dk and dv (which keep dS if a.ds), and of dq
+template <int HD> inline void launch_backward(const Args<bf16>& a, Stream stream) {
+    const CUtensorMap dqkv_map = tensor_map(a.dqkv, a.B, a.T, a.H + 2 * a.G, HD, 64);
+    launch_resident(backward_keys<HD>, problem(a), (int64_t)a.B * a.G, false, backward_keys_shared<HD>(), stream, qkv_map(a, STEP_ROWS),
+           tensor_map(a.dout, a.B, a.T, a.H, HD, STEP_ROWS), dqkv_map);
+    if (a.ds)
+        launch_resident(backward_product<HD>, problem(a), (int64_t)a.B * a.H, true, backward_product_shared<HD>(), stream, qkv_map(a, ROWS), dqkv_map);
+    else
+        launch_resident(backward_queries<HD>, problem(a), (int64_t)a.B * a.H, true, backward_queries_shared<HD>(), stream, qkv_map(a, ROWS), ring_map(a),
+               tensor_map(a.dout, a.B, a.T, a.H, HD, ROWS), dqkv_map);
 }
 #endif // __CUDACC__
 
-// The arguments of gpu::attention_forward without the ring. false: not for this device or shape, nothing was done.
-inline bool attention_forward(bf16* out, float* lse, const bf16* qkv, int B, int64_t T, int H, int G, int hd, int64_t window, Stream stream = {}) {
-    if (!supported(qkv, out, T, H, G, hd)) return false;
-    if (hd == 64) launch_forward<64>(out, lse, qkv, B, T, H, G, window, stream);
-    else launch_forward<128>(out, lse, qkv, B, T, H, G, window, stream);
+// false: not for this device or shape, nothing was done. Which fields of Args are read: as in attention.cuh.
+template <int = 0> inline bool forward_if_supported(const Args<bf16>& a, Stream stream) {
+    if (!supported(a, a.out)) return false;
+    a.hd == 64 ? launch_forward<64>(a, stream) : launch_forward<128>(a, stream);
     return true;
 }
-
-// lse2 and delta
-inline size_t attention_backward_workspace(int B, int64_t T, int H, int, int) { return (size_t)B * H * padded_length(T) * 2 * sizeof(float); }
-
-// The arguments of gpu::attention_backward. workspace: at least attention_backward_workspace bytes of this namespace, aligned to 16
-inline bool attention_backward(bf16* dqkv, const bf16* dout, const bf16* out, const bf16* qkv, const float* lse, void* workspace, int B,
-                               int64_t T, int H, int G, int hd, int64_t window, Stream stream = {}) {
-    if (!supported(qkv, out, T, H, G, hd) || !supported(dqkv, dout, T, H, G, hd) || (uintptr_t)workspace % 16 != 0) return false;
-    if (hd == 64) launch_backward<64>(dqkv, dout, out, qkv, lse, workspace, B, T, H, G, window, stream);
-    else launch_backward<128>(dqkv, dout, out, qkv, lse, workspace, B, T, H, G, window, stream);
-    return true;
+inline bool backward_supported(const Args<bf16>& a) { return supported(a, a.dqkv) && (uintptr_t)a.dout % 16 == 0 && (uintptr_t)a.lse2 % 16 == 0; }
+template <int = 0> inline void run_statistics(const Args<bf16>& a, Stream stream) {
+    a.hd == 64 ? launch_statistics<64>(a, stream) : launch_statistics<128>(a, stream);
+}
+template <int = 0> inline void run_backward(const Args<bf16>& a, Stream stream) {
+    a.hd == 64 ? launch_backward<64>(a, stream) : launch_backward<128>(a, stream);
 }
 
 } // namespace sm90

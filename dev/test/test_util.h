@@ -53,19 +53,21 @@ template <class T> struct DeviceBuffer {
     T* ptr = nullptr;
     size_t size;
     explicit DeviceBuffer(size_t n) : size(n) {
-        std::vector<unsigned char> poison(n * sizeof(T), 0xFF);
         ptr = (T*)device_alloc(n * sizeof(T), "a test buffer");
-        copy_to_device(ptr, poison.data(), n * sizeof(T), Stream{});
-        stream_sync(Stream{});
+        poison();
     }
     explicit DeviceBuffer(const std::vector<T>& data) : size(data.size()) {
         ptr = (T*)device_alloc(size * sizeof(T), "a test buffer");
-        copy_to_device(ptr, data.data(), size * sizeof(T), Stream{});
-        stream_sync(Stream{});
+        set(data);
     }
     DeviceBuffer(const DeviceBuffer&) = delete;
     DeviceBuffer& operator=(const DeviceBuffer&) = delete;
     ~DeviceBuffer() { try { device_free(ptr); } catch (...) {} }   // after a faulty kernel every call fails: the test says so, not std::terminate
+    void poison() { device_fill(ptr, 0xFF, size * sizeof(T), Stream{}); }
+    void set(const std::vector<T>& data) {
+        copy_to_device(ptr, data.data(), size * sizeof(T), Stream{});
+        stream_sync(Stream{});
+    }
     std::vector<T> host() const {
         std::vector<T> out(size);
         stream_sync(Stream{});

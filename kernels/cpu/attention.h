@@ -1,12 +1,15 @@
 // Causal sliding-window attention with grouped heads. The plain C++ twin of kernels/attention.cuh, and its definition:
 //
-//   s(i, p) = q_i . k_p / sqrt(hd)     for p in max(0, i - window + 1) .. i   (window <= 0: from 0)
+//   s(i, p) = q_i . k_p / sqrt(hd)     for p in max(oldest, i - window + 1, starts_i) .. i   (window <= 0: no limit)
 //   out_i   = sum_p exp(s(i, p) - lse_i) v_p,     lse_i = log sum_p exp(s(i, p))
 //   P = exp(s - lse), delta_i = dout_i . out_i, dS = P (dout v^T - delta)
 //   dv = P^T dout,  dq = dS k / sqrt(hd),  dk = dS^T q / sqrt(hd)
 //
 // Shapes: qkv (B, T, G, H/G + 2, hd): per group its H/G query heads, its key head, its value head; out (B, T, H, hd);
-// lse (B, H, T); ring (B, capacity, 2, G, hd): keys and values of earlier calls, position p in slot p % capacity.
+// lse (B, H, T); ring (B, capacity, 2, G, hd): keys and values of earlier calls, position p in slot p % capacity. Positions count
+// from this call's t = 0: the ring's are negative, the oldest is -min(position, capacity), or 0 without a ring.
+// starts (B, T) or null: the position of the first token of t's document, not falling in t: a query sees no earlier document. A
+// document that began in an earlier call has a negative start.
 //
 // No (T, T) buffer: scores live in tiles of QUERY_TILE x KEY_TILE, the softmax is the online one, tiles outside the window are
 // never visited. Saved for backward: lse. Backward goes over the tiles twice, once per owner of keys (dk, dv) and once per
@@ -26,10 +29,16 @@ namespace cpu {
 
 constexpr int QUERY_TILE = 32, KEY_TILE = 64;
 
-// Where heads lie in a row of qkv
+// Where heads lie in a row of qkv, and what a query sees
 struct AttentionShape {
     int64_t T;
     int H, G, hd;
+    int64_t window, oldest = 0;
+    const int* starts = nullptr;
+    // The first key that query i sees
+    int64_t first_key(int b, int64_t i) const {
+        return std::max({i - window + 1, oldest, starts ? (int64_t)starts[b * T + i] : std::numeric_limits<int64_t>::min()});
+    }
     int64_t row() const { return (int64_t)(H + 2 * G) * hd; }
     int group(int head) const { return head / (H / G); }
     int64_t query(int b, int64_t t, int head) const { return (b * T + t) * row() + (int64_t)(group(head) * (H / G + 2) + head % (H / G)) * hd; }
@@ -92,14 +101,29 @@ inline void softmax_tile(R* s, R* maximum, R* sum, R* acc, int rows, int hd, R s
     }
 }
 
-template <class R>
-inline void attention_forward(R* out, R* lse, const R* qkv, const std::type_identity_t<R>* ring, int64_t capacity, int64_t position, int B, int64_t T,
-                              int H, int G, int hd, int64_t window, Stream = {}) {
+// A key (value = 0) or value (1) at position p, of the call or of the ring
+template <class R> struct AttentionKeys {
+    const R *qkv, *ring;
+    int64_t capacity, position;
+    const R* operator()(const AttentionShape& shape, int b, int64_t p, int g, int value) const {
+        if (p >= 0) return qkv + shape.key(b, p, g) + value * shape.hd;
+        return ring + (((b * capacity + (position + p) % capacity) * 2 + value) * shape.G + g) * shape.hd;
+    }
+};
+
+inline AttentionShape attention_shape(int64_t T, int H, int G, int hd, int64_t window, bool ring, int64_t capacity, int64_t position, const int* starts) {
     attention_check(H, G, hd);
-    const AttentionShape shape{T, H, G, hd};
-    const int64_t tiles = ceil_div(T, QUERY_TILE), oldest = ring ? -std::min(position, capacity) : 0;   // positions here count from this call's t = 0
-    const R scale = R(1) / std::sqrt(R(hd));
     if (window <= 0 || window > position + T) window = position + T;
+    return {T, H, G, hd, window, ring ? -std::min(position, capacity) : 0, starts};
+}
+
+template <class R>
+inline void attention_forward(R* out, R* lse, const R* qkv, const std::type_identity_t<R>* ring, int64_t capacity, int64_t position, const int* starts,
+                              int B, int64_t T, int H, int G, int hd, int64_t window, Stream = {}) {
+    const AttentionShape shape = attention_shape(T, H, G, hd, window, ring, capacity, position, starts);
+    const AttentionKeys<R> key_at{qkv, ring, capacity, position};
+    const int64_t tiles = ceil_div(T, QUERY_TILE);
+    const R scale = R(1) / std::sqrt(R(hd));
 #pragma omp parallel
     {
         std::vector<R> keys(hd * KEY_TILE), values(KEY_TILE * hd), s(QUERY_TILE * KEY_TILE), acc(QUERY_TILE * hd), maximum(QUERY_TILE), sum(QUERY_TILE);
@@ -110,19 +134,17 @@ inline void attention_forward(R* out, R* lse, const R* qkv, const std::type_iden
             std::fill(acc.begin(), acc.end(), R(0));
             std::fill(sum.begin(), sum.end(), R(0));
             std::fill(maximum.begin(), maximum.end(), -std::numeric_limits<R>::infinity());
-            for (int64_t p0 = std::max(oldest, i0 - window + 1); p0 < i0 + rows; p0 += KEY_TILE) {
+            for (int64_t p0 = shape.first_key(b, i0); p0 < i0 + rows; p0 += KEY_TILE) {
                 const int n = std::min<int64_t>(KEY_TILE, i0 + rows - p0);
                 for (int j = 0; j < n; j++) {
-                    const int64_t p = p0 + j, slot = p < 0 ? (position + p) % capacity : 0;
-                    const R* k = p < 0 ? ring + (((b * capacity + slot) * 2 + 0) * G + g) * hd : qkv + shape.key(b, p, g);
-                    const R* v = p < 0 ? ring + (((b * capacity + slot) * 2 + 1) * G + g) * hd : qkv + shape.value(b, p, g);
+                    const R *k = key_at(shape, b, p0 + j, g, 0), *v = key_at(shape, b, p0 + j, g, 1);
                     for (int d = 0; d < hd; d++) keys[d * KEY_TILE + j] = k[d];
                     std::copy(v, v + hd, &values[j * hd]);
                 }
                 std::fill(s.begin(), s.end(), R(0));
                 tile_product(s.data(), KEY_TILE, qkv + shape.query(b, i0, head), shape.row(), 1, keys.data(), KEY_TILE, rows, n, hd);
                 softmax_tile(s.data(), maximum.data(), sum.data(), acc.data(), rows, hd, scale, n,
-                             [&](int r) { return i0 + r - window + 1 - p0; }, [&](int r) { return i0 + r + 1 - p0; });
+                             [&](int r) { return shape.first_key(b, i0 + r) - p0; }, [&](int r) { return i0 + r + 1 - p0; });
                 tile_product(acc.data(), hd, s.data(), KEY_TILE, 1, values.data(), hd, rows, hd, n);
             }
             for (int r = 0; r < rows; r++) {
@@ -135,13 +157,13 @@ inline void attention_forward(R* out, R* lse, const R* qkv, const std::type_iden
 }
 
 // delta (B, H, T): enough for R = double
-inline size_t attention_backward_workspace(int B, int64_t T, int H, int, int) { return (size_t)B * H * T * sizeof(double); }
+inline size_t attention_backward_workspace(int B, int64_t T, int H, int, int, int64_t) { return (size_t)B * H * T * sizeof(double); }
 
 // p (QUERY_TILE, KEY_TILE) = P and ds = P (dP - delta) / sqrt(hd) of one pair of tiles: queries i0.. of `head`, keys p0..
 // keys and values are transposed tiles (hd, KEY_TILE).
 template <class R>
 inline void attention_gradient_tile(R* p, R* ds, const R* qkv, const R* dout, const R* lse, const R* delta, const R* keys, const R* values,
-                                    const AttentionShape& shape, int b, int head, int64_t i0, int rows, int64_t p0, int n, int64_t window) {
+                                    const AttentionShape& shape, int b, int head, int64_t i0, int rows, int64_t p0, int n) {
     const R scale = R(1) / std::sqrt(R(shape.hd));
     std::fill(p, p + QUERY_TILE * KEY_TILE, R(0));
     std::fill(ds, ds + QUERY_TILE * KEY_TILE, R(0));
@@ -150,10 +172,11 @@ inline void attention_gradient_tile(R* p, R* ds, const R* qkv, const R* dout, co
     for (int r = 0; r < rows; r++) {
         const int64_t i = i0 + r;
         const R lse_i = lse[((int64_t)b * shape.H + head) * shape.T + i], delta_i = delta[((int64_t)b * shape.H + head) * shape.T + i];
+        const int64_t first = shape.first_key(b, i);
         R *pr = p + r * KEY_TILE, *dsr = ds + r * KEY_TILE;
 #pragma omp simd
         for (int j = 0; j < n; j++) {
-            const bool seen = p0 + j <= i && p0 + j > i - window;
+            const bool seen = p0 + j <= i && p0 + j >= first;
             pr[j] = seen ? fast_exp(std::min(pr[j] * scale - lse_i, R(0))) : R(0);     // a probability: at most 1
             dsr[j] = pr[j] * (dsr[j] - delta_i) * scale;
         }
@@ -161,7 +184,7 @@ inline void attention_gradient_tile(R* p, R* ds, const R* qkv, const R* dout, co
 }
 
 template <class R>
-inline void attention_backward_keys(R* dqkv, const R* dout, const R* qkv, const R* lse, const R* delta, int B, AttentionShape shape, int64_t window) {
+inline void attention_backward_keys(R* dqkv, const R* dout, const R* qkv, const R* lse, const R* delta, int B, AttentionShape shape) {
     const int H = shape.H, G = shape.G, hd = shape.hd;
     const int64_t T = shape.T, tiles = ceil_div(T, KEY_TILE);
 #pragma omp parallel
@@ -175,11 +198,12 @@ inline void attention_backward_keys(R* dqkv, const R* dout, const R* qkv, const 
             transpose_tile(values.data(), qkv + shape.value(b, p0, g), shape.row(), n, hd);
             std::fill(dk.begin(), dk.end(), R(0));
             std::fill(dv.begin(), dv.end(), R(0));
-            const int64_t end = std::min(T, p0 + n - 1 + window);                   // the last key's last query, + 1
+            int64_t end = std::min(T, p0 + n - 1 + shape.window);                   // the last key's last query, + 1
+            while (end > p0 + n && shape.first_key(b, end - 1) >= p0 + n) end--;
             for (int head = g * (H / G); head < (g + 1) * (H / G); head++)
                 for (int64_t i0 = p0; i0 < end; i0 += QUERY_TILE) {
                     const int rows = std::min<int64_t>(QUERY_TILE, end - i0);
-                    attention_gradient_tile(p.data(), ds.data(), qkv, dout, lse, delta, keys.data(), values.data(), shape, b, head, i0, rows, p0, n, window);
+                    attention_gradient_tile(p.data(), ds.data(), qkv, dout, lse, delta, keys.data(), values.data(), shape, b, head, i0, rows, p0, n);
                     tile_product(dv.data(), hd, p.data(), 1, KEY_TILE, dout + shape.output(b, i0, head), (int64_t)H * hd, n, hd, rows);
                     tile_product(dk.data(), hd, ds.data(), 1, KEY_TILE, qkv + shape.query(b, i0, head), shape.row(), n, hd, rows);
                 }
@@ -192,37 +216,39 @@ inline void attention_backward_keys(R* dqkv, const R* dout, const R* qkv, const 
 }
 
 template <class R>
-inline void attention_backward_queries(R* dqkv, const R* dout, const R* qkv, const R* lse, const R* delta, int B, AttentionShape shape, int64_t window) {
+inline void attention_backward_queries(R* dqkv, const R* dout, const AttentionKeys<R>& key_at, const R* lse, const R* delta, int B, AttentionShape shape) {
     const int H = shape.H, hd = shape.hd;
     const int64_t T = shape.T, tiles = ceil_div(T, QUERY_TILE);
 #pragma omp parallel
     {
-        std::vector<R> keys(hd * KEY_TILE), values(hd * KEY_TILE), p(QUERY_TILE * KEY_TILE), ds(QUERY_TILE * KEY_TILE), dq(QUERY_TILE * hd);
+        std::vector<R> keys(hd * KEY_TILE), values(hd * KEY_TILE), rows_k(KEY_TILE * hd), p(QUERY_TILE * KEY_TILE), ds(QUERY_TILE * KEY_TILE),
+            dq(QUERY_TILE * hd);
 #pragma omp for schedule(dynamic)
         for (int64_t item = 0; item < B * H * tiles; item++) {
             const int64_t i0 = item % tiles * QUERY_TILE;
             const int head = item / tiles % H, b = item / tiles / H, g = shape.group(head), rows = std::min<int64_t>(QUERY_TILE, T - i0);
             std::fill(dq.begin(), dq.end(), R(0));
-            for (int64_t p0 = std::max<int64_t>(0, i0 - window + 1); p0 < i0 + rows; p0 += KEY_TILE) {
+            for (int64_t p0 = shape.first_key(b, i0); p0 < i0 + rows; p0 += KEY_TILE) {
                 const int n = std::min<int64_t>(KEY_TILE, i0 + rows - p0);
-                transpose_tile(keys.data(), qkv + shape.key(b, p0, g), shape.row(), n, hd);
-                transpose_tile(values.data(), qkv + shape.value(b, p0, g), shape.row(), n, hd);
-                attention_gradient_tile(p.data(), ds.data(), qkv, dout, lse, delta, keys.data(), values.data(), shape, b, head, i0, rows, p0, n, window);
-                tile_product(dq.data(), hd, ds.data(), KEY_TILE, 1, qkv + shape.key(b, p0, g), shape.row(), rows, hd, n);
+                for (int j = 0; j < n; j++) {
+                    const R *k = key_at(shape, b, p0 + j, g, 0), *v = key_at(shape, b, p0 + j, g, 1);
+                    std::copy(k, k + hd, &rows_k[j * hd]);
+                    for (int d = 0; d < hd; d++) keys[d * KEY_TILE + j] = k[d], values[d * KEY_TILE + j] = v[d];
+                }
+                attention_gradient_tile(p.data(), ds.data(), key_at.qkv, dout, lse, delta, keys.data(), values.data(), shape, b, head, i0, rows, p0, n);
+                tile_product(dq.data(), hd, ds.data(), KEY_TILE, 1, rows_k.data(), hd, rows, hd, n);
             }
             for (int r = 0; r < rows; r++) std::copy(&dq[r * hd], &dq[r * hd] + hd, dqkv + shape.query(b, i0 + r, head));
         }
     }
 }
 
-// Training only: no ring, t = 0 is position 0. Every element of dqkv is written.
+// Gradients of this call's queries, keys and values; those of earlier calls, in the ring, are constants. Every element of dqkv is written.
 template <class R>
-inline void attention_backward(R* dqkv, const R* dout, const R* out, const R* qkv, const R* lse, void* workspace, int B, int64_t T, int H, int G, int hd,
-                               int64_t window, Stream = {}) {
-    attention_check(H, G, hd);
-    const AttentionShape shape{T, H, G, hd};
+inline void attention_backward(R* dqkv, const R* dout, const R* out, const R* qkv, const R* lse, const std::type_identity_t<R>* ring, int64_t capacity,
+                               int64_t position, const int* starts, void* workspace, int B, int64_t T, int H, int G, int hd, int64_t window, Stream = {}) {
+    const AttentionShape shape = attention_shape(T, H, G, hd, window, ring, capacity, position, starts);
     R* delta = (R*)workspace;
-    if (window <= 0 || window > T) window = T;
 #pragma omp parallel for
     for (int64_t row = 0; row < B * T; row++)
         for (int head = 0; head < H; head++) {
@@ -230,15 +256,15 @@ inline void attention_backward(R* dqkv, const R* dout, const R* out, const R* qk
             for (int d = 0; d < hd; d++) sum += dout[(row * H + head) * hd + d] * out[(row * H + head) * hd + d];
             delta[(row / T * H + head) * T + row % T] = sum;
         }
-    attention_backward_keys(dqkv, dout, qkv, lse, (const R*)delta, B, shape, window);
-    attention_backward_queries(dqkv, dout, qkv, lse, (const R*)delta, B, shape, window);
+    attention_backward_keys(dqkv, dout, qkv, lse, (const R*)delta, B, shape);
+    attention_backward_queries(dqkv, dout, AttentionKeys<R>{qkv, ring, capacity, position}, lse, (const R*)delta, B, shape);
 }
 
 // Stores the chunk's last min(T, capacity) keys and values in the ring, for the calls that follow.
 template <class R>
 inline void ring_update(R* ring, const R* qkv, int64_t capacity, int64_t position, int B, int64_t T, int H, int G, int hd, Stream = {}) {
     attention_check(H, G, hd);
-    const AttentionShape shape{T, H, G, hd};
+    const AttentionShape shape{T, H, G, hd, 0};
     for (int b = 0; b < B; b++)
         for (int64_t t = std::max<int64_t>(0, T - capacity); t < T; t++)
             for (int g = 0; g < G; g++) {

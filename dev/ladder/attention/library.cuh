@@ -1,0 +1,13 @@
+// The library's kernels on the problem of this directory
+#pragma once
+#include "problem.cuh"
+
+namespace ladder_attention {
+
+inline gpu::attn::Args<bf16> library_arguments(const Problem& p, bf16* out, float* lse) {
+    gpu::attn::Args<bf16> a{};
+    a.out = out, a.lse = lse, a.qkv = p.qkv, a.B = p.B, a.T = p.T, a.H = a.G = p.H, a.hd = HD, a.window = p.window;
+    return a;
+}
+
+} // namespace ladder_attention
