@@ -262,6 +262,15 @@ bench-scan: ## Selective scan and convolution at the shapes of training: errors,
 bench-scaling: setup ## Several GPUs of this machine: the same training on any number, speed, collectives alone; table and plot in dev/results
 	@$(MAKE) --no-print-directory $(BUILD)/train_samba $(BUILD)/bench_comm
 	@$(PYTHON) dev/bench/scaling_check.py --program $(BUILD)/train_samba $(SCALING)
+
+# The Python that has PyTorch, if there is one; .venv does not
+PEERS_PYTHON ?= python3
+.PHONY: bench-attention
+bench-attention: ## Attention's paths: ms, TFLOP/s on useful pairs, errors; PyTorch's two where it is installed
+	@$(MAKE) --no-print-directory $(BUILD)/bench_attention
+	@$(BUILD)/bench_attention
+	@$(PEERS_PYTHON) dev/bench/attention_peers.py
+
 .PHONY: bench-loader
 bench-loader: ## Tokens/s of the DataLoader with a warm page cache
 	@$(MAKE) --no-print-directory $(BUILD)/bench_loader

@@ -84,7 +84,8 @@ __device__ inline int ds_query(int position) { return (position / 32 * 4 + posit
 // A lane's eight results of row r (n = 4 half .. + 3), packed
 __device__ inline void ds_store(bf16* block, int r, int half, uint32_t n0, uint32_t n1, uint32_t n2, uint32_t n3) {
     const int chunk = half * 4 + threadIdx.x % 4;
-    *reinterpret_cast<uint4*>(block + r * DS_EDGE + (chunk ^ (r % 8)) * 8) = make_uint4(n0, n1, n2, n3);
+    asm volatile("st.global.L1::no_allocate.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(block + r * DS_EDGE + (chunk ^ (r % 8)) * 8), "r"(n0), "r"(n1),
+                 "r"(n2), "r"(n3) : "memory");
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -127,6 +127,13 @@ constexpr int LOWER = 1, UPPER = 2, BOTH = 3;                            // halv
 // The ring's slots (capacity 0: there is none): position p < 0 is in slot split + p, or + capacity where that is negative
 struct Prefix { int capacity, split; };
 
+// What every kernel gets besides its tensor maps
+struct Problem : Args<bf16> {
+    Schedule schedule;
+    Prefix prefix;
+    int padded;                                                          // lse2 and delta are (B, H, padded): infinity and 0 past T
+};
+
 #ifdef SAMBA_SM90A_CODE
 // A tile of queries: the keys it sees are `count` tiles, of which the first is on the diagonal, each before the last. A tile of
 // the ring that slot 0 divides comes twice, as its newer and its older part; `newer`: the last visit to the newer side of slot 0.
@@ -376,8 +383,18 @@ template <int STAGES> struct Ring {
         __syncwarp();                                                    // all lanes have read before one of them says so
         if (threadIdx.x % WARP == 0) barrier_arrive(empty_bar(n));
     }
-    __device__ void init(int releases = 2 * WARPGROUP / WARP, int fills = 1) const {
-        for (int i = 0; i < STAGES; i++) barrier_init(full_bar(i), fills), barrier_init(empty_bar(i), releases);
+    __device__ void init(int releases = 2 * WARPGROUP / WARP) const {
+        for (int i = 0; i < STAGES; i++) barrier_init(full_bar(i), 1), barrier_init(empty_bar(i), releases);
+    }
+};
+// The same stages counted as one goes, for producers, who have few registers
+template <int STAGES> struct Cursor {
+    int stage = 0, parity = 1;
+    __device__ void wait_empty(const Ring<STAGES>& ring) const { barrier_wait(ring.bars + (STAGES + stage) * 8, parity); }
+    __device__ uint32_t full_bar(const Ring<STAGES>& ring) const { return ring.bars + stage * 8; }
+    __device__ uint32_t tile(const Ring<STAGES>& ring) const { return ring.tiles + stage * ring.bytes; }
+    __device__ void next() {
+        if (++stage == STAGES) stage = 0, parity ^= 1;
     }
 };
 // A tile of N positions from t on, by a map whose boxes have BOX rows
@@ -393,6 +410,13 @@ template <int HD, int STAGES> __device__ inline void load_stage(const Ring<STAGE
     barrier_expect(ring.full_bar(n), TILE_BYTES<HD>);
     load_tile<HD, ROWS, ROWS>(ring.tile(n), ring.full_bar(n), map, head, t, b);
 }
+// A kernel for problems without documents and ring is compiled apart: what there is not costs it nothing
+template <bool EXTRAS> __device__ inline Problem simplified(const Problem& given) {
+    Problem a = given;
+    if (!EXTRAS) a.ring = nullptr, a.starts = a.ends = nullptr, a.prefix = {0, 0};
+    return a;
+}
+
 // The maps a producer loads keys by
 struct KeyMaps { const CUtensorMap *qkv, *ring; };
 // Keys (value = 0) or values (1) of a visit, as position n of a ring of tiles
@@ -442,12 +466,6 @@ template <int NR> __device__ inline void rescale(float (&o)[NR], const float (&f
 // ---------------------------------------------------------------------------------------------------------------------
 // Forward
 
-// What every kernel gets besides its tensor maps
-struct Problem : Args<bf16> {
-    Schedule schedule;
-    Prefix prefix;
-    int padded;                                                          // lse2 and delta are (B, H, padded): infinity and 0 past T
-};
 template <int HD> constexpr int FORWARD_STAGES = HD == 64 ? 4 : 2;
 // Q ring | K ring | V ring | O staging | barriers
 template <int HD> constexpr int forward_shared() { return (3 + 2 * FORWARD_STAGES<HD>) * TILE_BYTES<HD> + 32 + 32 * FORWARD_STAGES<HD>; }
@@ -496,6 +514,7 @@ template <int HD> struct ForwardConsumer {
     uint32_t p[ROWS / 16][4] = {};
     int parts, add = 0;                                                  // of the tile that p comes from; whether o holds earlier ones of its item
     int all;                                                             // the first key that all 64 queries see
+    QueryWork next;                                                      // the item after this one, if there is one
     Statistics stat;
 
     // S of tile n: N columns, of one half or both
@@ -532,6 +551,7 @@ template <int HD> struct ForwardConsumer {
         issue_scores<N>(n, round, now);
         issue_output<N_BEFORE>(n - 1);
         order_pass(consumer);
+        if (j == 0) prepare(round + 1);                                  // divisions, while the products run
         wgmma_wait<1>();
         scores_done<N>(n, round, j, now, work);
         const Statistics old = stat;
@@ -573,6 +593,10 @@ template <int HD> struct ForwardConsumer {
         const int visible = parts_of(consumer, work, key_tile(work, j, a.prefix).n0);
         return visible ? visible : UPPER;
     }
+    __device__ void prepare(int round) {
+        const int item = item_of_round(round);
+        if (item < a.schedule.items) next = query_work(a.schedule, item, a, a.prefix);
+    }
     __device__ void begin_item(const QueryWork& work) { all = a.first_key(work.b, work.i0 + consumer * 64 + 63); }
     __device__ void run() {
         QueryWork work = query_work(a.schedule, item_of_round(0), a, a.prefix), before = work;
@@ -581,12 +605,12 @@ template <int HD> struct ForwardConsumer {
         if (parts == BOTH) begin<128>(work);
         else begin<64>(work);
         if (consumer == 1) order_pass(1);
+        prepare(1);
         int n = 1;
         for (int round = 0, j = 1;; n++, j++) {
             if (j == work.count) {
-                const int item = item_of_round(++round);
-                if (item >= a.schedule.items) break;
-                before = work, work = query_work(a.schedule, item, a, a.prefix), j = 0;
+                if (item_of_round(++round) >= a.schedule.items) break;
+                before = work, work = next, j = 0;
                 begin_item(work);
             }
             const int now = visible_parts(work, j);
@@ -607,10 +631,11 @@ template <int HD> struct ForwardConsumer {
 };
 #endif // SAMBA_SM90A_CODE
 
-template <int HD> __global__ void __launch_bounds__(BLOCK, 1)
+template <int HD, bool EXTRAS> __global__ void __launch_bounds__(BLOCK, 1)
 forward(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__ CUtensorMap ring_map, const __grid_constant__ CUtensorMap out_map,
-        const __grid_constant__ Problem a) {
+        const __grid_constant__ Problem given) {
 #ifdef SAMBA_SM90A_CODE
+    const Problem a = simplified<EXTRAS>(given);
     const uint32_t shared = shared_address(sm90_shared);
     const ForwardRings<HD> rings(shared, shared + ForwardRings<HD>::STAGING + TILE_BYTES<HD>);
     if (threadIdx.x == 0) {
@@ -799,7 +824,7 @@ backward_queries(const __grid_constant__ CUtensorMap qkv_map, const __grid_const
 
 // dq = dS K from the blocks that backward_keys kept: a block owns 128 queries of a head, a step is a tile of 128 keys and the up to
 // four blocks of dS of it. Bound by reading dS: 32 KB for 2 x 2^20 multiply-adds at head_dim 128.
-template <int HD> constexpr int PRODUCT_STAGES = HD == 64 ? 4 : 3;
+template <int HD> constexpr int PRODUCT_STAGES = 3;
 constexpr int DS_BYTES = attn::DS_BLOCK * 2;
 // ring of K | dS of consumer 0, lower and upper | of consumer 1; staging of dq; barriers
 template <int HD> constexpr int backward_product_shared() {
@@ -901,21 +926,18 @@ backward_product(const __grid_constant__ CUtensorMap qkv_map, const __grid_const
 
 // dk, dv: a block owns 128 keys of a group and goes over the group's query heads and their tiles of 64 queries. Scores are formed
 // transposed (keys as rows), so that P^T and dS^T come from registers. dk and dv are staged in the key and value tiles, as dq is.
-// A warp of the first warpgroup fetches the tiles' lse2 and delta, by ordinary loads.
 constexpr int KEYS_STAGES = 3, STEP_ROWS = 64;
 template <int HD> constexpr int STEP_BYTES = 2 * STEP_ROWS * HD * 2;     // Q | dO
-// ring of K | V | ring of Q | dO | ring of lse2 | delta | barriers
-template <int HD> constexpr int backward_keys_shared() { return 4 * TILE_BYTES<HD> + KEYS_STAGES * (STEP_BYTES<HD> + 2 * STEP_ROWS * 4) + 128; }
+// ring of K | V | ring of Q | dO | barriers
+template <int HD> constexpr int backward_keys_shared() { return 4 * TILE_BYTES<HD> + KEYS_STAGES * STEP_BYTES<HD> + 128; }
 
 #ifdef SAMBA_SM90A_CODE
 template <int HD> struct KeysRings {
-    static constexpr int STAGES = KEYS_STAGES, TILE = TILE_BYTES<HD>, STATISTICS = 4 * TILE + STAGES * STEP_BYTES<HD>,
-                         BARRIERS = STATISTICS + STAGES * 2 * STEP_ROWS * 4;
+    static constexpr int STAGES = KEYS_STAGES, TILE = TILE_BYTES<HD>, BARRIERS = 4 * TILE + STAGES * STEP_BYTES<HD>;
     Ring<2> keys;
     Ring<STAGES> steps;
     __device__ KeysRings(uint32_t shared)
         : keys{shared, shared + BARRIERS, 2 * TILE}, steps{shared + 4 * TILE, shared + BARRIERS + 32, STEP_BYTES<HD>} {}
-    __device__ static float* statistics(int n) { return reinterpret_cast<float*>(sm90_shared + STATISTICS) + n % STAGES * 2 * STEP_ROWS; }
 };
 // A tile of keys, and the first and last tile of queries that see it
 struct KeyWork { int b, g, n0, first, last; };
@@ -928,42 +950,27 @@ __device__ inline KeyWork key_work(const Problem& a, int item) {
 template <int HD> __device__ inline void
 keys_produce(const KeysRings<HD>& rings, const CUtensorMap* qkv_map, const CUtensorMap* dout_map, const Problem& a) {
     constexpr int TILE = TILE_BYTES<HD>, STEP = STEP_BYTES<HD>, N = STEP_ROWS;
-    const int heads = a.H / a.G;
-    for (int n = 0, round = 0, item; (item = item_of_round(round)) < a.schedule.items; round++) {
+    Cursor<2> keys;
+    Cursor<KEYS_STAGES> steps;
+    for (int round = 0, item; (item = item_of_round(round)) < a.schedule.items; round++, keys.next()) {
         const KeyWork work = key_work(a, item);
-        const int slot = work.g * (heads + 2);
-        const uint32_t keys_bar = rings.keys.full_bar(round);
-        rings.keys.wait_empty(round);
-        barrier_expect(keys_bar, 2 * TILE);
-        load_tile<HD, ROWS, N>(rings.keys.tile(round), keys_bar, qkv_map, slot + heads, work.n0, work.b);
-        load_tile<HD, ROWS, N>(rings.keys.tile(round) + TILE, keys_bar, qkv_map, slot + heads + 1, work.n0, work.b);
-        for (int h = 0; h < heads; h++)
-            for (int tile = work.first; tile <= work.last; tile++, n++) {
-                const uint32_t bar = rings.steps.full_bar(n);
-                rings.steps.wait_empty(n);
+        const int heads = a.H / a.G, end = (work.last + 1) * N;
+        const uint32_t bar = keys.full_bar(rings.keys), tile = keys.tile(rings.keys);
+        keys.wait_empty(rings.keys);
+        barrier_expect(bar, 2 * TILE);
+        load_tile<HD, ROWS, N>(tile, bar, qkv_map, work.g * (heads + 2) + heads, work.n0, work.b);
+        load_tile<HD, ROWS, N>(tile + TILE, bar, qkv_map, work.g * (heads + 2) + heads + 1, work.n0, work.b);
+        for (int h = work.g * heads; h < (work.g + 1) * heads; h++)
+#pragma unroll 1                                                          // unrolled, 24 registers are too few
+            for (int t = work.n0; t < end; t += N, steps.next()) {
+                const uint32_t bar = steps.full_bar(rings.steps), tile = steps.tile(rings.steps);
+                steps.wait_empty(rings.steps);
                 barrier_expect(bar, STEP);
-                load_tile<HD, N, N>(rings.steps.tile(n), bar, qkv_map, slot + h, tile * N, work.b);
-                load_tile<HD, N, N>(rings.steps.tile(n) + STEP / 2, bar, dout_map, work.g * heads + h, tile * N, work.b);
+                load_tile<HD, N, N>(tile, bar, qkv_map, h + 2 * work.g, t, work.b);
+                load_tile<HD, N, N>(tile + STEP / 2, bar, dout_map, h, t, work.b);
             }
     }
 }
-// By a whole warp: 64 lse2 and 64 delta a step, four a lane, read before the stage is empty
-template <int HD> __device__ inline void keys_produce_statistics(const KeysRings<HD>& rings, const Problem& a) {
-    const int heads = a.H / a.G, lane = threadIdx.x % WARP;
-    const float* from = (lane < 16 ? a.lse2 : a.delta) + lane % 16 * 4;
-    for (int n = 0, round = 0, item; (item = item_of_round(round)) < a.schedule.items; round++) {
-        const KeyWork work = key_work(a, item);
-        for (int h = 0; h < heads; h++)
-            for (int tile = work.first; tile <= work.last; tile++, n++) {
-                const Vec<float, 4> v = load_vec<4>(from + ((int64_t)work.b * a.H + work.g * heads + h) * a.padded + tile * STEP_ROWS);
-                rings.steps.wait_empty(n);
-                store_vec(rings.statistics(n) + lane * 4, v);
-                __syncwarp();                                            // all lanes have written before one of them says so
-                if (lane == 0) barrier_arrive(rings.steps.full_bar(n));
-            }
-    }
-}
-
 template <int HD> struct KeysConsumer {
     static constexpr int TILE = TILE_BYTES<HD>, STEP = STEP_BYTES<HD>, N = STEP_ROWS;
     const KeysRings<HD>& rings;
@@ -997,9 +1004,13 @@ template <int HD> struct KeysConsumer {
             for (int k = 0; k < 4; k += 2)
                 attn::ds_store(block, row + half * 8, k / 2, ds[k][half], ds[k][2 + half], ds[k + 1][half], ds[k + 1][2 + half]);
     }
+    // What the lane has that loaded column 8 i + l%4 * 2
+    __device__ static float of_column(float x, int i) { return __shfl_sync(0xffffffffu, x, i * 4 + threadIdx.x % 4); }
     // One tile of queries, n of all, with the keys of item `round`
     __device__ void step(int n, int h, int tile, int round, bool first, int all, const KeyWork& work) {
-        const float* lse2 = rings.statistics(n) + threadIdx.x % 4 * 2;
+        // A lane loads those of queries 2 l and 2 l + 1, and gets from others, by shuffles, those that its scores need
+        const int64_t at = ((int64_t)work.b * a.H + work.g * (a.H / a.G) + h) * a.padded + tile * N + threadIdx.x % WARP * 2;
+        const Vec<float, 2> lse2 = load_vec<2>(a.lse2 + at), delta = load_vec<2>(a.delta + at);
         const uint32_t k_at = rings.keys.tile(round) + consumer * 64 * 128, q_at = rings.steps.tile(n), do_at = q_at + STEP / 2;
         const int p0 = work.n0 + consumer * 64;
         if (first) rings.keys.wait_full(round);
@@ -1015,7 +1026,7 @@ template <int HD> struct KeysConsumer {
         mask_queries(work, p0, tile * N, all);
 #pragma unroll
         for (int i = 0; i < N / 8; i++) {
-            const Vec<float, 2> l = load_vec<2>(lse2 + i * 8);
+            const float l[2] = {of_column(lse2[0], i), of_column(lse2[1], i)};
 #pragma unroll
             for (int e = 0; e < 4; e++) s[4 * i + e] = exp2_fast(fmaf(s[4 * i + e], c, -l[e % 2]));
         }
@@ -1025,7 +1036,7 @@ template <int HD> struct KeysConsumer {
         hold(dp);
 #pragma unroll
         for (int i = 0; i < N / 8; i++) {
-            const Vec<float, 2> d = load_vec<2>(lse2 + N + i * 8);
+            const float d[2] = {of_column(delta[0], i), of_column(delta[1], i)};
 #pragma unroll
             for (int e = 0; e < 4; e++) dp[4 * i + e] = s[4 * i + e] * (dp[4 * i + e] - d[e % 2]);
         }
@@ -1033,8 +1044,15 @@ template <int HD> struct KeysConsumer {
         issue_columns<N>(dk, ds, q_at, !first);
         keep(work, p0, h, tile);
     }
-    // A tile of queries that sees none of our 64 keys
-    __device__ void skip(int n) { rings.steps.wait_full(n), rings.steps.release(n); }
+    // The last step's products are done and its stage may be loaded again
+    __device__ void finish() {
+        wgmma_wait<0>();
+        hold(dk), hold(dv), hold(p), hold(ds);
+        if (unreleased >= 0) rings.steps.release(unreleased);
+        unreleased = -1;
+    }
+    // A tile of queries that sees none of our 64 keys. Waiting for tiles while holding one would stop the producer.
+    __device__ void skip(int n) { finish(), rings.steps.wait_full(n), rings.steps.release(n); }
 
     __device__ unsigned char* staging(int round) const { return sm90_shared + round % 2 * 2 * TILE + consumer * 64 * 128; }
     __device__ void store(int round, const KeyWork& work) {
@@ -1072,10 +1090,7 @@ template <int HD> struct KeysConsumer {
                     step(n, h, tile, round, first, all, work);
                     if (first && round > 0) stored(round - 1);
                 }
-            wgmma_wait<0>();
-            hold(dk), hold(dv), hold(p), hold(ds);
-            rings.steps.release(unreleased);
-            unreleased = -1;
+            finish();
             store(round, work);
         }
         if (threadIdx.x % WARPGROUP == 0) tma_store_wait();
@@ -1083,20 +1098,20 @@ template <int HD> struct KeysConsumer {
 };
 #endif // SAMBA_SM90A_CODE
 
-template <int HD> __global__ void __launch_bounds__(BLOCK, 1)
+template <int HD, bool EXTRAS> __global__ void __launch_bounds__(BLOCK, 1)
 backward_keys(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__ CUtensorMap dout_map,
-              const __grid_constant__ CUtensorMap dqkv_map, const __grid_constant__ Problem a) {
+              const __grid_constant__ CUtensorMap dqkv_map, const __grid_constant__ Problem given) {
 #ifdef SAMBA_SM90A_CODE
+    const Problem a = simplified<EXTRAS>(given);
     const KeysRings<HD> rings(shared_address(sm90_shared));
     if (threadIdx.x == 0) {
-        rings.keys.init(2), rings.steps.init(2 * WARPGROUP / WARP, 2);   // 2: see stored(); tiles and statistics
+        rings.keys.init(2), rings.steps.init();                          // 2: see stored()
         barrier_init_done();
     }
     __syncthreads();
     if (threadIdx.x < WARPGROUP) {
         registers_down<24>();
         if (threadIdx.x == 0) keys_produce<HD>(rings, &qkv_map, &dout_map, a);
-        if (threadIdx.x / WARP == 1) keys_produce_statistics<HD>(rings, a);
     } else {
         registers_up<240>();
         KeysConsumer<HD>{rings, &dqkv_map, a}.run();
@@ -1114,7 +1129,7 @@ inline Schedule schedule(int64_t tiles, int64_t owners, int blocks, bool last_fi
 }
 constexpr int SHARED_LIMIT = 227 * 1024;                                  // a block's, on compute capability 9.0
 static_assert(forward_shared<128>() <= SHARED_LIMIT && backward_queries_shared<128>() <= SHARED_LIMIT && backward_keys_shared<128>() <= SHARED_LIMIT);
-static_assert(backward_product_shared<128>() <= SHARED_LIMIT && backward_product_shared<64>() <= SHARED_LIMIT);
+static_assert(backward_product_shared<128>() <= SHARED_LIMIT);
 inline int multiprocessors() {
     int device = 0, count = 0;
     CUDA_CHECK(cudaGetDevice(&device));
@@ -1143,7 +1158,7 @@ inline CUtensorMap qkv_map(const Args<bf16>& a, int rows) { return tensor_map(a.
 inline CUtensorMap ring_map(const Args<bf16>& a) { return a.ring ? tensor_map(a.ring, a.B, a.capacity, 2 * a.G, a.hd, ROWS) : qkv_map(a, ROWS); }
 
 template <int HD> inline void launch_forward(const Args<bf16>& a, Stream stream) {
-    launch_resident(forward<HD>, problem(a), (int64_t)a.B * a.H, true, forward_shared<HD>(), stream, qkv_map(a, ROWS), ring_map(a),
+    launch_resident(a.ring || a.starts ? forward<HD, true> : forward<HD, false>, problem(a), (int64_t)a.B * a.H, true, forward_shared<HD>(), stream, qkv_map(a, ROWS), ring_map(a),
            tensor_map(a.out, a.B, a.T, a.H, HD, 16));
 }
 template <int HD> inline void launch_statistics(const Args<bf16>& a, Stream stream) {
@@ -1153,10 +1168,10 @@ template <int HD> inline void launch_statistics(const Args<bf16>& a, Stream stre
 // The kernels of dk and dv (which keep dS if a.ds), and of dq
 template <int HD> inline void launch_backward(const Args<bf16>& a, Stream stream) {
     const CUtensorMap dqkv_map = tensor_map(a.dqkv, a.B, a.T, a.H + 2 * a.G, HD, 64);
-    launch_resident(backward_keys<HD>, problem(a), (int64_t)a.B * a.G, false, backward_keys_shared<HD>(), stream, qkv_map(a, STEP_ROWS),
+    launch_resident(a.starts ? backward_keys<HD, true> : backward_keys<HD, false>, problem(a), (int64_t)a.B * a.G, false, backward_keys_shared<HD>(), stream, qkv_map(a, STEP_ROWS),
            tensor_map(a.dout, a.B, a.T, a.H, HD, STEP_ROWS), dqkv_map);
-    if (a.ds)
-        launch_resident(backward_product<HD>, problem(a), (int64_t)a.B * a.H, true, backward_product_shared<HD>(), stream, qkv_map(a, ROWS), dqkv_map);
+    if (HD == 128 && a.ds)                                               // of head_dim 64 dS is not kept: DS_LIMIT in attention.cuh
+        launch_resident(backward_product<128>, problem(a), (int64_t)a.B * a.H, true, backward_product_shared<128>(), stream, qkv_map(a, ROWS), dqkv_map);
     else
         launch_resident(backward_queries<HD>, problem(a), (int64_t)a.B * a.H, true, backward_queries_shared<HD>(), stream, qkv_map(a, ROWS), ring_map(a),
                tensor_map(a.dout, a.B, a.T, a.H, HD, ROWS), dqkv_map);

@@ -212,7 +212,7 @@ void bench_hopper_kernels(const Shape& c) {
             const CUtensorMap dqkv_map = tensor_map(a.dqkv, a.B, a.T, a.H + 2 * a.G, 128, 64);
             if (which == 0) launch_statistics<128>(a, 0);
             else if (which <= 2)
-                launch_resident(backward_keys<128>, problem(a), (int64_t)a.B * a.G, false, backward_keys_shared<128>(), 0, qkv_map(a, STEP_ROWS),
+                launch_resident(backward_keys<128, false>, problem(a), (int64_t)a.B * a.G, false, backward_keys_shared<128>(), 0, qkv_map(a, STEP_ROWS),
                        tensor_map(a.dout, a.B, a.T, a.H, 128, STEP_ROWS), dqkv_map);
             else if (which == 3)
                 launch_resident(backward_product<128>, problem(a), (int64_t)a.B * a.H, true, backward_product_shared<128>(), 0, qkv_map(a, ROWS), dqkv_map);
@@ -235,12 +235,12 @@ int main() {
     check_small(PORTABLE, SMALL);
     if (hopper) check_small(HOPPER, SMALL);
     bench::print_header();
+    bench_portable_kernels(SHAPES[0]);
+    if (hopper)
+        for (int shape : {0, 2}) bench_hopper_kernels(SHAPES[shape]);
     for (const Shape& c : SHAPES) bench_shape(c, hopper, &c == SHAPES);
     bench_documents({"T 4096 window 2048, documents", 8, 4096, 12, 12, 128, 2048}, hopper);
     for (bool portable : {true, false})
         if (portable || hopper) bench_prefix({"T 4096 window 2048, full ring", 8, 4096, 12, 12, 128, 2048}, portable);
-    bench_portable_kernels(SHAPES[0]);
-    if (hopper)
-        for (int shape : {0, 2}) bench_hopper_kernels(SHAPES[shape]);
     return 0;
 }

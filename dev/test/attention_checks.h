@@ -123,21 +123,25 @@ template <class X> void expect_forward(const AttentionCase& c, AttentionPath pat
     EXPECT_TRUE(same_bits(got, on_gpu.out.host())) << c.name();
 }
 
-template <class X> void expect_backward(const AttentionCase& c, AttentionPath path) {
+// The twin once, for several paths
+template <class X> void expect_backward(const AttentionCase& c, std::initializer_list<AttentionPath> paths) {
     const AttentionData<X> x(c, 7);
     AttentionResults want = twin_forward(c, x);
     want.out = rounded<X>(want.out), want.lse = rounded<float>(want.lse);
     twin_backward(want, c, x);
-    AttentionOnGpu<X> on_gpu(c, x, path);
-    on_gpu.out.set(to_type<X>(want.out)), on_gpu.lse.set(to_type<float>(want.lse));
-    on_gpu.backward();
-    const std::vector<X> got = on_gpu.dqkv.host();
-    EXPECT_LT(rel_l2(to_double(got), want.dqkv), tolerance<X>()) << c.name();
-    on_gpu.backward();
-    EXPECT_TRUE(same_bits(got, on_gpu.dqkv.host())) << c.name();
-    if (c.position == 0 && (c.T == 1 || c.window == 1)) return;                              // one key: dq = dk = 0 up to rounding
-    for (int part = 0; part < 3; part++)
-        EXPECT_LT(rel_l2(attention_part(to_double(got), c, part), attention_part(want.dqkv, c, part)), tolerance<X>()) << c.name() << " part " << "qkv"[part];
+    for (const AttentionPath& path : paths) {
+        const std::string name = c.name() + (path.limit == 0 ? ", dS made again" : "");
+        AttentionOnGpu<X> on_gpu(c, x, path);
+        on_gpu.out.set(to_type<X>(want.out)), on_gpu.lse.set(to_type<float>(want.lse));
+        on_gpu.backward();
+        const std::vector<X> got = on_gpu.dqkv.host();
+        EXPECT_LT(rel_l2(to_double(got), want.dqkv), tolerance<X>()) << name;
+        on_gpu.backward();
+        EXPECT_TRUE(same_bits(got, on_gpu.dqkv.host())) << name;
+        if (c.position == 0 && (c.T == 1 || c.window == 1)) continue;                        // one key: dq = dk = 0 up to rounding
+        for (int part = 0; part < 3; part++)
+            EXPECT_LT(rel_l2(attention_part(to_double(got), c, part), attention_part(want.dqkv, c, part)), tolerance<X>()) << name << " part " << "qkv"[part];
+    }
 }
 
 // Chosen rows of a long sequence against the formula: T up to 2^17 is too long for the twin. Backward uses the GPU's own out and lse, of

@@ -159,17 +159,16 @@ TEST(AttentionGpu, ForwardMatchesTwin) {
 
 TEST(AttentionGpu, BackwardMatchesTwin) {
     REQUIRE_GPU();
-    for (const AttentionCase& c : GPU_CASES)
-        for (int64_t limit : {gpu::attn::DS_LIMIT, (int64_t)0})                              // dS kept, or made again
-            expect_backward<floatX>(c, {true, limit}), expect_backward<floatX>(c.with_documents(), {true, limit});
-    for (const AttentionCase& c : RING_CASES) expect_backward<floatX>(c, {true});
+    const AttentionPath kept{true}, again{true, 0};                                          // dS kept, or made again
+    for (const AttentionCase& c : GPU_CASES) expect_backward<floatX>(c, {kept, again}), expect_backward<floatX>(c.with_documents(), {kept, again});
+    for (const AttentionCase& c : RING_CASES) expect_backward<floatX>(c, {kept});
 }
 
 // Room for the dS of two sequences of five: three parts of the batch
 TEST(AttentionGpu, BackwardInPartsOfTheBatch) {
     REQUIRE_GPU();
-    const AttentionCase c{5, 200, 2, 1, 64, 90, true};
-    expect_backward<floatX>(c, {true, 2 * gpu::attn::ds_elements(c.H, c.T, (int)c.window) * 2});
+    const AttentionCase c{5, 200, 2, 1, 128, 90, true};
+    expect_backward<floatX>(c, {{true, 2 * gpu::attn::ds_elements(c.H, c.T, (int)c.window) * 2}});
 }
 
 TEST(AttentionGpu, LongSequences) {
@@ -181,7 +180,7 @@ TEST(AttentionGpu, LongSequences) {
 TEST(AttentionGpu, SameBitsEveryTime) {
     REQUIRE_GPU();
     expect_same_bits<floatX>({2, 700, 4, 2, 128, 300, true}, {true});
-    expect_same_bits<floatX>({2, 700, 4, 2, 64, 300}, {true, 0});
+    expect_same_bits<floatX>({2, 700, 4, 2, 64, 300}, {true});
 }
 
 TEST(AttentionGpu, PiecesEqualTheWhole) {
