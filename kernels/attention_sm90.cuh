@@ -427,6 +427,22 @@ __device__ inline void load_keys(const Ring<STAGES>& stages, int n, const KeyMap
     load_stage<HD>(stages, n, tile.ring ? maps.ring : maps.qkv, tile.ring ? value * a.G + g : g * (heads + 2) + heads + value, tile.t, work.b);
 }
 
+// 0 or 1; the compiler must see that it is one for a warp
+__device__ inline int which_consumer() { return __shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP, 0) - 1; }
+
+// Gradients of a warpgroup, when all its products with the tiles where they are staged are done: stage() by all, send() by one thread
+template <class Stage, class Send> __device__ inline void store_gradients(int consumer, bool real, Stage stage, Send send) {
+    named_sync(3 + consumer, WARPGROUP);
+    stage();
+    fence_async();
+    named_sync(3 + consumer, WARPGROUP);
+    if (threadIdx.x % WARPGROUP == 0 && real) send(), tma_store_commit();
+}
+// That store has read its tiles: they may be loaded again
+template <int STAGES> __device__ inline void release_staging(const Ring<STAGES>& ring, int round) {
+    if (threadIdx.x % WARPGROUP == 0) tma_store_wait(), barrier_arrive(ring.empty_bar(round));
+}
+
 // Turns at issuing products: barrier 1 is the first consumer's, 2 the second's
 __device__ inline void order_wait(int consumer) { named_sync(1 + consumer, 2 * WARPGROUP); }
 __device__ inline void order_pass(int consumer) { named_arrive(2 - consumer, 2 * WARPGROUP); }
@@ -507,7 +523,7 @@ template <int HD> struct ForwardConsumer {
     const ForwardRings<HD>& rings;
     const CUtensorMap* out_map;
     const Problem& a;
-    const int consumer = __shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP, 0) - 1;     // the compiler must see it is one for a warp
+    const int consumer = which_consumer();
     const int row = consumer * 64 + threadIdx.x / WARP % 4 * 16 + threadIdx.x % WARP / 4;   // of the tile: this lane's first
     const float scale = rsqrtf((float)HD), c = scale * attn::LOG2E;
     float s[ROWS / 2] = {}, o[HD / 2] = {}, shrink[2];
@@ -723,7 +739,7 @@ template <int HD> struct QueriesConsumer {
     const QueriesRings<HD>& rings;
     const CUtensorMap* dqkv_map;
     const Problem& a;
-    const int consumer = __shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP, 0) - 1;     // the compiler must see it is one for a warp
+    const int consumer = which_consumer();
     const int row = consumer * 64 + threadIdx.x / WARP % 4 * 16 + threadIdx.x % WARP / 4;
     const float scale = rsqrtf((float)HD), c = scale * attn::LOG2E;
     float s[ROWS / 2] = {}, dp[ROWS / 2] = {}, dq[HD / 2] = {}, lse2[2], delta[2];
@@ -768,17 +784,10 @@ template <int HD> struct QueriesConsumer {
     }
     __device__ unsigned char* staging(int round) const { return sm90_shared + round % 2 * TILE_BYTES<HD> + consumer * 64 * 128; }
     __device__ void store(int round, const QueryWork& work) {
-        named_sync(3 + consumer, WARPGROUP);                             // all our products with these queries are done
-        stage_rows<ROWS>(staging(round), dq, {scale, scale});
-        fence_async();
-        named_sync(3 + consumer, WARPGROUP);
-        if (threadIdx.x % WARPGROUP == 0 && work.i0 + consumer * 64 < a.T) {
-            store_tile<HD, ROWS>(dqkv_map, staging(round), query_slot(a, work.h), work.i0 + consumer * 64, work.b);
-            tma_store_commit();
-        }
-    }
-    __device__ void stored(int round) {                                  // the store has read its tile: that may be loaded again
-        if (threadIdx.x % WARPGROUP == 0) tma_store_wait(), barrier_arrive(rings.queries.empty_bar(round));
+        const int t = work.i0 + consumer * 64;
+        store_gradients(
+            consumer, t < a.T, [&] { stage_rows<ROWS>(staging(round), dq, {scale, scale}); },
+            [&] { store_tile<HD, ROWS>(dqkv_map, staging(round), query_slot(a, work.h), t, work.b); });
     }
     __device__ void run() {
         int n = 0;
@@ -789,7 +798,7 @@ template <int HD> struct QueriesConsumer {
                 const int visible = parts_of(consumer, work, key_tile(work, j, a.prefix).n0), now = visible ? visible : UPPER;
                 if (now == BOTH) step<128>(n, round, j, now, work);
                 else step<64>(n, round, j, now, work);
-                if (j == 0 && round > 0) stored(round - 1);
+                if (j == 0 && round > 0) release_staging(rings.queries, round - 1);
             }
             wgmma_wait<0>();
             hold(dq), hold(ds);
@@ -808,7 +817,7 @@ backward_queries(const __grid_constant__ CUtensorMap qkv_map, const __grid_const
     const uint32_t shared = shared_address(sm90_shared);
     const QueriesRings<HD> rings(shared, shared + QueriesRings<HD>::BARRIERS);
     if (threadIdx.x == 0) {
-        rings.queries.init(2), rings.douts.init(), rings.keys.init(), rings.values.init();      // 2: see stored()
+        rings.queries.init(2), rings.douts.init(), rings.keys.init(), rings.values.init();      // 2: see release_staging()
         barrier_init_done();
     }
     __syncthreads();
@@ -824,17 +833,17 @@ backward_queries(const __grid_constant__ CUtensorMap qkv_map, const __grid_const
 
 // dq = dS K from the blocks that backward_keys kept: a block owns 128 queries of a head, a step is a tile of 128 keys and the up to
 // four blocks of dS of it. Bound by reading dS: 32 KB for 2 x 2^20 multiply-adds at head_dim 128.
-template <int HD> constexpr int PRODUCT_STAGES = 3;
+constexpr int PRODUCT_STAGES = 3;
 constexpr int DS_BYTES = attn::DS_BLOCK * 2;
 // ring of K | dS of consumer 0, lower and upper | of consumer 1; staging of dq; barriers
 template <int HD> constexpr int backward_product_shared() {
-    return PRODUCT_STAGES<HD> * (TILE_BYTES<HD> + 4 * DS_BYTES) + TILE_BYTES<HD> + 16 * PRODUCT_STAGES<HD>;
+    return PRODUCT_STAGES * (TILE_BYTES<HD> + 4 * DS_BYTES) + TILE_BYTES<HD> + 16 * PRODUCT_STAGES;
 }
 
 #ifdef SAMBA_SM90A_CODE
-template <int HD> using ProductRing = Ring<PRODUCT_STAGES<HD>>;
+using ProductRing = Ring<PRODUCT_STAGES>;
 
-template <int HD> __device__ inline void product_produce(const ProductRing<HD>& ring, const CUtensorMap* qkv_map, const Problem& a) {
+template <int HD> __device__ inline void product_produce(const ProductRing& ring, const CUtensorMap* qkv_map, const Problem& a) {
     const int slots = a.H / a.G + 2;
     for (int n = 0, round = 0, item; (item = item_of_round(round)) < a.schedule.items; round++) {
         const QueryWork work = query_work(a.schedule, item, a, a.prefix);
@@ -860,24 +869,20 @@ template <int HD> __device__ inline void product_produce(const ProductRing<HD>& 
 
 template <int HD> struct ProductConsumer {
     static constexpr int TILE = TILE_BYTES<HD>;
-    const ProductRing<HD>& ring;
+    const ProductRing& ring;
     const CUtensorMap* dqkv_map;
     const Problem& a;
-    const int consumer = __shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP, 0) - 1;     // the compiler must see it is one for a warp
+    const int consumer = which_consumer();
     float dq[HD / 2] = {};
 
     __device__ void store(const QueryWork& work) {
-        unsigned char* staging = sm90_shared + PRODUCT_STAGES<HD> * (TILE + 4 * DS_BYTES) + consumer * TILE / 2;
+        unsigned char* staging = sm90_shared + PRODUCT_STAGES * (TILE + 4 * DS_BYTES) + consumer * TILE / 2;
         const float scale = rsqrtf((float)HD);
-        if (threadIdx.x % WARPGROUP == 0) tma_store_wait();
-        named_sync(3 + consumer, WARPGROUP);                             // the last item's store has read the staging tile
-        stage_rows<64>(staging, dq, {scale, scale}, [](int position) { return attn::ds_query(position); });
-        fence_async();
-        named_sync(3 + consumer, WARPGROUP);
-        if (threadIdx.x % WARPGROUP == 0 && work.i0 + consumer * 64 < a.T) {
-            store_tile<HD, 64>(dqkv_map, staging, query_slot(a, work.h), work.i0 + consumer * 64, work.b);
-            tma_store_commit();
-        }
+        const int t = work.i0 + consumer * 64;
+        if (threadIdx.x % WARPGROUP == 0) tma_store_wait();              // the last item's store has read the staging tile
+        store_gradients(
+            consumer, t < a.T, [&] { stage_rows<64>(staging, dq, {scale, scale}, [](int position) { return attn::ds_query(position); }); },
+            [&] { store_tile<HD, 64>(dqkv_map, staging, query_slot(a, work.h), t, work.b); });
     }
     __device__ void run() {
         int n = 0;
@@ -911,7 +916,7 @@ backward_product(const __grid_constant__ CUtensorMap qkv_map, const __grid_const
 #ifdef SAMBA_SM90A_CODE
     constexpr int STAGE = TILE_BYTES<HD> + 4 * DS_BYTES;
     const uint32_t shared = shared_address(sm90_shared);
-    const ProductRing<HD> ring{shared, shared + PRODUCT_STAGES<HD> * STAGE + TILE_BYTES<HD>, STAGE};
+    const ProductRing ring{shared, shared + PRODUCT_STAGES * STAGE + TILE_BYTES<HD>, STAGE};
     if (threadIdx.x == 0) {
         ring.init();
         barrier_init_done();
@@ -976,7 +981,7 @@ template <int HD> struct KeysConsumer {
     const KeysRings<HD>& rings;
     const CUtensorMap* dqkv_map;
     const Problem& a;
-    const int consumer = __shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP, 0) - 1;     // the compiler must see it is one for a warp
+    const int consumer = which_consumer();
     const int row = threadIdx.x / WARP % 4 * 16 + threadIdx.x % WARP / 4;             // of our 64: this lane's first
     const float scale = rsqrtf((float)HD), c = scale * attn::LOG2E;
     float s[N / 2], dp[N / 2], dk[HD / 2] = {}, dv[HD / 2] = {};
@@ -1056,20 +1061,17 @@ template <int HD> struct KeysConsumer {
 
     __device__ unsigned char* staging(int round) const { return sm90_shared + round % 2 * 2 * TILE + consumer * 64 * 128; }
     __device__ void store(int round, const KeyWork& work) {
-        named_sync(3 + consumer, WARPGROUP);                             // all our products with these keys and values are done
-        stage_rows<ROWS>(staging(round), dk, {scale, scale});
-        stage_rows<ROWS>(staging(round) + TILE, dv, {1.f, 1.f});
-        fence_async();
-        named_sync(3 + consumer, WARPGROUP);
-        if (threadIdx.x % WARPGROUP == 0 && work.n0 + consumer * 64 < a.T) {
-            const int slot = work.g * (a.H / a.G + 2) + a.H / a.G, t = work.n0 + consumer * 64;
-            store_tile<HD, ROWS>(dqkv_map, staging(round), slot, t, work.b);
-            store_tile<HD, ROWS>(dqkv_map, staging(round) + TILE, slot + 1, t, work.b);
-            tma_store_commit();
-        }
-    }
-    __device__ void stored(int round) {                                  // the store has read its tiles: they may be loaded again
-        if (threadIdx.x % WARPGROUP == 0) tma_store_wait(), barrier_arrive(rings.keys.empty_bar(round));
+        const int slot = work.g * (a.H / a.G + 2) + a.H / a.G, t = work.n0 + consumer * 64;
+        store_gradients(
+            consumer, t < a.T,
+            [&] {
+                stage_rows<ROWS>(staging(round), dk, {scale, scale});
+                stage_rows<ROWS>(staging(round) + TILE, dv, {1.f, 1.f});
+            },
+            [&] {
+                store_tile<HD, ROWS>(dqkv_map, staging(round), slot, t, work.b);
+                store_tile<HD, ROWS>(dqkv_map, staging(round) + TILE, slot + 1, t, work.b);
+            });
     }
     __device__ void run() {
         const int heads = a.H / a.G;
@@ -1088,7 +1090,7 @@ template <int HD> struct KeysConsumer {
                     }
                     const bool first = h == 0 && tile == mine;
                     step(n, h, tile, round, first, all, work);
-                    if (first && round > 0) stored(round - 1);
+                    if (first && round > 0) release_staging(rings.keys, round - 1);
                 }
             finish();
             store(round, work);
@@ -1105,7 +1107,7 @@ backward_keys(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant
     const Problem a = simplified<EXTRAS>(given);
     const KeysRings<HD> rings(shared_address(sm90_shared));
     if (threadIdx.x == 0) {
-        rings.keys.init(2), rings.steps.init();                          // 2: see stored()
+        rings.keys.init(2), rings.steps.init();                          // 2: see release_staging()
         barrier_init_done();
     }
     __syncthreads();
@@ -1158,8 +1160,8 @@ inline CUtensorMap qkv_map(const Args<bf16>& a, int rows) { return tensor_map(a.
 inline CUtensorMap ring_map(const Args<bf16>& a) { return a.ring ? tensor_map(a.ring, a.B, a.capacity, 2 * a.G, a.hd, ROWS) : qkv_map(a, ROWS); }
 
 template <int HD> inline void launch_forward(const Args<bf16>& a, Stream stream) {
-    launch_resident(a.ring || a.starts ? forward<HD, true> : forward<HD, false>, problem(a), (int64_t)a.B * a.H, true, forward_shared<HD>(), stream, qkv_map(a, ROWS), ring_map(a),
-           tensor_map(a.out, a.B, a.T, a.H, HD, 16));
+    launch_resident(a.ring || a.starts ? forward<HD, true> : forward<HD, false>, problem(a), (int64_t)a.B * a.H, true, forward_shared<HD>(), stream,
+                    qkv_map(a, ROWS), ring_map(a), tensor_map(a.out, a.B, a.T, a.H, HD, 16));
 }
 template <int HD> inline void launch_statistics(const Args<bf16>& a, Stream stream) {
     backward_statistics<HD><<<(unsigned)(ceil_div(a.T, ROWS) * a.B * a.H), 256, 0, stream>>>(problem(a));
@@ -1168,13 +1170,14 @@ template <int HD> inline void launch_statistics(const Args<bf16>& a, Stream stre
 // The kernels of dk and dv (which keep dS if a.ds), and of dq
 template <int HD> inline void launch_backward(const Args<bf16>& a, Stream stream) {
     const CUtensorMap dqkv_map = tensor_map(a.dqkv, a.B, a.T, a.H + 2 * a.G, HD, 64);
-    launch_resident(a.starts ? backward_keys<HD, true> : backward_keys<HD, false>, problem(a), (int64_t)a.B * a.G, false, backward_keys_shared<HD>(), stream, qkv_map(a, STEP_ROWS),
-           tensor_map(a.dout, a.B, a.T, a.H, HD, STEP_ROWS), dqkv_map);
+    launch_resident(a.starts ? backward_keys<HD, true> : backward_keys<HD, false>, problem(a), (int64_t)a.B * a.G, false, backward_keys_shared<HD>(),
+                    stream, qkv_map(a, STEP_ROWS), tensor_map(a.dout, a.B, a.T, a.H, HD, STEP_ROWS), dqkv_map);
     if (HD == 128 && a.ds)                                               // of head_dim 64 dS is not kept: DS_LIMIT in attention.cuh
-        launch_resident(backward_product<128>, problem(a), (int64_t)a.B * a.H, true, backward_product_shared<128>(), stream, qkv_map(a, ROWS), dqkv_map);
+        launch_resident(backward_product<128>, problem(a), (int64_t)a.B * a.H, true, backward_product_shared<128>(), stream, qkv_map(a, ROWS),
+                        dqkv_map);
     else
-        launch_resident(backward_queries<HD>, problem(a), (int64_t)a.B * a.H, true, backward_queries_shared<HD>(), stream, qkv_map(a, ROWS), ring_map(a),
-               tensor_map(a.dout, a.B, a.T, a.H, HD, ROWS), dqkv_map);
+        launch_resident(backward_queries<HD>, problem(a), (int64_t)a.B * a.H, true, backward_queries_shared<HD>(), stream, qkv_map(a, ROWS),
+                        ring_map(a), tensor_map(a.dout, a.B, a.T, a.H, HD, ROWS), dqkv_map);
 }
 #endif // __CUDACC__
 

@@ -52,16 +52,16 @@ struct AttentionResults { std::vector<double> out, lse, dqkv; };
 
 template <class X> AttentionResults twin_forward(const AttentionCase& c, const AttentionData<X>& x) {
     AttentionResults r{std::vector<double>(c.out()), std::vector<double>(c.lse()), {}};
-    cpu::attention_forward(r.out.data(), r.lse.data(), x.qkv.data(), c.position > 0 ? x.ring.data() : nullptr, c.capacity, c.position, x.starts_pointer(),
-                           c.B, c.T, c.H, c.G, c.hd, c.window);
+    cpu::attention_forward(r.out.data(), r.lse.data(), x.qkv.data(), c.position > 0 ? x.ring.data() : nullptr, c.capacity, c.position,
+                           x.starts_pointer(), c.B, c.T, c.H, c.G, c.hd, c.window);
     return r;
 }
 // r: of forward, and already rounded where the GPU is given them rounded
 template <class X> void twin_backward(AttentionResults& r, const AttentionCase& c, const AttentionData<X>& x) {
     std::vector<double> workspace(c.lse());
     r.dqkv.assign(c.qkv(), NAN);
-    cpu::attention_backward(r.dqkv.data(), x.dout.data(), r.out.data(), x.qkv.data(), r.lse.data(), c.position > 0 ? x.ring.data() : nullptr, c.capacity,
-                            c.position, x.starts_pointer(), workspace.data(), c.B, c.T, c.H, c.G, c.hd, c.window);
+    cpu::attention_backward(r.dqkv.data(), x.dout.data(), r.out.data(), x.qkv.data(), r.lse.data(), c.position > 0 ? x.ring.data() : nullptr,
+                            c.capacity, c.position, x.starts_pointer(), workspace.data(), c.B, c.T, c.H, c.G, c.hd, c.window);
 }
 
 // The part of qkv that holds queries (0), keys (1) or values (2)
@@ -91,10 +91,11 @@ template <class X> struct AttentionOnGpu {
 
     AttentionOnGpu(const AttentionCase& c, const AttentionData<X>& x, AttentionPath path)
         : c(c), path(path), qkv(to_type<X>(x.qkv)), dout(to_type<X>(x.dout)), ring(to_type<X>(x.ring)), out(c.out()), dqkv(c.qkv()), starts(x.starts),
-          lse(c.lse()), sizes(c.B, c.T, c.H, c.hd, c.window <= 0 ? c.T : std::min(c.window, c.T), sizeof(X) == 2, path.limit), workspace((size_t)sizes.bytes()) {}
+          lse(c.lse()), sizes(c.B, c.T, c.H, c.hd, c.window <= 0 ? c.T : std::min(c.window, c.T), sizeof(X) == 2, path.limit),
+          workspace((size_t)sizes.bytes()) {}
     gpu::attn::Args<X> args() {
-        gpu::attn::Args<X> a = gpu::attention_args<X>(qkv.ptr, ring.ptr, c.capacity, c.position, c.documents ? starts.ptr : nullptr, c.B, c.T, c.H, c.G,
-                                                      c.hd, c.window);
+        gpu::attn::Args<X> a = gpu::attention_args<X>(qkv.ptr, ring.ptr, c.capacity, c.position, c.documents ? starts.ptr : nullptr, c.B, c.T, c.H,
+                                                      c.G, c.hd, c.window);
         a.out = out.ptr, a.lse = lse.ptr, a.dqkv = dqkv.ptr, a.dout = dout.ptr, a.saved_out = out.ptr;
         sizes.give(a, workspace.ptr);
         return a;
@@ -140,7 +141,8 @@ template <class X> void expect_backward(const AttentionCase& c, std::initializer
         EXPECT_TRUE(same_bits(got, on_gpu.dqkv.host())) << name;
         if (c.position == 0 && (c.T == 1 || c.window == 1)) continue;                        // one key: dq = dk = 0 up to rounding
         for (int part = 0; part < 3; part++)
-            EXPECT_LT(rel_l2(attention_part(to_double(got), c, part), attention_part(want.dqkv, c, part)), tolerance<X>()) << name << " part " << "qkv"[part];
+            EXPECT_LT(rel_l2(attention_part(to_double(got), c, part), attention_part(want.dqkv, c, part)), tolerance<X>())
+                << name << " part " << "qkv"[part];
     }
 }
 

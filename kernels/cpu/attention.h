@@ -111,22 +111,24 @@ template <class R> struct AttentionKeys {
     }
 };
 
-inline AttentionShape attention_shape(int64_t T, int H, int G, int hd, int64_t window, bool ring, int64_t capacity, int64_t position, const int* starts) {
+inline AttentionShape attention_shape(int64_t T, int H, int G, int hd, int64_t window, bool ring, int64_t capacity, int64_t position,
+                                      const int* starts) {
     attention_check(H, G, hd);
     if (window <= 0 || window > position + T) window = position + T;
     return {T, H, G, hd, window, ring ? -std::min(position, capacity) : 0, starts};
 }
 
 template <class R>
-inline void attention_forward(R* out, R* lse, const R* qkv, const std::type_identity_t<R>* ring, int64_t capacity, int64_t position, const int* starts,
-                              int B, int64_t T, int H, int G, int hd, int64_t window, Stream = {}) {
+inline void attention_forward(R* out, R* lse, const R* qkv, const std::type_identity_t<R>* ring, int64_t capacity, int64_t position,
+                              const int* starts, int B, int64_t T, int H, int G, int hd, int64_t window, Stream = {}) {
     const AttentionShape shape = attention_shape(T, H, G, hd, window, ring, capacity, position, starts);
     const AttentionKeys<R> key_at{qkv, ring, capacity, position};
     const int64_t tiles = ceil_div(T, QUERY_TILE);
     const R scale = R(1) / std::sqrt(R(hd));
 #pragma omp parallel
     {
-        std::vector<R> keys(hd * KEY_TILE), values(KEY_TILE * hd), s(QUERY_TILE * KEY_TILE), acc(QUERY_TILE * hd), maximum(QUERY_TILE), sum(QUERY_TILE);
+        std::vector<R> keys(hd * KEY_TILE), values(KEY_TILE * hd), s(QUERY_TILE * KEY_TILE), acc(QUERY_TILE * hd);
+        std::vector<R> maximum(QUERY_TILE), sum(QUERY_TILE);
 #pragma omp for schedule(dynamic)
         for (int64_t item = 0; item < B * H * tiles; item++) {
             const int64_t i0 = item % tiles * QUERY_TILE;
@@ -189,7 +191,8 @@ inline void attention_backward_keys(R* dqkv, const R* dout, const R* qkv, const 
     const int64_t T = shape.T, tiles = ceil_div(T, KEY_TILE);
 #pragma omp parallel
     {
-        std::vector<R> keys(hd * KEY_TILE), values(hd * KEY_TILE), p(QUERY_TILE * KEY_TILE), ds(QUERY_TILE * KEY_TILE), dk(KEY_TILE * hd), dv(KEY_TILE * hd);
+        std::vector<R> keys(hd * KEY_TILE), values(hd * KEY_TILE), p(QUERY_TILE * KEY_TILE), ds(QUERY_TILE * KEY_TILE);
+        std::vector<R> dk(KEY_TILE * hd), dv(KEY_TILE * hd);
 #pragma omp for schedule(dynamic)
         for (int64_t item = 0; item < B * G * tiles; item++) {
             const int64_t p0 = item % tiles * KEY_TILE;
@@ -216,7 +219,8 @@ inline void attention_backward_keys(R* dqkv, const R* dout, const R* qkv, const 
 }
 
 template <class R>
-inline void attention_backward_queries(R* dqkv, const R* dout, const AttentionKeys<R>& key_at, const R* lse, const R* delta, int B, AttentionShape shape) {
+inline void attention_backward_queries(R* dqkv, const R* dout, const AttentionKeys<R>& key_at, const R* lse, const R* delta, int B,
+                                       AttentionShape shape) {
     const int H = shape.H, hd = shape.hd;
     const int64_t T = shape.T, tiles = ceil_div(T, QUERY_TILE);
 #pragma omp parallel
@@ -235,7 +239,8 @@ inline void attention_backward_queries(R* dqkv, const R* dout, const AttentionKe
                     std::copy(k, k + hd, &rows_k[j * hd]);
                     for (int d = 0; d < hd; d++) keys[d * KEY_TILE + j] = k[d], values[d * KEY_TILE + j] = v[d];
                 }
-                attention_gradient_tile(p.data(), ds.data(), key_at.qkv, dout, lse, delta, keys.data(), values.data(), shape, b, head, i0, rows, p0, n);
+                attention_gradient_tile(p.data(), ds.data(), key_at.qkv, dout, lse, delta, keys.data(), values.data(), shape, b, head, i0, rows,
+                                        p0, n);
                 tile_product(dq.data(), hd, ds.data(), KEY_TILE, 1, rows_k.data(), hd, rows, hd, n);
             }
             for (int r = 0; r < rows; r++) std::copy(&dq[r * hd], &dq[r * hd] + hd, dqkv + shape.query(b, i0 + r, head));
@@ -245,8 +250,9 @@ inline void attention_backward_queries(R* dqkv, const R* dout, const AttentionKe
 
 // Gradients of this call's queries, keys and values; those of earlier calls, in the ring, are constants. Every element of dqkv is written.
 template <class R>
-inline void attention_backward(R* dqkv, const R* dout, const R* out, const R* qkv, const R* lse, const std::type_identity_t<R>* ring, int64_t capacity,
-                               int64_t position, const int* starts, void* workspace, int B, int64_t T, int H, int G, int hd, int64_t window, Stream = {}) {
+inline void attention_backward(R* dqkv, const R* dout, const R* out, const R* qkv, const R* lse, const std::type_identity_t<R>* ring,
+                               int64_t capacity, int64_t position, const int* starts, void* workspace, int B, int64_t T, int H, int G, int hd,
+                               int64_t window, Stream = {}) {
     const AttentionShape shape = attention_shape(T, H, G, hd, window, ring, capacity, position, starts);
     R* delta = (R*)workspace;
 #pragma omp parallel for

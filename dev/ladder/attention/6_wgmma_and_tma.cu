@@ -19,7 +19,8 @@ constexpr int QUERIES = 64, KEYS = 128, Q_BYTES = QUERIES * HD * 2, K_BYTES = KE
 
 __global__ void __launch_bounds__(WARPGROUP) forward_kernel(const __grid_constant__ CUtensorMap map, const ladder_attention::Problem p, bf16* out) {
 #ifdef SAMBA_SM90A_CODE
-    const int i0 = blockIdx.x * QUERIES, h = blockIdx.y, b = blockIdx.z, i = i0 + threadIdx.x / WARP * 16 + threadIdx.x % WARP / 4;     // i, i + 8: our rows
+    const int i0 = blockIdx.x * QUERIES, h = blockIdx.y, b = blockIdx.z;
+    const int i = i0 + threadIdx.x / WARP * 16 + threadIdx.x % WARP / 4;              // i, i + 8: our rows
     const uint32_t queries = shared_address(sm90_shared), keys = queries + Q_BYTES, values = keys + K_BYTES, bar = values + K_BYTES;
     if (threadIdx.x == 0) barrier_init(bar, 1), barrier_init_done();
     __syncthreads();
@@ -70,7 +71,8 @@ int main() {
     if (device_count() > 0 && !usable()) return printf("%s: needs compute capability 9.0 and code for sm_90a\n", name), 0;
     return run(name, [](const ladder_attention::Problem& p, bf16* out, float*) {
         CUDA_CHECK(cudaFuncSetAttribute(forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED));
-        forward_kernel<<<dim3((unsigned)ceil_div(p.T, QUERIES), p.H, p.B), WARPGROUP, SHARED>>>(tensor_map(p.qkv, p.B, p.T, 3 * p.H, HD, QUERIES), p, out);
+        const CUtensorMap map = tensor_map(p.qkv, p.B, p.T, 3 * p.H, HD, QUERIES);
+        forward_kernel<<<dim3((unsigned)ceil_div(p.T, QUERIES), p.H, p.B), WARPGROUP, SHARED>>>(map, p, out);
         LAUNCH_CHECK();
     });
 }

@@ -18,7 +18,8 @@ struct Problem {
     int B, T, H, window;
     const bf16* qkv;
     __host__ __device__ int64_t row() const { return (int64_t)H * 3 * HD; }
-    __host__ __device__ int64_t at(int b, int t, int h, int part) const { return ((int64_t)b * T + t) * row() + (h * 3 + part) * HD; }   // part: q, k, v
+    // part: q, k, v
+    __host__ __device__ int64_t at(int b, int t, int h, int part) const { return ((int64_t)b * T + t) * row() + (h * 3 + part) * HD; }
     __host__ __device__ int64_t out_at(int b, int t, int h) const { return (((int64_t)b * T + t) * H + h) * HD; }
     __host__ __device__ int first_key(int i) const { return i - window + 1 > 0 ? i - window + 1 : 0; }
     int64_t values() const { return (int64_t)B * T * row(); }
