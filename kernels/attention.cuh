@@ -14,6 +14,7 @@
 //
 // Flops per (query, visible key) pair: 4 hd forward, 10 hd backward. Samba-421M (B 8, T 4096, window 2048, 12 heads of 128): 309 and
 // 773 GFLOP a layer; bytes: 0.2 GB forward, 2.7 GB backward (dS 1.25 written and read). mma.sync reaches 300 to 350 TFLOP/s on an H100.
+// H200: forward 0.966 ms, backward 2.78 with delta (dev/results/2026-11-25_h200_attention).
 #pragma once
 #include <algorithm>
 #include <type_traits>

@@ -12,12 +12,13 @@
 // see not multiplied; only 64 x 64 blocks on an edge (diagonal, window, document, ring) are masked.
 //
 // Backward: blocks that own keys make dk and dv (S^T, dP^T, P^T dO, dS^T Q) and keep dS in memory (attention_common.cuh), blocks that
-// own queries then make dq = dS K: 5 products, no atomics, no fp32 dq buffer. Where dS does not fit its workspace, or keys come from the
-// ring, the second kernel makes S and dP again: 7 products. Precision as in the portable path: fp32 sums and softmax; P and dS
+// own queries then make dq = dS K: 5 products, no atomics, no fp32 dq buffer. Where dS does not fit its workspace, keys come from the
+// ring, or head_dim is 64, the second kernel makes S and dP again: 7 products. Precision as in the portable path: fp32 sums and softmax; P and dS
 // rounded to bf16 for their product.
 //
 // Flops per visible pair: 4 hd forward, 10 hd backward. Samba-421M (B 8, T 4096, window 2048, 12 heads of 128): 309 and 773 GFLOP a
 // layer, of which blocks of 64 x 64 do 319 and 797: 0.32 and 0.81 ms at the H100's nominal rate; dS is 1.25 GB written and read.
+// H200: forward 0.528 ms, backward 1.61 with delta (dev/results/2026-11-25_h200_attention).
 #pragma once
 #include <algorithm>
 
