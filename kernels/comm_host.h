@@ -293,7 +293,7 @@ struct MpiTransport : Transport {
             // MPI waits by spinning, which takes the core from a rank that computes where cores are few: sleep after a while
             int done = 0;
             for (int tries = 0; MPI_Testall(2, both, &done, MPI_STATUSES_IGNORE), !done; tries++)
-                if (tries > 1000) std::this_thread::sleep_for(std::chrono::microseconds(50));
+                if (tries > 50) std::this_thread::sleep_for(std::chrono::microseconds(50));
         }
     }
 };
