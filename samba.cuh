@@ -678,6 +678,8 @@ struct Parameters {
 struct LayerState {
     floatX* halo = nullptr;                // mamba: (B,3,e) the conv's last inputs
     float* h = nullptr;                    // mamba: (B,e,N)
+    floatX* next_halo = nullptr;           // mamba: what the layer leaves, before it replaces what it began with
+    float* next_h = nullptr;
     floatX* ring = nullptr;                // attention: (B,capacity,2,G,hd); the key and value of position p in slot p % capacity
     int64_t capacity = 0;
 };
@@ -685,9 +687,8 @@ struct LayerState {
 struct SequenceState {
     int64_t B = 0;
     int64_t position = 0;                  // tokens seen so far
+    bool held = false;                     // for training: a layer's state moves on when backward has passed the layer, which reads it
     std::vector<LayerState> layers;
-    floatX* next_halo = nullptr;           // (B,3,e), (B,e,N): written by a layer before they replace its own
-    float* next_h = nullptr;
     Arena arena;
 
     void plan(const Layout& layout, int64_t max_context) {
@@ -695,13 +696,15 @@ struct SequenceState {
         const int64_t e = c.d_inner(), N = c.d_state;
         arena.rewind();
         layers.assign(layout.layers.size(), {});
-        next_halo = arena.take<floatX>(B * 3 * e);
-        next_h = arena.take<float>(B * e * N);
+        floatX* next_halo = held ? nullptr : arena.take<floatX>(B * 3 * e);      // one for all layers, which come one after the other
+        float* next_h = held ? nullptr : arena.take<float>(B * e * N);
         for (size_t l = 0; l < layers.size(); l++) {
             const Layer& layer = layout.layers[l];
             if (layer.kind == Kind::mamba) {
                 layers[l].halo = arena.take<floatX>(B * 3 * e);
                 layers[l].h = arena.take<float>(B * e * N);
+                layers[l].next_halo = held ? arena.take<floatX>(B * 3 * e) : next_halo;
+                layers[l].next_h = held ? arena.take<float>(B * e * N) : next_h;
             } else if (layer.kind == Kind::attention) {
                 const int64_t most = layer.window > 0 ? layer.window - 1 : max_context;
                 layers[l].capacity = std::min(most, max_context);
@@ -710,8 +713,8 @@ struct SequenceState {
         }
     }
     // max_context: the most tokens that will be seen, where the caller knows; bounds the rings
-    void create(const Layout& layout, int64_t B_, int64_t max_context, Stream stream) {
-        B = B_;
+    void create(const Layout& layout, int64_t B_, int64_t max_context, Stream stream, bool held_ = false) {
+        B = B_; held = held_;
         plan(layout, max_context);
         arena.allocate("the sequence state");
         plan(layout, max_context);
@@ -778,7 +781,21 @@ struct Pass {
     SequenceState* state;                  // null: the sequence begins here and is not continued
     bool add = false;                      // backward: to the gradients of matrices that the step's earlier micro-batches left
     int64_t BT() const { return B * T; }
+    LayerState* layer_state(size_t l) const { return state ? &state->layers[l] : nullptr; }
 };
+
+// What a layer remembers becomes what it has just computed: in forward, or of a held state in backward
+inline void mamba_advance(const Pass& p, LayerState& s) {
+    const Config& c = p.m.config();
+    const int64_t B = p.B, e = c.d_inner(), N = c.d_state;
+    copy_on_device(s.halo, s.next_halo, (size_t)(B * 3 * e) * sizeof(floatX), p.m.stream);
+    copy_on_device(s.h, s.next_h, (size_t)(B * e * N) * sizeof(float), p.m.stream);
+}
+inline void attention_advance(const Pass& p, LayerState& s, const LayerActivations& a) {
+    const Config& c = p.m.config();
+    if (s.capacity == 0) return;
+    ops::ring_update(s.ring, a.qkv, s.capacity, p.state->position, p.B, p.T, c.n_head, c.n_kv_head, c.head_dim, p.m.stream);
+}
 
 // Mamba up to what out_proj reads.  x (B,T,d) -> a.out (B,T,e)
 inline void mamba_inner(Pass& p, const Layer& layer, LayerActivations& a, const float* x, LayerState* s, Make make) {
@@ -789,9 +806,9 @@ inline void mamba_inner(Pass& p, const Layer& layer, LayerActivations& a, const 
     const int64_t T = p.T, BT = p.BT();
     const Stream stream = m.stream;
     floatX* halo_in = s ? s->halo : nullptr;
-    floatX* halo_out = s ? p.state->next_halo : nullptr;
+    floatX* halo_out = s ? s->next_halo : nullptr;
     float* h_in = s ? s->h : nullptr;
-    float* h_out = s ? p.state->next_h : nullptr;
+    float* h_out = s ? s->next_h : nullptr;
 
     if (make.cheap) ops::rmsnorm_forward(a.n, a.rstd, x, m.w(t.norm), BT, d, c.norm_eps, stream);                            // (B,T,d)
     if (make.dear) ops::matmul_forward(m.matmul, a.xz, 2 * e, a.n, d, m.w(t.in_proj), BT, 2 * e, d, stream);                 // (B,T,2e) x|z
@@ -801,10 +818,7 @@ inline void mamba_inner(Pass& p, const Layer& layer, LayerActivations& a, const 
     if (make.dear)
         ops::selective_scan_forward(a.out, a.states, h_out, a.u, a.dt, a.x_dbl + R, R2N, a.xz + e, 2 * e, m.w(t.A_log), m.w(t.D),
                                     m.w(t.dt_bias), h_in, m.acts.workspace, B, T, e, N, stream);                             // (B,T,e)
-    if (s) {
-        copy_on_device(s->halo, halo_out, (size_t)B * 3 * e * sizeof(floatX), stream);
-        copy_on_device(s->h, h_out, (size_t)B * e * N * sizeof(float), stream);
-    }
+    if (s && !p.state->held) mamba_advance(p, *s);
 }
 
 inline void mamba_forward(Pass& p, const Layer& layer, LayerActivations& a, float* x_next, const float* x, LayerState* s) {
@@ -814,8 +828,9 @@ inline void mamba_forward(Pass& p, const Layer& layer, LayerActivations& a, floa
     ops::matmul_residual(m.matmul, x_next, x, a.out, m.w(layer.mamba.out_proj), p.BT(), d, e, m.stream);                     // (B,T,d)
 }
 
-// In: acts.dx, acts.dy = dL/dx_next. Out: the same of x, and += the gradients of the layer's parameters.
-inline void mamba_backward(Pass& p, const Layer& layer, LayerActivations& a, const float* x) {
+// In: acts.dx, acts.dy = dL/dx_next. Out: the same of x, and += the gradients of the layer's parameters. A state (held) is a
+// constant: it gets no gradient.
+inline void mamba_backward(Pass& p, const Layer& layer, LayerActivations& a, const float* x, LayerState* s) {
     Model& m = p.m;
     const Config& c = m.config();
     const MambaTensors& t = layer.mamba;
@@ -823,25 +838,26 @@ inline void mamba_backward(Pass& p, const Layer& layer, LayerActivations& a, con
     const int d = c.d_model, e = c.d_inner(), N = c.d_state, R = c.dt_rank(), R2N = R + 2 * N, B = p.B;
     const int64_t T = p.T, BT = p.BT();
     const Stream stream = m.stream;
-    const floatX *dy = m.acts.dy, *no_halo = nullptr;
-    const float* no_h = nullptr;
+    const floatX *dy = m.acts.dy, *halo_in = s ? s->halo : nullptr;
+    const float* h_in = s ? s->h : nullptr;
     void* workspace = m.acts.workspace;
 
-    mamba_inner(p, layer, a, x, nullptr, make_missing(m.acts.recompute));
+    mamba_inner(p, layer, a, x, s, make_missing(m.acts.recompute));
     ops::matmul_dgrad(m.matmul, a.d_out, e, dy, d, w(t.out_proj), BT, d, e, false, stream);                                  // (B,T,e)
     ops::selective_scan_backward(a.du, a.ddt, a.d_in + e, 2 * e, a.dx_dbl + R, R2N, a.out, w.grad(t.A_log), w.grad(t.D), w.grad(t.dt_bias),
-                                 a.d_out, a.u, a.dt, a.x_dbl + R, R2N, a.xz + e, 2 * e, w(t.A_log), w(t.D), w(t.dt_bias), no_h,
+                                 a.d_out, a.u, a.dt, a.x_dbl + R, R2N, a.xz + e, 2 * e, w(t.A_log), w(t.D), w(t.dt_bias), h_in,
                                  a.states, workspace, B, T, e, N, stream);                                                   // du, ddt, dz, dB|dC, out
     ops::matmul_wgrad(m.matmul, w.grad(t.out_proj), dy, d, a.out, e, BT, d, e, p.add, stream);
     ops::matmul_dgrad(m.matmul, a.dx_dbl, R2N, a.ddt, e, w(t.dt_proj), BT, e, R, false, stream);                             // (B,T,R)
     ops::matmul_wgrad(m.matmul, w.grad(t.dt_proj), a.ddt, e, a.x_dbl, R2N, BT, e, R, p.add, stream);
     ops::matmul_dgrad(m.matmul, a.du, e, a.dx_dbl, R2N, w(t.x_proj), BT, R2N, e, true, stream);                              // du +=
     ops::matmul_wgrad(m.matmul, w.grad(t.x_proj), a.dx_dbl, R2N, a.u, e, BT, R2N, e, p.add, stream);
-    ops::conv1d_backward(a.d_in, 2 * e, w.grad(t.conv_w), w.grad(t.conv_b), a.du, a.xz, 2 * e, no_halo, w(t.conv_w), w(t.conv_b),
+    ops::conv1d_backward(a.d_in, 2 * e, w.grad(t.conv_w), w.grad(t.conv_b), a.du, a.xz, 2 * e, halo_in, w(t.conv_w), w(t.conv_b),
                          workspace, B, T, e, stream);                                                                        // dx
     ops::matmul_dgrad(m.matmul, a.dn, d, a.d_in, 2 * e, w(t.in_proj), BT, 2 * e, d, false, stream);                          // (B,T,d)
     ops::matmul_wgrad(m.matmul, w.grad(t.in_proj), a.d_in, 2 * e, a.n, d, BT, 2 * e, d, p.add, stream);
     ops::rmsnorm_backward(m.acts.dx, m.acts.dy, w.grad(t.norm), a.dn, x, a.rstd, w(t.norm), workspace, BT, d, true, stream); // dx +=
+    if (s) mamba_advance(p, *s);
 }
 
 // Attention up to what proj reads.  x (B,T,d) -> a.out (B,T,H hd)
@@ -860,7 +876,7 @@ inline void attention_inner(Pass& p, const Layer& layer, LayerActivations& a, co
     ops::matmul_forward(m.matmul, a.qkv, c.qkv_dim(), a.n, d, m.w(t.qkv), BT, c.qkv_dim(), d, stream);                       // (B,T,(H+2G)hd)
     if (c.rope) ops::rope_forward(a.qkv, m.acts.rope, B, T, H, G, hd, stream);
     ops::attention_forward(a.out, a.lse, a.qkv, ring, capacity, position, starts, B, T, H, G, hd, layer.window, stream);     // (B,T,H hd)
-    if (capacity > 0) ops::ring_update(s->ring, a.qkv, capacity, position, B, T, H, G, hd, stream);
+    if (s && !p.state->held) attention_advance(p, *s, a);
 }
 
 inline void attention_forward(Pass& p, const Layer& layer, LayerActivations& a, float* x_next, const float* x, LayerState* s) {
@@ -870,27 +886,28 @@ inline void attention_forward(Pass& p, const Layer& layer, LayerActivations& a, 
     ops::matmul_residual(m.matmul, x_next, x, a.out, m.w(layer.attention.proj), p.BT(), c.d_model, c.q_dim(), m.stream);     // (B,T,d)
 }
 
-inline void attention_backward(Pass& p, const Layer& layer, LayerActivations& a, const float* x) {
+inline void attention_backward(Pass& p, const Layer& layer, LayerActivations& a, const float* x, LayerState* s) {
     Model& m = p.m;
     const Config& c = m.config();
     const AttentionTensors& t = layer.attention;
     const Parameters& w = m.w;
     const int d = c.d_model, H = c.n_head, G = c.n_kv_head, hd = c.head_dim, B = p.B;
-    const int64_t T = p.T, BT = p.BT();
+    const int64_t T = p.T, BT = p.BT(), position = s ? p.state->position : 0, capacity = s ? s->capacity : 0;
     const Stream stream = m.stream;
     const floatX* dy = m.acts.dy;
 
-    attention_inner(p, layer, a, x, nullptr, make_missing(m.acts.recompute));
+    attention_inner(p, layer, a, x, s, make_missing(m.acts.recompute));
     ops::matmul_dgrad(m.matmul, a.d_out, c.q_dim(), dy, d, w(t.proj), BT, d, c.q_dim(), false, stream);                      // (B,T,H hd)
     ops::matmul_wgrad(m.matmul, w.grad(t.proj), dy, d, a.out, c.q_dim(), BT, d, c.q_dim(), p.add, stream);
-    const floatX* no_ring = nullptr;
+    const floatX* ring = position > 0 && capacity > 0 ? s->ring : nullptr;
     const int* starts = nullptr;                          // one document a sequence
-    ops::attention_backward(a.d_in, a.d_out, a.out, a.qkv, a.lse, no_ring, 0, 0, starts, m.acts.workspace, B, T, H, G, hd, layer.window,
+    ops::attention_backward(a.d_in, a.d_out, a.out, a.qkv, a.lse, ring, capacity, position, starts, m.acts.workspace, B, T, H, G, hd, layer.window,
                             stream);                                                                                         // (B,T,(H+2G)hd)
     if (c.rope) ops::rope_backward(a.d_in, m.acts.rope, B, T, H, G, hd, stream);
     ops::matmul_dgrad(m.matmul, a.dn, d, a.d_in, c.qkv_dim(), w(t.qkv), BT, c.qkv_dim(), d, false, stream);                  // (B,T,d)
     ops::matmul_wgrad(m.matmul, w.grad(t.qkv), a.d_in, c.qkv_dim(), a.n, d, BT, c.qkv_dim(), d, p.add, stream);
     ops::rmsnorm_backward(m.acts.dx, m.acts.dy, w.grad(t.norm), a.dn, x, a.rstd, w(t.norm), m.acts.workspace, BT, d, true, stream);  // dx +=
+    if (s) attention_advance(p, *s, a);
 }
 
 // SwiGLU up to what w3 reads: silu(w1 n) * (w2 n).  x (B,T,d) -> a.out (B,T,F)
@@ -954,7 +971,7 @@ inline void forward_layers(Model& m, int B, int64_t T, SequenceState* state) {
     ops::embedding_forward(acts.x[0], acts.tokens, m.w(m.layout.network.embedding), p.BT(), c.d_model, m.stream);            // (B,T,d)
     for (size_t l = 0; l < m.layout.layers.size(); l++) {
         const Layer& layer = m.layout.layers[l];
-        LayerState* s = state ? &state->layers[l] : nullptr;
+        LayerState* s = p.layer_state(l);
         float *x = acts.x[l], *x_next = acts.x[l + 1];
         const ProfilerRange range("forward, " + layer_name(m.layout, l));
         if (m.before_layer) m.before_layer((int)l);
@@ -965,7 +982,7 @@ inline void forward_layers(Model& m, int B, int64_t T, SequenceState* state) {
         }
     }
     ops::rmsnorm_forward(acts.n_f, acts.rstd_f, acts.x.back(), m.w(m.layout.network.norm_f), p.BT(), c.d_model, c.norm_eps, m.stream);
-    if (state) state->position += T;
+    if (state && !state->held) state->position += T;
 }
 
 // acts.losses (B,T) = cross entropy of each token, acts.greedy (B,T) = whether it is the likeliest; no gradients.
@@ -999,9 +1016,11 @@ inline void head_forward_backward(Model& m, int64_t BT, float weight, bool add) 
 
 // One micro-batch of B x T tokens (already in acts.tokens and acts.targets): acts.loss (+)= weight * mean loss, gradients +=.
 // `first` of a step: gradients and loss start from zero. Those of matrices do by being written instead of added to, but for an
-// embedding of its own, whose rows are only added to.
-inline void forward_backward(Model& m, int B, int64_t T, float weight, bool first) {
-    Pass p{m, B, T, nullptr, !first};
+// embedding of its own, whose rows are only added to. With a state (held): the tokens continue its sequences, to which they are
+// constants: backpropagation through time ends where the micro-batch begins. Afterwards it is the state behind them.
+inline void forward_backward_from(SequenceState* state, Model& m, int B, int64_t T, float weight, bool first) {
+    if (state && !state->held) fail("a state for training must be created held");
+    Pass p{m, B, T, state, !first};
     Activations& acts = m.acts;
     const NetworkTensors& t = m.layout.network;
     const int64_t BT = p.BT(), V = m.config().vocab_size;
@@ -1009,7 +1028,7 @@ inline void forward_backward(Model& m, int B, int64_t T, float weight, bool firs
     if (first) device_zero(m.w.grads + m.w.n_matrix, (m.w.n - m.w.n_matrix) * sizeof(float), m.stream);
     if (first && !m.config().tied) device_zero(m.w.grad(t.embedding), V * d * sizeof(float), m.stream);
 
-    forward_layers(m, B, T, nullptr);
+    forward_layers(m, B, T, state);
     head_forward_backward(m, BT, weight, p.add);
     ops::mean_losses(acts.loss, acts.losses, BT, !first, weight, m.stream);
     ops::rmsnorm_backward(acts.dx, acts.dy, m.w.grad(t.norm_f), acts.dn_f, acts.x.back(), acts.rstd_f, m.w(t.norm_f), acts.workspace, BT, d,
@@ -1018,15 +1037,18 @@ inline void forward_backward(Model& m, int B, int64_t T, float weight, bool firs
         const Layer& layer = m.layout.layers[l];
         const ProfilerRange range("backward, " + layer_name(m.layout, l));
         switch (layer.kind) {
-        case Kind::mamba: mamba_backward(p, layer, acts.layers[l], acts.x[l]); break;
-        case Kind::attention: attention_backward(p, layer, acts.layers[l], acts.x[l]); break;
+        case Kind::mamba: mamba_backward(p, layer, acts.layers[l], acts.x[l], p.layer_state(l)); break;
+        case Kind::attention: attention_backward(p, layer, acts.layers[l], acts.x[l], p.layer_state(l)); break;
         case Kind::mlp: mlp_backward(p, layer, acts.layers[l], layer.parallel ? acts.x[l - 1] : acts.x[l]); break;
         }
         if (m.after_layer) m.after_layer((int)l);
     }
     ops::embedding_backward(m.w.grad(t.embedding), acts.dx, acts.tokens, acts.workspace, BT, m.config().vocab_size, d, m.stream);
     if (m.after_layer) m.after_layer(-1);
+    if (state) state->position += T;
 }
+// Sequences that begin here
+inline void forward_backward(Model& m, int B, int64_t T, float weight, bool first) { forward_backward_from(nullptr, m, B, T, weight, first); }
 
 // Logits of `rows` tokens, the first of them token `row` of the last forward, each `stride` tokens after the one before;
 // as float on the host, (rows,V).
@@ -1060,17 +1082,22 @@ inline void forward_backward_graph(Model& m, int B, int64_t T, float weight, boo
 
 // Tokens from the host, in order with the passes around it. The copy may be under way when this returns, beside the pass that
 // still computes; it is over when the next call returns. That is as long as DataLoader keeps a batch.
-inline void upload_tokens(Model& m, const int* tokens, const int* targets, int64_t BT) {
+// A chunk of longer sequences: T tokens from each of B rows that are `stride` tokens apart.
+inline void upload_chunk(Model& m, const int* tokens, const int* targets, int64_t B, int64_t T, int64_t stride) {
+    const int64_t BT = B * T, rows = stride == T ? 1 : B, n = BT / rows;
     event_sync(m.uploaded);
     stream_wait(m.copies, m.taken);
-    copy_to_device(m.acts.staged, tokens, BT * sizeof(int), m.copies);
-    if (targets) copy_to_device(m.acts.staged + BT, targets, BT * sizeof(int), m.copies);
+    for (int64_t b = 0; b < rows; b++) {
+        copy_to_device(m.acts.staged + b * n, tokens + b * stride, n * sizeof(int), m.copies);
+        if (targets) copy_to_device(m.acts.staged + BT + b * n, targets + b * stride, n * sizeof(int), m.copies);
+    }
     event_record(m.uploaded, m.copies);
     stream_wait(m.stream, m.uploaded);
     copy_on_device(m.acts.tokens, m.acts.staged, BT * sizeof(int), m.stream);
     if (targets) copy_on_device(m.acts.targets, m.acts.staged + BT, BT * sizeof(int), m.stream);
     event_record(m.taken, m.stream);
 }
+inline void upload_tokens(Model& m, const int* tokens, const int* targets, int64_t BT) { upload_chunk(m, tokens, targets, 1, BT, BT); }
 
 // One step's passes on tokens that mean nothing, before the first: loads every kernel, and where asked for times the candidates of matrix
 // products that have no choice yet. Leaves gradients and activations to be overwritten; nothing else changes.
@@ -1086,7 +1113,6 @@ inline void rehearse(Model& m, int B, int64_t T, bool several_micro_batches, boo
     m.before_layer = before;
     m.after_layer = after;
 }
-
 // =====================================================================================================================
 // 7. The update
 

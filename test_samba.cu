@@ -213,16 +213,6 @@ protected:
     }
 };
 
-void scale_tensor(Fixture& f, const std::string& name, float factor) {
-    const std::vector<float> master = f.flat(f.m.w.master);
-    for (const Tensor& t : f.m.layout.tensors) {
-        if (t.name != name) continue;
-        std::vector<float> values(master.begin() + f.m.layout.flat(t), master.begin() + f.m.layout.flat(t) + t.size);
-        for (float& x : values) x *= factor;
-        upload_tensor(f.m, t, values.data());
-    }
-}
-
 // The derivative along the gradient itself: L(w + s g) - L(w - s g) = 2 s |g|^2 + O(s^3). One tensor at a time, so that an
 // error in a small one is not drowned. The step changes the loss by 2e-4: a mean of 74 float losses of about 5 is exact to
 // 1e-7, and the step is small enough for the cubic term. A larger embedding makes the scan's inputs, and so the gradients of

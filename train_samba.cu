@@ -41,7 +41,7 @@ struct TrainOptions {
     std::string model = "tiny", preset;
     std::vector<std::string> data, val;
     std::string out = "out/run";
-    int64_t micro_batch = 8, seq_len = 0, global_batch = 0, steps = 0, tokens = 0, warmup_steps = -1;
+    int64_t micro_batch = 8, seq_len = 0, tbptt = 1, global_batch = 0, steps = 0, tokens = 0, warmup_steps = -1;
     double lr = 4e-4, min_lr = -1;
     std::string schedule = "cosine", decay = "all", recompute = "auto", tokenizer, resume, init_from;
     double decay_fraction = 0.1, weight_decay = 0.1, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, clip = 1.0;
@@ -53,6 +53,8 @@ struct TrainOptions {
     int64_t bucket = 0;
     double rank_timeout = 45;
     bool resuming = false;                 // --resume was given, with or without a directory
+
+    int64_t sequence() const { return seq_len * tbptt; }   // tokens of a sequence of the data, which one step reads whole
 };
 
 // Why --zero has no more levels: dev/scaling.md
@@ -73,6 +75,7 @@ inline void add_train_options(CLI::App& app, TrainOptions& o) {
     app.add_option("--out", o.out, "Directory of this run: checkpoints and log.jsonl")->capture_default_str();
     add_count(app, "--micro-batch", o.micro_batch, "Sequences in one forward and backward pass");
     add_count(app, "--seq-len", o.seq_len, "Tokens in a sequence; 0: the model's training length");
+    add_count(app, "--tbptt", o.tbptt, "Sequences of this many times --seq-len, in chunks that begin with the state the last one left (a constant)");
     add_count(app, "--global-batch", o.global_batch, "Tokens in one optimizer step; 0: one micro-batch");
     add_count(app, "--steps", o.steps, "Optimizer steps to train");
     add_count(app, "--tokens", o.tokens, "Tokens to train on, instead of --steps");
@@ -139,11 +142,12 @@ inline void resolve(TrainOptions& o, const CLI::App& app, Config& config, int wo
     }
     if (o.micro_batch < 1) fail("--micro-batch %lld: must be at least 1", (long long)o.micro_batch);
     if (o.seq_len < 1) fail("--seq-len %lld: must be at least 1", (long long)o.seq_len);
-    const int64_t micro_tokens = o.micro_batch * o.seq_len * world;
+    if (o.tbptt < 1) fail("--tbptt %lld: must be at least 1", (long long)o.tbptt);
+    const int64_t micro_tokens = o.micro_batch * o.sequence() * world;
     if (o.global_batch == 0) o.global_batch = micro_tokens;
     if (o.global_batch < 0 || o.global_batch % micro_tokens)
-        fail("--global-batch %lld: must be a multiple of --micro-batch %lld times --seq-len %lld times the number of processes, %d", (long long)o.global_batch,
-             (long long)o.micro_batch, (long long)o.seq_len, world);
+        fail("--global-batch %lld: must be a multiple of --micro-batch %lld times --seq-len %lld times --tbptt %lld times the number of processes, %d",
+             (long long)o.global_batch, (long long)o.micro_batch, (long long)o.seq_len, (long long)o.tbptt, world);
     if (o.steps > 0 && o.tokens > 0) fail("--steps and --tokens are both given: leave one out");
     if (o.tokens > 0) o.steps = o.tokens / o.global_batch;
     if (o.steps < 1) fail("nothing to do: give --steps N or --tokens N (at least one --global-batch of %lld)", (long long)o.global_batch);
@@ -236,7 +240,7 @@ inline std::string save_checkpoint(const Model& m, DataParallel& parallel, const
             fail("%s of rank %d on %s is not there: --out must be in a file system that all hosts share", writer->path(file).c_str(), r, comm.hosts[r].c_str());
     if (!o.tokenizer.empty()) write_file_durably(writer->path("tokenizer.model"), MappedFile(o.tokenizer).text());
     writer->commit({{"step", run.step}, {"updates", run.updates}, {"tokens", run.tokens}, {"sample", run.sample}, {"skipped", run.skipped},
-                    {"seq_len", o.seq_len}, {"seed", o.seed}, {"data_identity", std::to_string(identity)},
+                    {"seq_len", o.seq_len}, {"tbptt", o.tbptt}, {"seed", o.seed}, {"data_identity", std::to_string(identity)},
                      {"tokenizer_fingerprint", std::to_string(fingerprint)}, {"build", BUILD_NAME},
                     {"commit", SAMBA_COMMIT}, {"ranks", comm.world}, {"options", options}});
     prune_checkpoints(o.out, (int)o.keep);
@@ -249,6 +253,9 @@ inline RunState load_checkpoint(Model& m, const std::string& dir, const TrainOpt
     try {
         if (state.at("seq_len") != o.seq_len)
             fail("%s was trained with --seq-len %lld, which fixes its data order; resume with that, or start anew with --init-from", dir.c_str(), (long long)state.at("seq_len"));
+        if (const int64_t tbptt = state.value("tbptt", (int64_t)1); tbptt != o.tbptt)
+            fail("%s was trained with --tbptt %lld, which fixes its data order; resume with that, or start anew with --init-from", dir.c_str(),
+                 (long long)tbptt);
         if (state.at("seed") != o.seed)
             fail("%s was trained with --seed %lld, which fixes its data order; resume with that, or start anew with --init-from", dir.c_str(), (long long)state.at("seed"));
         if (state.at("data_identity") != std::to_string(identity))
@@ -292,9 +299,11 @@ inline void print_run(const TrainOptions& o, const Model& m, const DeviceInfo& d
                data.share(i) * (double)o.steps * (double)o.global_batch / (double)data.sets()[i]->total_tokens());
     const std::string processes = comm.world > 1 ? " x " + std::to_string(comm.world) : "";
     printf("  step     %s tokens = %lld x %lld x %lld%s (sequences, tokens, micro-batches%s); %lld steps, %s tokens\n", human((double)o.global_batch).c_str(), (long long)o.micro_batch,
-           (long long)o.seq_len, (long long)accumulate, processes.c_str(), comm.world > 1 ? ", processes" : "", (long long)o.steps, human((double)o.steps * (double)o.global_batch).c_str());
+           (long long)o.seq_len, (long long)(accumulate * o.tbptt), processes.c_str(), comm.world > 1 ? ", processes" : "", (long long)o.steps, human((double)o.steps * (double)o.global_batch).c_str());
     printf("  memory   %s parameters and optimizer%s, %s activations (recompute %s)\n", human_bytes((double)m.w.arena.bytes()).c_str(), parallel.sharded ? " a rank" : "",
            human_bytes((double)m.acts.bytes()).c_str(), recompute_name(m.acts.recompute));
+    if (o.tbptt > 1)
+        printf("  tbptt    sequences of %lld tokens in %lld chunks, the state carried and held constant\n", (long long)o.sequence(), (long long)o.tbptt);
     if (comm.active()) print_ranks(comm, parallel);
     fflush(stdout);
 }
@@ -311,16 +320,31 @@ inline std::string find_tokenizer(const TrainOptions& o, const Mixture& data) {
 
 using StepResult = DataParallel::Result;
 
-inline StepResult train_step(Model& m, DataParallel& parallel, DataLoader& loader, const TrainOptions& o, int64_t accumulate, RunState& run, double lr) {
-    for (int64_t micro = 0; micro < accumulate; micro++) {
-        const Batch batch = loader.next();
-        upload_tokens(m, batch.tokens, batch.targets, o.micro_batch * o.seq_len);
-        parallel.micro_batch(micro == accumulate - 1);
-        const bool with_others = parallel.comm.active() && (micro == 0 || micro == accumulate - 1);    // weights on their way, gradients
-        const auto pass = o.graphs == "on" && !with_others ? forward_backward_graph : forward_backward;
-        pass(m, (int)o.micro_batch, o.seq_len, 1.0f / (float)(accumulate * parallel.comm.world), micro == 0);
-        parallel.comm.tick();
+// The next `count` batches of the loader: each is B sequences of tbptt * T tokens, which go in chunks of T, the state carried from one
+// to the next, as micro-batches. compute(number of the micro-batch), its tokens on their way
+template <class F> void for_micro_batches(Model& m, DataLoader& loader, const TrainOptions& o, int64_t count, SequenceState* state, F compute) {
+    for (int64_t i = 0; i < count; i++) {
+        const Batch batch = loader.next();                                                                 // (B,tbptt*T)
+        if (state) state->reset(m.layout, m.stream);
+        for (int64_t k = 0; k < o.tbptt; k++) {
+            upload_chunk(m, batch.tokens + k * o.seq_len, batch.targets + k * o.seq_len, o.micro_batch, o.seq_len, o.sequence());
+            compute(i * o.tbptt + k);
+        }
     }
+}
+
+inline StepResult train_step(Model& m, DataParallel& parallel, DataLoader& loader, const TrainOptions& o, int64_t accumulate, SequenceState* state,
+                             RunState& run, double lr) {
+    const int64_t micro_batches = accumulate * o.tbptt;
+    for_micro_batches(m, loader, o, accumulate, state, [&](int64_t micro) {
+        parallel.micro_batch(micro == micro_batches - 1);
+        const bool with_others = parallel.comm.active() && (micro == 0 || micro == micro_batches - 1);     // weights on their way, gradients
+        const auto pass = o.graphs == "on" && !with_others ? forward_backward_graph : forward_backward;
+        const float weight = 1.0f / (float)(micro_batches * parallel.comm.world);
+        if (state) forward_backward_from(state, m, (int)o.micro_batch, o.seq_len, weight, micro == 0);     // its position moves: no graph
+        else pass(m, (int)o.micro_batch, o.seq_len, weight, micro == 0);
+        parallel.comm.tick();
+    });
     parallel.update(AdamW{(float)lr, (float)o.beta1, (float)o.beta2, (float)o.eps, (float)o.weight_decay, run.updates + 1}, (float)o.clip, o.decay == "all", stop_requested);
     const StepResult result = parallel.result(stop_requested);
     run.step++;
@@ -367,8 +391,10 @@ struct Trainer {
     std::unique_ptr<RunLog> log;
     RunState run;
     uint64_t identity = 0, fingerprint = 0; // of the data, of its tokenizer
-    int64_t accumulate = 1;
+    int64_t accumulate = 1;                // batches of the loader in a step and process
+    SequenceState carried;                 // with --tbptt: from chunk to chunk
 
+    SequenceState* tbptt_state() { return o.tbptt > 1 ? &carried : nullptr; }
     Trainer(Comm& comm, TrainOptions& o, CLI::App& app) : comm(comm), o(o), app(app) {}
 
     // Everything is allocated here: after this the loop only computes.
@@ -385,22 +411,25 @@ struct Trainer {
 
         m = std::make_unique<Model>(config);
         comm.use_device(o.collectives == "nccl" ? Comm::Mode::nccl : o.collectives == "host" ? Comm::Mode::host : Comm::Mode::automatic, m->stream);
-        accumulate = o.global_batch / (o.micro_batch * o.seq_len * comm.world);
+        accumulate = o.global_batch / (o.micro_batch * o.sequence() * comm.world);
         const Range own = DataParallel::own_range(m->layout, comm, o.zero);
         const std::vector<int64_t> multiples = length_multiples(o.val_lengths);
         const size_t val_bytes = val ? state_bytes(m->layout, o.micro_batch, multiples.back() * o.seq_len) : 0;
         const size_t staging = (size_t)DataParallel::staging_bytes(m->layout, comm, o.bucket, o.reduce == "bf16");
-        const Recompute level = choose_recompute(o.recompute, m->layout, o.micro_batch, o.seq_len, val_bytes + (size_t)parameter_bytes(m->layout, true, own) + staging);
+        const size_t carried_bytes = o.tbptt > 1 ? state_bytes(m->layout, o.micro_batch, o.sequence(), true) : 0;
+        const size_t other_bytes = val_bytes + carried_bytes + (size_t)parameter_bytes(m->layout, true, own) + staging;
+        const Recompute level = choose_recompute(o.recompute, m->layout, o.micro_batch, o.seq_len, other_bytes);
         o.recompute = recompute_name(level);
         options = options_to_json(app);
         m->w.create(m->layout, true, own);
         m->acts.create(m->layout, o.micro_batch, o.seq_len, true, level);
+        if (o.tbptt > 1) carried.create(m->layout, o.micro_batch, o.sequence(), m->stream, true);
         parallel = std::make_unique<DataParallel>(comm, *m, o.zero, o.bucket, o.reduce == "bf16");
         if (val) validation = std::make_unique<Validation>(*m, comm, *val, multiples, o.micro_batch, o.seq_len, o.val_batches);
         initialise(*m, o.seed);
         if (o.resuming && !from.empty()) run = load_checkpoint(*m, from, o, identity);
         else if (!from.empty()) load_parameters(*m, from + "/model.safetensors");
-        loader = std::make_unique<DataLoader>(*data, o.micro_batch, o.seq_len, o.global_batch / o.seq_len, comm.rank, comm.world, o.seed, true);
+        loader = std::make_unique<DataLoader>(*data, o.micro_batch, o.sequence(), o.global_batch / o.sequence(), comm.rank, comm.world, o.seed, true);
         loader->seek(run.sample);
 
         std::filesystem::create_directories(o.out);
@@ -472,14 +501,13 @@ struct Trainer {
     // Goes through the last step again, which was skipped and left the weights as they were, and looks at every layer.
     std::string where_not_finite() {
         std::string own;
-        loader->seek(run.sample - o.global_batch / o.seq_len);
-        for (int64_t micro = 0; micro < accumulate && own.empty(); micro++) {
-            const Batch batch = loader->next();
-            upload_tokens(*m, batch.tokens, batch.targets, o.micro_batch * o.seq_len);
+        loader->seek(run.sample - o.global_batch / o.sequence());
+        for_micro_batches(*m, *loader, o, accumulate, tbptt_state(), [&](int64_t) {
+            if (!own.empty()) return;
             parallel->micro_batch(false);
-            forward_backward(*m, (int)o.micro_batch, o.seq_len, 1.0f, true);
+            forward_backward_from(tbptt_state(), *m, (int)o.micro_batch, o.seq_len, 1.0f, true);
             own = first_not_finite(*m, (int)o.micro_batch, o.seq_len);
-        }
+        });
         const std::vector<std::string> found = comm.all_texts(own);
         for (int r = 0; r < comm.world; r++)
             if (!found[r].empty()) return found[r] + (comm.world > 1 ? " on rank " + std::to_string(r) : "");
@@ -494,7 +522,7 @@ struct Trainer {
         comm.watch(o.rank_timeout);
         while (run.step < o.steps && !stop) {
             const double before = now_seconds(), lr = learning_rate(o, run.step + 1);
-            const StepResult r = train_step(*m, *parallel, *loader, o, accumulate, run, lr);
+            const StepResult r = train_step(*m, *parallel, *loader, o, accumulate, tbptt_state(), run, lr);
             stop = r.stop;
             if (run.step == start_step + 1) printf("  the first step was done %.1f s after the launch\n", now_seconds() - launched);
             const double seconds = now_seconds() - before, tok_s = (double)o.global_batch / seconds;

@@ -69,9 +69,10 @@ inline size_t activation_bytes(const Layout& layout, int64_t B, int64_t T, bool 
     dry.plan(layout);
     return dry.bytes();
 }
-inline size_t state_bytes(const Layout& layout, int64_t B, int64_t max_context) {
+inline size_t state_bytes(const Layout& layout, int64_t B, int64_t max_context, bool held = false) {
     SequenceState dry;
     dry.B = B;
+    dry.held = held;
     dry.plan(layout, max_context);
     return dry.arena.bytes();
 }

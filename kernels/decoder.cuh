@@ -16,8 +16,6 @@ inline void one_sequence(SequenceState& one, const SequenceState& all, const Lay
     one.B = 1;
     one.position = position;
     one.layers = all.layers;
-    one.next_halo = all.next_halo;
-    one.next_h = all.next_h;
     for (LayerState& s : one.layers) {
         if (s.halo) s.halo += b * 3 * e;
         if (s.h) s.h += b * e * N;

@@ -80,3 +80,13 @@ struct Fixture {
         return std::vector<double>(out.begin(), out.end());
     }
 };
+
+inline void scale_tensor(Fixture& f, const std::string& name, float factor) {
+    const std::vector<float> master = f.flat(f.m.w.master);
+    for (const Tensor& t : f.m.layout.tensors) {
+        if (t.name != name) continue;
+        std::vector<float> values(master.begin() + f.m.layout.flat(t), master.begin() + f.m.layout.flat(t) + t.size);
+        for (float& x : values) x *= factor;
+        upload_tensor(f.m, t, values.data());
+    }
+}

@@ -127,3 +127,55 @@ def test_the_plots_are_drawn(reader, tmp_path):
 ])
 def test_bad_options_get_one_clear_line(reader, options, expected):
     assert expected in error_line(run(PROGRAM, "eval", "--checkpoint", reader / "run", "--data", reader / "text.bin", *options))
+
+
+# ---------------------------------------------------------------------------------------------------------- train --tbptt
+
+
+@pytest.fixture(scope="module")
+def chunks(tmp_path_factory):
+    """Two sequences of 4 x 16 tokens: a step of --micro-batch 2 --tbptt 4 reads them all, in whatever order."""
+    folder = tmp_path_factory.mktemp("chunks")
+    (folder / "model.json").write_text(json.dumps({**READER, "block_size": 16, "local_window": 9}))
+    write_shard(folder / "two.bin", np.random.default_rng(3).integers(0, 32, 129), vocab=32)
+    write_shard(folder / "many.bin", np.cumsum(np.random.default_rng(4).integers(1, 3, 3000)) % 32, vocab=32)
+    return folder
+
+
+def train_in_chunks(folder, out, data, *options):
+    result = run(PROGRAM, "--model", folder / "model.json", "--data", folder / data, "--out", out, "--micro-batch", "2", "--tbptt", "4", "--schedule", "constant", *options)
+    assert result.returncode == 0, result.stderr
+    return [r for r in map(json.loads, open(f"{out}/log.jsonl")) if r["type"] == "train"]
+
+
+def test_the_loss_of_a_step_is_that_of_reading_whole_sequences(chunks, tmp_path):
+    loss = train_in_chunks(chunks, tmp_path / "run", "two.bin", "--steps", "1", "--lr", "0")[0]["loss"]
+    out = tmp_path / "context.json"
+    result = run(PROGRAM, "eval", "--checkpoint", tmp_path / "run", "--data", chunks / "two.bin", "--lengths", "64", "--tokens", "128", "--json", out)
+    assert result.returncode == 0, result.stderr
+    assert loss == pytest.approx(json.load(open(out))["results"][0]["loss"], rel=1e-5)
+
+
+def test_tbptt_resumes_bit_for_bit(chunks, tmp_path):
+    """A sequence never outlives its step: a checkpoint needs no state."""
+    options = ("--global-batch", "256", "--lr", "1e-2", "--warmup-steps", "2", "--checkpoint-every", "3")
+    whole = train_in_chunks(chunks, tmp_path / "whole", "many.bin", "--steps", "6", *options)
+    train_in_chunks(chunks, tmp_path / "parts", "many.bin", "--steps", "3", *options)
+    parts = train_in_chunks(chunks, tmp_path / "parts", "many.bin", "--steps", "6", "--resume", *options)
+    assert [r["loss"] for r in parts] == [r["loss"] for r in whole] and len(parts) == 6
+    for name in ("model", "optimizer"):
+        a, b = ((tmp_path / run_ / f"step_00000006/{name}.safetensors").read_bytes() for run_ in ("whole", "parts"))
+        assert a == b
+    other = run(PROGRAM, "--model", chunks / "model.json", "--data", chunks / "many.bin", "--out", tmp_path / "parts", "--micro-batch", "2", "--tbptt", "2",
+                "--global-batch", "256", "--steps", "9", "--resume")  # fmt: skip
+    assert "was trained with --tbptt 4" in error_line(other)
+
+
+@pytest.mark.parametrize("options,expected", [
+    (["--tbptt", "0"], "--tbptt 0"),
+    (["--tbptt", "4", "--global-batch", "64"], "--global-batch 64: must be a multiple"),
+    (["--tbptt", "1000"], "smaller --seq-len or more data"),
+])
+def test_bad_tbptt_gets_one_clear_line(chunks, tmp_path, options, expected):
+    arguments = [PROGRAM, "--model", chunks / "model.json", "--data", chunks / "two.bin", "--out", tmp_path / "run", "--micro-batch", "2", "--steps", "1", *options]
+    assert expected in error_line(run(*arguments))
