@@ -10,13 +10,15 @@ struct ScanCase {
     int e, N;
     int gap = 0;      // columns in front of B, C and of z and dz in their rows
     bool h_in = true;
+    bool documents = false;   // some start on the way, and the state after the last step has a gradient
 };
 
 // A problem, or its gradients, in type T. Rows of bc and z are wider than what is used of them.
 struct ScanData {
     ScanCase c;
     int64_t ldbc, ldz;
-    std::vector<double> u, dt_raw, bc, z, A_log, D, dt_bias, h_in, dout;
+    std::vector<double> u, dt_raw, bc, z, A_log, D, dt_bias, h_in, dout, dh_out;
+    std::vector<uint8_t> starts;
     ScanData(const ScanCase& c_, uint64_t seed) : c(c_), ldbc(c_.gap + 2 * c_.N), ldz(c_.gap + c_.e) {
         const size_t BT = c.B * c.T;
         u = random_values(BT * c.e, seed + 1);
@@ -29,39 +31,45 @@ struct ScanData {
         for (double& x : dt_bias) x -= 2;
         h_in = random_values((size_t)c.B * c.e * c.N, seed + 8);
         dout = random_values(BT * c.e, seed + 9);
+        dh_out = random_values(h_in.size(), seed + 10);
+        starts.assign(BT, 0);
+        const auto chance = random_values(BT, seed + 12);
+        for (size_t i = 0; i < BT; i++) starts[i] = chance[i] > 0.9;
+        if (BT > 3) starts[BT / 2] = starts[BT / 2 + 1] = 1;          // a document of one token
     }
     // Activations as X holds them and parameters and states as float does
     template <class X> void round() {
         for (auto* v : {&u, &dt_raw, &bc, &z, &dout}) *v = rounded<X>(*v);
-        for (auto* v : {&A_log, &D, &dt_bias, &h_in}) *v = rounded<float>(*v);
+        for (auto* v : {&A_log, &D, &dt_bias, &h_in, &dh_out}) *v = rounded<float>(*v);
     }
 };
 
 struct ScanResult {
-    std::vector<double> out, h_out, du, ddt_raw, dz, dbc, remade_out, dA_log, dD, ddt_bias;
+    std::vector<double> out, h_out, du, ddt_raw, dz, dbc, remade_out, dA_log, dD, ddt_bias, dh_in;
 };
 
 // Both passes of the twin in R. Parameter gradients start from zero.
 template <class R> ScanResult run_twin(const ScanData& d, bool backward = true) {
-    const auto& [B, T, e, N, gap, has_h_in] = d.c;
+    const auto& [B, T, e, N, gap, has_h_in, documents] = d.c;
     const size_t BT = B * T;
     const auto u = to_type<R>(d.u), dt_raw = to_type<R>(d.dt_raw), bc = to_type<R>(d.bc), z = to_type<R>(d.z), A_log = to_type<R>(d.A_log), D = to_type<R>(d.D),
-               dt_bias = to_type<R>(d.dt_bias), h_in = to_type<R>(d.h_in), dout = to_type<R>(d.dout);
+               dt_bias = to_type<R>(d.dt_bias), h_in = to_type<R>(d.h_in), dout = to_type<R>(d.dout), dh_out = to_type<R>(d.dh_out);
+    const uint8_t* starts = documents ? d.starts.data() : nullptr;
     const R* h = has_h_in ? h_in.data() : nullptr;
-    std::vector<R> out(BT * e), h_out(h_in.size()), du(BT * e), ddt(BT * e), dz(BT * d.ldz), dbc(BT * d.ldbc), remade(BT * e), dA_log(A_log.size()), dD(e), ddt_bias(e);
+    std::vector<R> out(BT * e), h_out(h_in.size()), du(BT * e), ddt(BT * e), dz(BT * d.ldz), dbc(BT * d.ldbc), remade(BT * e), dA_log(A_log.size()), dD(e), ddt_bias(e), dh_in(h_in.size());
     std::vector<char> saved(cpu::selective_scan_saved(B, T, e, N)), workspace(cpu::selective_scan_workspace(B, T, e, N));
     cpu::selective_scan_forward(out.data(), saved.data(), h_out.data(), u.data(), dt_raw.data(), bc.data() + gap, d.ldbc, z.data() + gap, d.ldz, A_log.data(), D.data(),
-                                dt_bias.data(), h, workspace.data(), B, T, e, N);
+                                dt_bias.data(), h, workspace.data(), B, T, e, N, {}, starts);
     if (backward)
         cpu::selective_scan_backward(du.data(), ddt.data(), dz.data() + gap, d.ldz, dbc.data() + gap, d.ldbc, remade.data(), dA_log.data(), dD.data(), ddt_bias.data(),
                                      dout.data(), u.data(), dt_raw.data(), bc.data() + gap, d.ldbc, z.data() + gap, d.ldz, A_log.data(), D.data(), dt_bias.data(), h,
-                                     saved.data(), workspace.data(), B, T, e, N);
-    return {to_double(out), to_double(h_out), to_double(du), to_double(ddt), to_double(dz), to_double(dbc), to_double(remade), to_double(dA_log), to_double(dD), to_double(ddt_bias)};
+                                     saved.data(), workspace.data(), B, T, e, N, {}, starts, dh_in.data(), documents ? dh_out.data() : nullptr);
+    return {to_double(out), to_double(h_out), to_double(du), to_double(ddt), to_double(dz), to_double(dbc), to_double(remade), to_double(dA_log), to_double(dD), to_double(ddt_bias), to_double(dh_in)};
 }
 
 // The recurrence one channel after the other, as in the header of the twin
 TEST(ScanCpu, IsTheRecurrence) {
-    for (const ScanCase& c : {ScanCase{2, 70, 33, 5, 3}, ScanCase{1, 1, 1, 1}, ScanCase{1, 33, 16, 16, 0, false}}) {
+    for (const ScanCase& c : {ScanCase{2, 70, 33, 5, 3}, ScanCase{1, 1, 1, 1}, ScanCase{1, 33, 16, 16, 0, false}, ScanCase{2, 70, 33, 5, 3, true, true}}) {
         const ScanData d(c, 1);
         const ScanResult got = run_twin<double>(d, false);
         std::vector<double> out(d.u.size()), h_out(d.h_in.size());
@@ -71,6 +79,7 @@ TEST(ScanCpu, IsTheRecurrence) {
                 if (c.h_in) h.assign(&d.h_in[(b * c.e + i) * c.N], &d.h_in[(b * c.e + i) * c.N] + c.N);
                 for (int64_t t = 0; t < c.T; t++) {
                     const int64_t row = b * c.T + t;
+                    if (c.documents && d.starts[row]) h.assign(c.N, 0.0);
                     const double u = d.u[row * c.e + i], dt = std::log1p(std::exp(d.dt_raw[row * c.e + i] + d.dt_bias[i])), z = d.z[row * d.ldz + c.gap + i];
                     double y = d.D[i] * u;
                     for (int n = 0; n < c.N; n++) {
@@ -87,7 +96,7 @@ TEST(ScanCpu, IsTheRecurrence) {
 }
 
 TEST(ScanCpu, BackwardIsTheGradient) {
-    for (const ScanCase& c : {ScanCase{2, 5, 3, 4, 2}, ScanCase{1, 1, 1, 1}, ScanCase{1, 67, 18, 3}, ScanCase{2, 33, 2, 7, 0, false}}) {
+    for (const ScanCase& c : {ScanCase{2, 5, 3, 4, 2}, ScanCase{1, 1, 1, 1}, ScanCase{1, 67, 18, 3}, ScanCase{2, 33, 2, 7, 0, false}, ScanCase{2, 40, 3, 4, 1, true, true}}) {
         ScanData d(c, 11);
         const ScanResult gradient = run_twin<double>(d);
         EXPECT_EQ(gradient.out, gradient.remade_out);
@@ -95,6 +104,7 @@ TEST(ScanCpu, BackwardIsTheGradient) {
             const ScanResult r = run_twin<double>(d, false);
             double sum = 0;
             for (size_t i = 0; i < r.out.size(); i++) sum += r.out[i] * d.dout[i];
+            for (size_t i = 0; c.documents && i < r.h_out.size(); i++) sum += r.h_out[i] * d.dh_out[i];
             return sum;
         };
         expect_gradient(loss, d.u, gradient.du, "du");
@@ -104,6 +114,7 @@ TEST(ScanCpu, BackwardIsTheGradient) {
         expect_gradient(loss, d.A_log, gradient.dA_log, "dA_log");
         expect_gradient(loss, d.D, gradient.dD, "dD");
         expect_gradient(loss, d.dt_bias, gradient.ddt_bias, "ddt_bias");
+        if (c.h_in) expect_gradient(loss, d.h_in, gradient.dh_in, "dh_in");
     }
 }
 
@@ -117,6 +128,7 @@ void expect_close(const ScanResult& got, const ScanResult& want, double tol, con
     EXPECT_LT(rel_l2(got.dA_log, want.dA_log), tol) << "dA_log, " << what;
     EXPECT_LT(rel_l2(got.dD, want.dD), tol) << "dD, " << what;
     EXPECT_LT(rel_l2(got.ddt_bias, want.ddt_bias), tol) << "ddt_bias, " << what;
+    EXPECT_LT(rel_l2(got.dh_in, want.dh_in), tol) << "dh_in, " << what;
     EXPECT_LT(rel_l2(got.h_out, want.h_out), 1e-5) << "h_out, " << what;      // fp32 in every build
 }
 std::string name_of(const ScanCase& c) {
@@ -167,25 +179,29 @@ std::vector<double> used_columns(std::vector<double> rows, int64_t ld, int first
 }
 
 ScanResult run_gpu(const ScanData& d) {
-    const auto& [B, T, e, N, gap, has_h_in] = d.c;
+    const auto& [B, T, e, N, gap, has_h_in, documents] = d.c;
     const size_t BT = B * T;
     DeviceBuffer<floatX> u(to_type<floatX>(d.u)), dt_raw(to_type<floatX>(d.dt_raw)), bc(to_type<floatX>(d.bc)), z(to_type<floatX>(d.z)), dout(to_type<floatX>(d.dout));
-    DeviceBuffer<float> A_log(to_type<float>(d.A_log)), D(to_type<float>(d.D)), dt_bias(to_type<float>(d.dt_bias)), h_in(to_type<float>(d.h_in)), h_out(d.h_in.size());
+    DeviceBuffer<float> A_log(to_type<float>(d.A_log)), D(to_type<float>(d.D)), dt_bias(to_type<float>(d.dt_bias)), h_in(to_type<float>(d.h_in)), h_out(d.h_in.size()),
+        dh_out(to_type<float>(d.dh_out)), dh_in(d.h_in.size());
+    DeviceBuffer<uint8_t> start_flags(d.starts);
+    const uint8_t* starts = documents ? start_flags.ptr : nullptr;
     DeviceBuffer<floatX> out(BT * e), remade(BT * e), du(BT * e), ddt(BT * e), dz(BT * d.ldz), dbc(BT * d.ldbc);
     DeviceBuffer<float> dA_log(std::vector<float>(d.A_log.size(), 1.f)), dD(std::vector<float>(e, 1.f)), ddt_bias(std::vector<float>(e, 1.f));
     DeviceBuffer<char> saved(gpu::selective_scan_saved(B, T, e, N)), workspace(gpu::selective_scan_workspace(B, T, e, N));
     const float* h = has_h_in ? h_in.ptr : nullptr;
     gpu::selective_scan_forward(out.ptr, saved.ptr, h_out.ptr, u.ptr, dt_raw.ptr, bc.ptr + gap, d.ldbc, z.ptr + gap, d.ldz, A_log.ptr, D.ptr, dt_bias.ptr, h,
-                                workspace.ptr, B, T, e, N, Stream{});
+                                workspace.ptr, B, T, e, N, Stream{}, starts);
     gpu::selective_scan_backward(du.ptr, ddt.ptr, dz.ptr + gap, d.ldz, dbc.ptr + gap, d.ldbc, remade.ptr, dA_log.ptr, dD.ptr, ddt_bias.ptr, dout.ptr, u.ptr, dt_raw.ptr,
-                                 bc.ptr + gap, d.ldbc, z.ptr + gap, d.ldz, A_log.ptr, D.ptr, dt_bias.ptr, h, saved.ptr, workspace.ptr, B, T, e, N, Stream{});
+                                 bc.ptr + gap, d.ldbc, z.ptr + gap, d.ldz, A_log.ptr, D.ptr, dt_bias.ptr, h, saved.ptr, workspace.ptr, B, T, e, N, Stream{}, starts,
+                                 dh_in.ptr, documents ? dh_out.ptr : nullptr);
     auto less_one = [](std::vector<double> x) {      // what was added to the gradients
         for (double& v : x) v -= 1;
         return x;
     };
     return {to_double(out.host()), to_double(h_out.host()), to_double(du.host()), to_double(ddt.host()), used_columns(to_double(dz.host()), d.ldz, gap, e),
             used_columns(to_double(dbc.host()), d.ldbc, gap, 2 * N), to_double(remade.host()), less_one(to_double(dA_log.host())), less_one(to_double(dD.host())),
-            less_one(to_double(ddt_bias.host()))};
+            less_one(to_double(ddt_bias.host())), to_double(dh_in.host())};
 }
 
 const ScanCase SCAN_CASES[] = {
@@ -200,6 +216,11 @@ const ScanCase SCAN_CASES[] = {
     {2, 1000, 72, 16, 0, false},
     {1, 5000, 40, 16},           // segments
     {1, 1500, 33, 20, 1},        // segments and groups, no vectors
+    {2, 100, 400, 16, 8},        // a whole block of channels and a part of one
+    {2, 100, 200, 16, 8, true, true},
+    {2, 70, 33, 5, 3, true, true},
+    {1, 3000, 208, 16, 0, true, true},
+    {1, 3000, 36, 40, 0, true, true},
 };
 
 // bf16 build: besides the rounding of the results, states are kept in bf16 between the passes, and dB and dC are sums of products of bf16
@@ -244,6 +265,7 @@ TEST(ScanGpu, SameBitsEveryTime) {
         EXPECT_EQ(first.dA_log, second.dA_log);
         EXPECT_EQ(first.dD, second.dD);
         EXPECT_EQ(first.ddt_bias, second.ddt_bias);
+        EXPECT_EQ(first.dh_in, second.dh_in);
     }
 }
 

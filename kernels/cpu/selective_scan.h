@@ -9,6 +9,8 @@
 //   du_t = D dy_t + dt_t sum_n lambda_tn B_tn           dD = sum_t dy_t u_t
 //   ddt_t = sum_n lambda_tn (A_n a_tn h_(t-1)n + B_tn u_t)      ddt_raw_t = ddt_t sigma(dt_raw_t + dt_bias)
 //   dA_log_n = A_n sum_t lambda_tn dt_t a_tn h_(t-1)n           ddt_bias = sum_t ddt_raw_t
+//   dh_in_n = a_1n lambda_1n, and a gradient dh_out of the state after the last step adds to lambda_T
+// Where a document starts (starts_t = 1) the state before it is dropped: a_t = 0.
 // A task is 16 neighbouring channels of one sequence: the inner loops run over the channels. Saved: h before every 32nd step.
 #pragma once
 #include <algorithm>
@@ -60,7 +62,7 @@ template <class R>
 void selective_scan_forward(R* out /*(B,T,e)*/, void* saved /*or null*/, std::type_identity_t<R>* h_out /*(B,e,N) or null*/, const R* u /*(B,T,e)*/, const R* dt_raw /*(B,T,e)*/,
                             const R* bc /*B at +0, C at +N of each row, stride ldbc*/, int64_t ldbc, const R* z /*(B,T,e), stride ldz*/, int64_t ldz,
                             const R* A_log /*(e,N)*/, const R* D, const R* dt_bias, const std::type_identity_t<R>* h_in /*(B,e,N) or null*/, void* /*workspace*/, int B, int64_t T,
-                            int e, int N, Stream = {}) {
+                            int e, int N, Stream = {}, const uint8_t* starts = nullptr /*(B,T) or null*/) {
     constexpr int L = SCAN_LANES;
     const int64_t blocks = scan_channel_blocks(e), chunks = ceil_div(T, SCAN_CHUNK);
 #pragma omp parallel for collapse(2)
@@ -77,6 +79,7 @@ void selective_scan_forward(R* out /*(B,T,e)*/, void* saved /*or null*/, std::ty
                 if (saved && t % SCAN_CHUNK == 0)
                     std::copy(state.begin(), state.end(), (R*)saved + ((b * chunks + t / SCAN_CHUNK) * blocks + block) * N * L);
                 const int64_t row = b * T + t;
+                if (starts && starts[row]) std::fill(state.begin(), state.end(), R(0));
                 R us[L], dt[L], zs[L], input[L], y[L];
                 ch.load(us, u + row * e);
                 ch.load(dt, dt_raw + row * e);
@@ -112,6 +115,7 @@ template <class R> struct ScanBackward {
     const R *dout, *u, *dt_raw, *bc, *z;
     int64_t lddz, ldbc, ldz, T;
     int e, N;
+    const uint8_t* starts;                             // or null
 
     // What the steps of a chunk leave for the way back
     struct Chunk {
@@ -124,6 +128,7 @@ template <class R> struct ScanBackward {
         const R* A = ch.A.data();
         for (int64_t i = 0; i < steps; i++) {
             const int64_t t = first + i;
+            const bool start = starts && starts[t];
             R zs[L], gate[L], gs[L], y[L], dzs[L];
             R *us = k.us[i], *dt = k.dt[i], *slope = k.slope[i], *dy = k.dy[i];
             ch.load(us, u + t * e);
@@ -145,7 +150,7 @@ template <class R> struct ScanBackward {
 #pragma omp simd reduction(+ : dC)
                 for (int c = 0; c < L; c++) {
                     before[c] = now[c];
-                    a[c] = fast_exp(dt[c] * A[n * L + c]);
+                    a[c] = start ? R(0) : fast_exp(dt[c] * A[n * L + c]);
                     now[c] = a[c] * now[c] + dt[c] * us[c] * Bn;
                     y[c] += now[c] * Cn;
                     dC += dy[c] * now[c];
@@ -202,7 +207,8 @@ template <class R>
 void selective_scan_backward(R* du, R* ddt_raw, R* dz, int64_t lddz, R* dbc, int64_t lddbc, R* out /*recomputed (B,T,e)*/, R* dA_log /*+=*/, R* dD /*+=*/,
                              R* ddt_bias /*+=*/, const R* dout, const R* u, const R* dt_raw, const R* bc, int64_t ldbc, const R* z, int64_t ldz,
                              const R* A_log, const R* D, const R* dt_bias, const std::type_identity_t<R>* /*h_in, which is the first saved state*/, const void* saved,
-                             void* workspace, int B, int64_t T, int e, int N, Stream = {}) {
+                             void* workspace, int B, int64_t T, int e, int N, Stream = {}, const uint8_t* starts = nullptr /*(B,T) or null*/,
+                             std::type_identity_t<R>* dh_in = nullptr /*(B,e,N) or null*/, const std::type_identity_t<R>* dh_out = nullptr /*(B,e,N) or null*/) {
     constexpr int L = SCAN_LANES;
     const int64_t blocks = scan_channel_blocks(e), groups = scan_groups(B, e), chunks = ceil_div(T, SCAN_CHUNK);
     R* dbc_parts = (R*)workspace;                              // (groups, B, T, 2N)
@@ -212,7 +218,7 @@ void selective_scan_backward(R* du, R* ddt_raw, R* dz, int64_t lddz, R* dbc, int
         for (int64_t group = 0; group < groups; group++) {
             const int64_t at = b * T;
             const ScanBackward<R> scan{du + at * e, ddt_raw + at * e, dz + at * lddz, out + at * e, dout + at * e, u + at * e, dt_raw + at * e,
-                                       bc + at * ldbc, z + at * ldz, lddz, ldbc, ldz, T, e, N};
+                                       bc + at * ldbc, z + at * ldz, lddz, ldbc, ldz, T, e, N, starts ? starts + at : nullptr};
             typename ScanBackward<R>::Chunk chunk;
             chunk.h.resize((size_t)SCAN_CHUNK * N * L);
             chunk.a.resize((size_t)SCAN_CHUNK * N * L);
@@ -222,6 +228,9 @@ void selective_scan_backward(R* du, R* ddt_raw, R* dz, int64_t lddz, R* dbc, int
                 const ScanChannels<R> ch(block, A_log, D, dt_bias, e, N);
                 std::vector<R> h((size_t)N * L), carry((size_t)N * L), dA((size_t)N * L);
                 R dDs[L] = {}, dbias[L] = {};
+                auto state = [&](int c, int n) { return ((int64_t)b * e + ch.first + c) * N + n; };
+                for (int c = 0; dh_out && c < ch.count; c++)
+                    for (int n = 0; n < N; n++) carry[n * L + c] = dh_out[state(c, n)];
                 for (int64_t k = chunks - 1; k >= 0; k--) {
                     const R* from = (const R*)saved + ((b * chunks + k) * blocks + block) * N * L;
                     const int64_t first = k * SCAN_CHUNK, steps = std::min<int64_t>(SCAN_CHUNK, T - first);
@@ -229,6 +238,8 @@ void selective_scan_backward(R* du, R* ddt_raw, R* dz, int64_t lddz, R* dbc, int
                     scan.remake(chunk, h.data(), dbc_part + first * 2 * N, dDs, ch, first, steps);
                     scan.reverse(chunk, carry.data(), dbc_part + first * 2 * N, dA.data(), dbias, ch, first, steps);
                 }
+                for (int c = 0; dh_in && c < ch.count; c++)
+                    for (int n = 0; n < N; n++) dh_in[state(c, n)] = carry[n * L + c];
                 for (int c = 0; c < ch.count; c++) {
                     R* part = parameter_parts + ((int64_t)b * e + ch.first + c) * (N + 2);
                     for (int n = 0; n < N; n++) part[n] = ch.A[n * L + c] * dA[n * L + c];

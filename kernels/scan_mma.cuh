@@ -1,0 +1,622 @@
+// Selective scan in bf16 with 16 states, the case that training runs in. The sums and the outer products of the recurrence are small
+// matrices, so they go to the tensor cores, and what is left to the ordinary pipes is the decay itself:
+//   a_tn = ex2(dt_t A_n log2 e)                    1 multiplication, 1 special function
+//   h_t  = a_t h_(t-1) + (dt u)_t B_t'             1 multiplication; the outer product is added by mma.m16n8k8
+//   y_t  = h_t C_t                                 mma.m16n8k16 on h_t as bf16
+// A warp is 16 channels (rows of the matrices) of all 16 states. Lane (g = lane / 4, q = lane % 4) keeps, in the layout of an mma accumulator,
+// channels 2g and 2g + 1 and states 4q to 4q + 3: the order of rows and columns is ours to choose, and this one makes its 4 states neighbours.
+// dt u is split in two bf16 numbers, high and low, in the two k places of a lane, so the product with B, which is bf16 already, has 16 bits.
+// All four lanes q hold the same two numbers, and a quarter of B: the sum over their eight k places is the product.
+//
+// A block is 192 channels of one sequence and has a multiprocessor to itself: twelve warps walk through time ("scan warps") and eight do what does
+// not depend on the state ("row warps": loads, softplus, gate, stores), each for one step of every tile of 8, a tile ahead of the scan warps
+// and a tile behind. Two stages of shared memory pass between them.
+#pragma once
+#include "scan_common.cuh"
+
+namespace gpu::scan_mma {
+
+using bf16 = __nv_bfloat16;
+constexpr int TILE = 8;                                               // steps a tile; also steps between saved states
+constexpr int GROUP = 16, SCAN_WARPS = 12, ROW_WARPS = TILE;          // channels a scan warp
+constexpr int CH = GROUP * SCAN_WARPS, SCAN_THREADS = SCAN_WARPS * WARP, ROW_THREADS = ROW_WARPS * WARP, THREADS = SCAN_THREADS + ROW_THREADS;
+constexpr int PAIRS = CH / (2 * WARP);                                // a row thread has 3 pairs of neighbouring channels of a step
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Pieces of both directions
+
+__device__ inline uint32_t pack(float low, float high) {
+    uint32_t r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+__device__ inline float low(uint32_t v) { return __uint_as_float(v << 16); }
+__device__ inline float high(uint32_t v) { return __uint_as_float(v & 0xffff0000u); }
+// x as two bf16 numbers: x rounded, and the rest
+__device__ inline uint32_t split(float x) {
+    const float rounded = low(pack(x, 0.f));
+    return pack(rounded, x - rounded);
+}
+// c (16 x 8) += a (16 x 8) b (8 x 8)
+__device__ inline void mma8(float (&c)[4], const uint32_t (&a)[2], uint32_t b) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(b));
+}
+// c (16 x 8) += a (16 x 16) b (16 x 8)
+__device__ inline void mma16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// c (16 x 8) += a (16 x 8) b (8 x 8), of floats cut to 10 bits of mantissa
+__device__ inline void mma8_tf32(float (&c)[4], const float (&a)[4], float b0, float b1) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+}
+__device__ inline uint32_t transpose(uint32_t m) {                   // of an 8 x 8 matrix of bf16 spread over the warp
+    uint32_t r;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(m));
+    return r;
+}
+// Operand A with rows and k exchanged: rows are states then, k the channels
+__device__ inline void transpose(uint32_t (&to)[4], const uint32_t (&a)[4]) {
+    to[0] = transpose(a[0]), to[1] = transpose(a[2]), to[2] = transpose(a[1]), to[3] = transpose(a[3]);
+}
+// Where one kind of warps waits for all warps of the other kind. Turn k of a gate opens when `warps` have arrived k + 1 times.
+struct Gate {
+    uint64_t barrier;
+    __device__ uint32_t address() { return (uint32_t)__cvta_generic_to_shared(&barrier); }
+    __device__ void init(int warps) { asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address()), "r"(warps) : "memory"); }
+    __device__ void arrive() {                                        // by all lanes of a warp
+        __syncwarp();
+        if (threadIdx.x % WARP == 0) asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(address()) : "memory");
+    }
+    __device__ void wait(uint32_t turn) {
+        uint32_t open = 0;
+        while (!open)
+#if __CUDA_ARCH__ >= 900
+            asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(open) : "r"(address()), "r"(turn & 1) : "memory");
+#else
+            asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(open) : "r"(address()), "r"(turn & 1) : "memory");
+#endif
+    }
+};
+template <class Stage> struct Shared {
+    Stage stages[2];
+    typename Stage::Input inputs;
+    float skip_weight[CH], bias[CH];                                  // D and dt_bias of the block's channels
+    Gate full[2], done[2];                                            // of the stages
+    // By all threads, before anything else
+    __device__ void init(const float* D, const float* dt_bias, int e) {
+        for (int c = threadIdx.x; c < CH; c += THREADS) {
+            const int channel = blockIdx.x * CH + c;
+            skip_weight[c] = channel < e ? D[channel] : 0.f;
+            bias[c] = channel < e ? dt_bias[channel] : 0.f;
+        }
+        if (threadIdx.x < 2) full[threadIdx.x].init(ROW_WARPS), done[threadIdx.x].init(SCAN_WARPS);
+        __syncthreads();
+    }
+};
+
+// A lane's part of the states of 16 channels, v[j][k]: channel 2g + k / 2, state 4q + 2j + k % 2
+using States = float[2][4];
+
+// from: channel 2g's 4 states of an array (.., stride) of floats; channels past `live` of the two are zeros
+__device__ inline void load_states(States& v, const float* from, int64_t stride, int live) {
+#pragma unroll
+    for (int c = 0; c < 2; c++) {
+        const float4 x = c < live ? *(const float4*)(from + c * stride) : make_float4(0.f, 0.f, 0.f, 0.f);
+        v[0][2 * c] = x.x, v[0][2 * c + 1] = x.y, v[1][2 * c] = x.z, v[1][2 * c + 1] = x.w;
+    }
+}
+__device__ inline void store_states(float* to, const States& v, int64_t stride, int live) {
+#pragma unroll
+    for (int c = 0; c < 2; c++)
+        if (c < live) *(float4*)(to + c * stride) = make_float4(v[0][2 * c], v[0][2 * c + 1], v[1][2 * c], v[1][2 * c + 1]);
+}
+// The lane's states as operand A of mma16: rows are channels, k the states
+__device__ inline void pack_states(uint32_t (&a)[4], const States& v) {
+    a[0] = pack(v[0][0], v[0][1]), a[1] = pack(v[0][2], v[0][3]), a[2] = pack(v[1][0], v[1][1]), a[3] = pack(v[1][2], v[1][3]);
+}
+__device__ inline void load_decay_rates(States& A2, const float* A_log, int live) {
+    load_states(A2, A_log, 16, live);
+#pragma unroll
+    for (int i = 0; i < 8; i++) A2[i / 4][i % 4] = i % 4 / 2 < live ? -expf(A2[i / 4][i % 4]) * SCAN_LOG2E : 0.f;
+}
+// v *= a, with a = ex2(dt A2) of the step: dt of channels 2g and 2g + 1
+__device__ inline void decay(States& v, float2 dt, const States& A2) {
+#pragma unroll
+    for (int j = 0; j < 2; j++)
+#pragma unroll
+        for (int k = 0; k < 4; k++) v[j][k] *= scan_ex2((k < 2 ? dt.x : dt.y) * A2[j][k]);
+}
+// Saved states of channels 2g and 2g + 1 as bf16: 8 bytes each, 16 states a channel
+__device__ inline void store_saved(bf16* to, const uint32_t (&a)[4], int live) {
+    if (live > 0) *(uint2*)to = make_uint2(a[0], a[2]);
+    if (live > 1) *(uint2*)(to + 16) = make_uint2(a[1], a[3]);
+}
+
+// BYTES (4, 8) to shared memory in the background; zeros if not live
+template <int BYTES> __device__ inline void copy_async(void* to, const void* from, bool live) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from), "r"(live ? BYTES : 0), "n"(BYTES) : "memory");
+}
+__device__ inline void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING> __device__ inline void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
+
+// What a row thread has of every tile: of one step the channels `column` and the next one of the block, and those 64 and 128 further
+struct Row {
+    int row, column, channel, live;                                   // channel: of the array; live: channels from it to the array's end
+    __device__ explicit Row(int e) { row = threadIdx.x / WARP - SCAN_WARPS, column = threadIdx.x % WARP * 2, channel = blockIdx.x * CH + column, live = e - channel; }
+};
+constexpr int STRIDE = 2 * WARP;                                      // from pair to pair
+
+template <bool ALL> __device__ inline void store2(bf16* p, int live, float2 x) {
+    if (ALL) {
+        *(uint32_t*)p = pack(x.x, x.y);
+    } else {
+        if (live > 0) p[0] = from_float<bf16>(x.x);
+        if (live > 1) p[1] = from_float<bf16>(x.y);
+    }
+}
+
+// The row threads' inputs on their way: 4 tiles of shared memory, each thread's words its own, B and C each warp's. ALL: all channels of the
+// block are within the arrays and pairs of them may be moved at once.
+template <int ARRAYS> struct Inputs {
+    uint32_t words[4][ARRAYS][PAIRS][ROW_THREADS], bc[4][TILE][16];
+    // Tile i, the thread's step `at` of (B,T); a step past the end is zeros. `next` of the four: nothing to wait for if there is no tile.
+    template <bool ALL> __device__ void fetch(int64_t i, const bf16* const (&from)[ARRAYS], const bf16* bc_from, const Row& mine, bool live) {
+        const int slot = (int)(i & 3), thread = threadIdx.x - SCAN_THREADS, lane = threadIdx.x % WARP;
+#pragma unroll
+        for (int a = 0; a < ARRAYS; a++)
+#pragma unroll
+            for (int k = 0; k < PAIRS; k++) {
+                const bf16* p = from[a] + k * STRIDE;
+                uint32_t* to = &words[slot][a][k][thread];
+                if (ALL) copy_async<4>(to, p, live);
+                else *to = (live && mine.live > k * STRIDE ? __bfloat16_as_ushort(p[0]) : 0u) | (live && mine.live > k * STRIDE + 1 ? (uint32_t)__bfloat16_as_ushort(p[1]) << 16 : 0u);
+            }
+        if (lane < 16) {
+            if (ALL) copy_async<4>(&bc[slot][mine.row][lane], bc_from + 2 * lane, live);
+            else bc[slot][mine.row][lane] = live ? __bfloat16_as_ushort(bc_from[2 * lane]) | (uint32_t)__bfloat16_as_ushort(bc_from[2 * lane + 1]) << 16 : 0u;
+        }
+    }
+    __device__ uint32_t word(int64_t i, int array, int k) const { return words[i & 3][array][k][threadIdx.x - SCAN_THREADS]; }
+    __device__ bf16 state_value(int64_t i, int row) const { return ((const bf16*)bc[i & 3][row])[threadIdx.x % WARP]; }   // of B | C
+};
+// As operand B of mma8: word 2g + j is a quarter of the value of state column g of tile j, in both k places
+__device__ inline void store_quarters(uint32_t (&row)[16], bf16 v) {
+    const int n = threadIdx.x % 16;
+    const float x = 0.25f * to_float(v);
+    row[n / 4 * 4 + n % 2 * 2 + n / 2 % 2] = pack(x, x);
+}
+
+// What the scan warps need of channels c and c + 1 at a step: dt, dt, dt u split, dt u split
+using Pairs = float4[TILE][CH / 2 + 1];
+__device__ inline float4 make_pair(float2 dt, uint32_t u) { return make_float4(dt.x, dt.y, __uint_as_float(split(dt.x * low(u))), __uint_as_float(split(dt.y * high(u)))); }
+// Past the end there is no decay and no input; before the start of a document there is nothing
+__device__ inline void edge(float4& pair, bool past) {
+    if (past) pair = make_float4(0.f, 0.f, 0.f, 0.f);
+    else pair.x = pair.y = SCAN_CUT;
+}
+
+// Accumulator (rows: 16 of something, columns: 8 steps) to words `first` and `first` + 1 of the steps' rows
+template <int STRIDE> __device__ inline void store_steps(float (*to)[STRIDE], const float (&sum)[4], int first) {
+    const int q = threadIdx.x % 4;
+    *(float2*)&to[2 * q][first] = make_float2(sum[0], sum[2]);
+    *(float2*)&to[2 * q + 1][first] = make_float2(sum[1], sum[3]);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Forward. Grid (channel blocks, B, segments). h_first (B,S,e,h_stride), or null for zeros.
+// Per (t,c): 8 bytes and 4 of saved states; 20 special functions.
+
+struct ForwardStage {                                                 // + 1, + 4: the lanes' words fall in different banks
+    using Input = Inputs<3>;                                          // u, dt_raw, z
+    Pairs pair;
+    uint32_t b[TILE][16];                                             // quarters
+    bf16 c[TILE][16];
+    float y[TILE][CH + 4];
+};
+
+__device__ inline void forward_tile(ForwardStage& s, States& h, const States& A2, bf16* saved, int live) {
+    const int lane = threadIdx.x % WARP, g = lane / 4, q = lane % 4, c = threadIdx.x / WARP * GROUP + 2 * g;
+    uint32_t packed[4];
+    if (saved) {
+        pack_states(packed, h);
+        store_saved(saved, packed, live);
+    }
+    const uint2 C = *(const uint2*)&s.c[g][4 * q];                    // step g is column g of y
+    float y[4] = {};
+#pragma unroll
+    for (int t = 0; t < TILE; t++) {
+        const float4 pair = s.pair[t][c / 2];
+        const uint2 B = *(const uint2*)&s.b[t][2 * g];
+        const uint32_t input[2] = {__float_as_uint(pair.z), __float_as_uint(pair.w)};
+        decay(h, make_float2(pair.x, pair.y), A2);
+        mma8(h[0], input, B.x);
+        mma8(h[1], input, B.y);
+        pack_states(packed, h);
+        mma16(y, packed, g == t ? C.x : 0u, g == t ? C.y : 0u);
+    }
+    store_steps(s.y, y, c);
+}
+
+__device__ inline void scan_forward(Shared<ForwardStage>& s, bf16* saved, float* h_out, const float* h_first, int h_stride, const ScanInput<bf16>& p,
+                                    int64_t segment, int64_t first_tile, int64_t count) {
+    const int lane = threadIdx.x % WARP, channel = blockIdx.x * CH + threadIdx.x / WARP * GROUP + lane / 4 * 2, n = lane % 4 * 4, live = p.e - channel;
+    const int64_t tiles = (p.T + TILE - 1) / TILE;
+    States h = {}, A2;
+    load_decay_rates(A2, p.A_log + (int64_t)channel * 16 + n, live);
+    if (h_first) load_states(h, h_first + (segment * p.e + channel) * h_stride + n, h_stride, live);
+    if (saved) saved += ((blockIdx.y * tiles + first_tile) * p.e + channel) * 16 + n;
+    for (int64_t i = 0; i < count; i++) {
+        s.full[i & 1].wait(i / 2);
+        forward_tile(s.stages[i & 1], h, A2, saved, live);
+        s.done[i & 1].arrive();
+        if (saved) saved += (int64_t)p.e * 16;
+    }
+    if (h_out && first_tile + count == tiles) store_states(h_out + (blockIdx.y * (int64_t)p.e + channel) * 16 + n, h, 16, live);
+}
+
+template <bool ALL> struct RowsForward {
+    Shared<ForwardStage>& s;
+    bf16* out;                                                        // from here on: of the thread's channel at the step of the tile in hand
+    const ScanInput<bf16>& p;
+    const int64_t first_tile;
+    const Row mine;
+    const bf16 *from[3], *bc;                                         // of the tile that `fetch` fetches next
+
+    __device__ RowsForward(Shared<ForwardStage>& s_, bf16* out_, const ScanInput<bf16>& p_, int64_t first_tile_) : s(s_), p(p_), first_tile(first_tile_), mine(p_.e) {
+        const int64_t at = blockIdx.y * p.T + step(0);
+        from[0] = p.u + at * p.e + mine.channel, from[1] = p.dt_raw + at * p.e + mine.channel, from[2] = p.z + at * p.ldz + mine.channel;
+        bc = p.bc + at * p.ldbc, out = out_ + at * p.e + mine.channel;
+    }
+    __device__ int64_t step(int64_t i) const { return (first_tile + i) * TILE + mine.row; }
+    __device__ void fetch(int64_t i, int64_t count) {
+        if (i < count) {
+            s.inputs.template fetch<ALL>(i, from, bc, mine, step(i) < p.T);
+            from[0] += TILE * (int64_t)p.e, from[1] += TILE * (int64_t)p.e, from[2] += TILE * p.ldz, bc += TILE * p.ldbc;
+        }
+        copy_commit();
+    }
+    __device__ void prepare(int64_t i) {
+        ForwardStage& stage = s.stages[i & 1];
+#pragma unroll
+        for (int k = 0; k < PAIRS; k++) {
+            const float2 bias = *(const float2*)&s.bias[mine.column + k * STRIDE];
+            const uint32_t raw = s.inputs.word(i, 1, k);
+            stage.pair[mine.row][(mine.column + k * STRIDE) / 2] = make_pair(make_float2(scan_softplus<bf16>(low(raw) + bias.x), scan_softplus<bf16>(high(raw) + bias.y)), s.inputs.word(i, 0, k));
+        }
+        const bool past = step(i) >= p.T;
+        if (past || p.is_start(blockIdx.y, step(i)))
+            for (int k = 0; k < PAIRS; k++) edge(stage.pair[mine.row][(mine.column + k * STRIDE) / 2], past);
+        const bf16 v = s.inputs.state_value(i, mine.row);
+        if (threadIdx.x % WARP < 16) store_quarters(stage.b[mine.row], v);
+        else stage.c[mine.row][threadIdx.x % 16] = v;
+        s.full[i & 1].arrive();
+    }
+    __device__ void finish(int64_t i) {
+        const ForwardStage& stage = s.stages[i & 1];
+        if (step(i) < p.T) {
+#pragma unroll
+            for (int k = 0; k < PAIRS; k++) {
+                const int c = mine.column + k * STRIDE;
+                const uint32_t us = s.inputs.word(i, 0, k), zs = s.inputs.word(i, 2, k);
+                const float2 y = *(const float2*)&stage.y[mine.row][c], D = *(const float2*)&s.skip_weight[c], z = make_float2(low(zs), high(zs));
+                store2<ALL>(out + k * STRIDE, mine.live - k * STRIDE,
+                            make_float2(fmaf(D.x, low(us), y.x) * z.x * scan_sigmoid<bf16>(z.x), fmaf(D.y, high(us), y.y) * z.y * scan_sigmoid<bf16>(z.y)));
+            }
+        }
+        out += TILE * (int64_t)p.e;
+    }
+    __device__ void run(int64_t count) {
+        for (int i = 0; i < 3; i++) fetch(i, count);
+        copy_wait<2>();
+        __syncwarp();
+        prepare(0);
+        for (int64_t i = 0; i < count; i++) {
+            copy_wait<1>();                                           // tile i + 1 is here
+            __syncwarp();
+            if (i + 1 < count) prepare(i + 1);
+            fetch(i + 3, count);
+            s.done[i & 1].wait(i / 2);
+            finish(i);
+        }
+    }
+};
+
+template <bool VEC>
+__global__ void __launch_bounds__(THREADS, 1)
+forward_kernel(bf16* out, bf16* saved, float* h_out, const float* h_first, int h_stride, ScanInput<bf16> p) {
+    extern __shared__ float4 shared_floats[];
+    Shared<ForwardStage>& s = *(Shared<ForwardStage>*)shared_floats;
+    const int64_t segment = (int64_t)blockIdx.y * gridDim.z + blockIdx.z, tiles = (p.T + TILE - 1) / TILE;
+    const int64_t first_tile = blockIdx.z * p.segment_tiles, count = min(p.segment_tiles, tiles - first_tile);
+    s.init(p.D, p.dt_bias, p.e);
+    if (threadIdx.x < SCAN_THREADS) scan_forward(s, saved, h_out, h_first, h_stride, p, segment, first_tile, count);
+    else if (VEC && (blockIdx.x + 1) * CH <= p.e) RowsForward<true>(s, out, p, first_tile).run(count);
+    else RowsForward<false>(s, out, p, first_tile).run(count);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Backward. Grid as forward. The scan warps remake the 8 states of a tile from the saved one, kept as bf16 pairs in registers, and go back:
+//   lambda_t = dy_t C_t' + a_(t+1) lambda_(t+1)              the outer product by mma, as in the forward pass
+//   d(dt u)_t = lambda_t B_t      dB_t = lambda_t' (dt u)_t      dC_t = h_t' dy_t      by mma on lambda and h as bf16; step t is column t
+//   pull = a_t lambda_t h_(t-1)   d(dt)_t = sum_n A_n pull       dA_n = sum_t dt_t pull   one by one
+// Per (t,c): 16 bytes, 4 of saved states, 1.3 of partial sums of dB and dC; 37 special functions.
+
+struct BackwardInputs : Inputs<4> {                                   // u, dt_raw, z, dout
+    bf16 saved[4][CH][16];                                            // the state before the tile
+    // A row thread's 24 bytes of tile i; `from`: the tile's states of the block's channels, of which `live` are within the array
+    __device__ void fetch_states(int64_t i, const bf16* from, int live) {
+        const int thread = threadIdx.x - SCAN_THREADS;
+#pragma unroll
+        for (int k = 0; k < CH * 4; k += ROW_THREADS) {
+            const int c = (k + thread) / 4, n = thread % 4 * 4;
+            copy_async<8>(&saved[i & 3][c][n], from + (c < live ? c * 16 + n : 0), c < live);
+        }
+    }
+};
+
+struct BackwardStage {
+    using Input = BackwardInputs;
+    Pairs pair;
+    uint2 dy[TILE][CH / 2 + 2];                                       // of channels c and c + 1: dy split
+    uint32_t b4[TILE][16], c4[TILE][16];                              // quarters
+    bf16 b[TILE][16], c[TILE][16];
+    float y[TILE][CH + 4], dinput[TILE][CH + 4], ddecay[TILE][CH + 4];
+    float db[SCAN_WARPS][TILE][20], dc[SCAN_WARPS][TILE][20];         // of a warp's channels: word 2g + j is state column g of tile j
+    float2 dt[TILE][CH / 2], slope[TILE][CH / 2], gate[TILE][CH / 2]; // the row threads' own: softplus, its derivative, sigmoid(z)
+};
+
+// Two bf16 numbers from the lower halves of two words
+__device__ inline uint32_t lower_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
+
+// before[t]: h_(t-1), from before[0], as operand A. Leaves y and dC of the tile.
+__device__ inline void remake_tile(BackwardStage& s, uint32_t (&before)[TILE][4], const States& A2) {
+    const int lane = threadIdx.x % WARP, g = lane / 4, q = lane % 4, warp = threadIdx.x / WARP, c = warp * GROUP + 2 * g;
+    const uint2 C = *(const uint2*)&s.c[g][4 * q];
+    const uint4 dys = *(const uint4*)&s.dy[g][(warp * GROUP + 4 * q) / 2];          // channels 4q .. 4q + 3 are k = 2q, 2q + 8, 2q + 1, 2q + 9
+    const uint32_t dy[2] = {lower_halves(dys.x, dys.z), lower_halves(dys.y, dys.w)};
+    States h = {{low(before[0][0]), high(before[0][0]), low(before[0][1]), high(before[0][1])},
+                {low(before[0][2]), high(before[0][2]), low(before[0][3]), high(before[0][3])}};
+    float y[4] = {}, dC[4] = {};
+#pragma unroll
+    for (int t = 0; t < TILE; t++) {
+        const float4 pair = s.pair[t][c / 2];
+        const uint2 B = *(const uint2*)&s.b4[t][2 * g];
+        const uint32_t input[2] = {__float_as_uint(pair.z), __float_as_uint(pair.w)};
+        decay(h, make_float2(pair.x, pair.y), A2);
+        mma8(h[0], input, B.x);
+        mma8(h[1], input, B.y);
+        uint32_t now[4], turned[4];
+        pack_states(now, h);
+        mma16(y, now, g == t ? C.x : 0u, g == t ? C.y : 0u);
+        transpose(turned, now);
+        mma16(dC, turned, g == t ? dy[0] : 0u, g == t ? dy[1] : 0u);
+        if (t + 1 < TILE)
+#pragma unroll
+            for (int k = 0; k < 4; k++) before[t + 1][k] = now[k];
+    }
+    store_steps(s.y, y, c);
+    store_steps(s.dc[warp], dC, 2 * g);
+}
+
+// carry: a lambda of the step after the tile, then of its first step
+__device__ inline void reverse_tile(BackwardStage& s, const uint32_t (&before)[TILE][4], States& carry, States& dA, const States& A2) {
+    const int lane = threadIdx.x % WARP, g = lane / 4, q = lane % 4, warp = threadIdx.x / WARP, c = warp * GROUP + 2 * g;
+    const uint2 B = *(const uint2*)&s.b[g][4 * q];
+    const float4* mine = &s.pair[g][(warp * GROUP + 4 * q) / 2];
+    const float2 in0 = *(const float2*)&mine[0].z, in1 = *(const float2*)&mine[1].z;
+    const uint32_t input[2] = {lower_halves(__float_as_uint(in0.x), __float_as_uint(in1.x)), lower_halves(__float_as_uint(in0.y), __float_as_uint(in1.y))};
+    float dinput[4] = {}, ddecay[4] = {}, dB[4] = {};
+#pragma unroll
+    for (int t2 = TILE - 2; t2 >= 0; t2 -= 2) {
+        float sums[4] = {};                                           // sum_n A2 pull: steps t2, t2 + 1 of channels c, c + 1
+#pragma unroll
+        for (int i = 1; i >= 0; i--) {
+            const int t = t2 + i;
+            const float2 dt = *(const float2*)&s.pair[t][c / 2];
+            const uint2 dys = s.dy[t][c / 2], C = *(const uint2*)&s.c4[t][2 * g];
+            const uint32_t dy[2] = {dys.x, dys.y};
+            mma8(carry[0], dy, C.x);                                  // lambda
+            mma8(carry[1], dy, C.y);
+            uint32_t now[4], turned[4];
+            pack_states(now, carry);
+            mma16(dinput, now, g == t ? B.x : 0u, g == t ? B.y : 0u);
+            transpose(turned, now);
+            mma16(dB, turned, g == t ? input[0] : 0u, g == t ? input[1] : 0u);
+            decay(carry, dt, A2);
+#pragma unroll
+            for (int j = 0; j < 2; j++)
+#pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    const uint32_t pair = before[t][2 * j + k / 2];
+                    const float pull = carry[j][k] * (k % 2 ? high(pair) : low(pair));
+                    dA[j][k] = fmaf(k < 2 ? dt.x : dt.y, pull, dA[j][k]);
+                    sums[2 * i + k / 2] = fmaf(A2[j][k], pull, sums[2 * i + k / 2]);
+                }
+        }
+        mma8_tf32(ddecay, sums, g == t2 ? 1.f : 0.f, g == t2 + 1 ? 1.f : 0.f);
+    }
+    store_steps(s.dinput, dinput, c);
+    store_steps(s.ddecay, ddecay, c);
+    store_steps(s.db[warp], dB, 2 * g);
+}
+
+// The scan warps' walk from the last tile of a segment to its first
+__device__ inline void scan_back(Shared<BackwardStage>& s, const ScanGradients<bf16>& out, const ScanInput<bf16>& p, int64_t segment, int64_t first_tile, int64_t count) {
+    const int lane = threadIdx.x % WARP, channel = blockIdx.x * CH + threadIdx.x / WARP * GROUP + lane / 4 * 2, n = lane % 4 * 4, live = p.e - channel;
+    const int64_t state_at = (segment * p.e + channel) * 16 + n;
+    States carry = {}, dA = {}, A2;
+    load_decay_rates(A2, p.A_log + (int64_t)channel * 16 + n, live);
+    if (out.carry) load_states(carry, out.carry + state_at, 16, live);   // carry_stride is 16
+    for (int64_t i = 0; i < count; i++) {
+        s.full[i & 1].wait(i / 2);
+        const bf16(*state)[16] = &s.inputs.saved[i & 3][threadIdx.x / WARP * GROUP + lane / 4 * 2];
+        const uint2 even = *(const uint2*)&state[0][n], odd = *(const uint2*)&state[1][n];
+        uint32_t before[TILE][4];
+        before[0][0] = even.x, before[0][1] = odd.x, before[0][2] = even.y, before[0][3] = odd.y;
+        remake_tile(s.stages[i & 1], before, A2);
+        reverse_tile(s.stages[i & 1], before, carry, dA, A2);
+        s.done[i & 1].arrive();
+    }
+    if (out.dh_in && first_tile == 0) store_states(out.dh_in + ((int64_t)blockIdx.y * p.e + channel) * 16 + n, carry, 16, live);
+#pragma unroll
+    for (int i = 0; i < 8; i++) dA[i / 4][i % 4] *= A2[i / 4][i % 4] * SCAN_LN2;
+    store_states(out.dA + state_at, dA, 16, live);
+}
+
+// softplus(x) and its derivative sigmoid(x)
+__device__ inline float softplus_slope(float x, float& slope) {
+    const float p = scan_ex2(x * SCAN_LOG2E), sum = 1.f + p, log = scan_lg2(sum) * SCAN_LN2, series = p * (1.f - p * (0.5f - p * 0.33333333f));
+    slope = x > 20.f ? 1.f : p * scan_rcp(sum);
+    return x > 20.f ? x : p < 1e-2f ? series : log;
+}
+
+// The row warps: tile i's rows to the stage (prepare), and what the scan warps leave there to the gradients (finish)
+template <bool ALL> struct RowsBack {
+    enum { U, DT, Z, DOUT };
+    Shared<BackwardStage>& s;
+    const ScanGradients<bf16>& out;
+    const ScanInput<bf16>& p;
+    const int64_t last_tile;                                          // of the segment, which comes first
+    const Row mine;
+    const bf16 *from[4], *bc, *saved;                                 // of the tile that `fetch` fetches next
+    int64_t e_at, z_at, row_at;                                       // where the step that `finish` finishes is in (B,T,e), dz and (B,T)
+    float2 dD[PAIRS] = {}, dbias[PAIRS] = {};
+
+    __device__ RowsBack(Shared<BackwardStage>& s_, const ScanGradients<bf16>& out_, const ScanInput<bf16>& p_, int64_t last_tile_)
+        : s(s_), out(out_), p(p_), last_tile(last_tile_), mine(p_.e) {
+        row_at = blockIdx.y * p.T + step(0), e_at = row_at * p.e + mine.channel, z_at = row_at * out.lddz + mine.channel;
+        from[U] = p.u + e_at, from[DT] = p.dt_raw + e_at, from[Z] = p.z + row_at * p.ldz + mine.channel, from[DOUT] = out.dout + e_at;
+        bc = p.bc + row_at * p.ldbc;
+        saved = out.saved + ((blockIdx.y * ((p.T + TILE - 1) / TILE) + last_tile) * p.e + blockIdx.x * CH) * 16;
+    }
+    __device__ int64_t step(int64_t i) const { return (last_tile - i) * TILE + mine.row; }
+    __device__ void fetch(int64_t i, int64_t count) {
+        if (i < count) {
+            s.inputs.template fetch<ALL>(i, from, bc, mine, step(i) < p.T);
+            from[U] -= TILE * (int64_t)p.e, from[DT] -= TILE * (int64_t)p.e, from[Z] -= TILE * p.ldz, from[DOUT] -= TILE * (int64_t)p.e, bc -= TILE * p.ldbc;
+            s.inputs.fetch_states(i, saved, p.e - (int)blockIdx.x * CH);
+            saved -= (int64_t)p.e * 16;
+        }
+        copy_commit();
+    }
+    __device__ void prepare(int64_t i) {
+        BackwardStage& stage = s.stages[i & 1];
+#pragma unroll
+        for (int k = 0; k < PAIRS; k++) {
+            const int c = mine.column + k * STRIDE;
+            const uint32_t dts = s.inputs.word(i, DT, k), zs = s.inputs.word(i, Z, k), douts = s.inputs.word(i, DOUT, k);
+            const float2 bias = *(const float2*)&s.bias[c], gate = make_float2(scan_sigmoid<bf16>(low(zs)), scan_sigmoid<bf16>(high(zs)));
+            stage.gate[mine.row][c / 2] = gate;
+            stage.dy[mine.row][c / 2] = make_uint2(split(low(douts) * low(zs) * gate.x), split(high(douts) * high(zs) * gate.y));
+            float2 slope, dt;
+            dt.x = softplus_slope(low(dts) + bias.x, slope.x), dt.y = softplus_slope(high(dts) + bias.y, slope.y);
+            stage.dt[mine.row][c / 2] = dt, stage.slope[mine.row][c / 2] = slope;
+            stage.pair[mine.row][c / 2] = make_pair(dt, s.inputs.word(i, U, k));
+        }
+        const bool past = step(i) >= p.T;                             // then dout is zeros
+        if (past || p.is_start(blockIdx.y, step(i)))
+            for (int k = 0; k < PAIRS; k++) edge(stage.pair[mine.row][(mine.column + k * STRIDE) / 2], past);
+        const bf16 v = s.inputs.state_value(i, mine.row);
+        const bool is_B = threadIdx.x % WARP < 16;
+        store_quarters((is_B ? stage.b4 : stage.c4)[mine.row], v);
+        (is_B ? stage.b : stage.c)[mine.row][threadIdx.x % 16] = v;
+        s.full[i & 1].arrive();
+    }
+    __device__ void finish(int64_t i) {
+        const BackwardStage& stage = s.stages[i & 1];
+        if (step(i) < p.T) {
+            add_warps(stage);
+#pragma unroll
+            for (int k = 0; k < PAIRS; k++) finish_pair(stage, i, k);
+        }
+        row_at -= TILE, e_at -= TILE * (int64_t)p.e, z_at -= TILE * out.lddz;
+    }
+    __device__ void finish_pair(const BackwardStage& stage, int64_t i, int k) {
+        const int c = mine.column + k * STRIDE, live = mine.live - k * STRIDE;
+        const uint32_t us = s.inputs.word(i, U, k), zs = s.inputs.word(i, Z, k), douts = s.inputs.word(i, DOUT, k);
+        const float2 gate = stage.gate[mine.row][c / 2], D = *(const float2*)&s.skip_weight[c], u = make_float2(low(us), high(us)), dout = make_float2(low(douts), high(douts));
+        const float2 silu = make_float2(low(zs) * gate.x, high(zs) * gate.y), dy = make_float2(dout.x * silu.x, dout.y * silu.y);
+        float2 y = *(const float2*)&stage.y[mine.row][c];
+        y.x = fmaf(D.x, u.x, y.x), y.y = fmaf(D.y, u.y, y.y);
+        store2<ALL>(out.out + e_at + k * STRIDE, live, make_float2(y.x * silu.x, y.y * silu.y));
+        store2<ALL>(out.dz + z_at + k * STRIDE, live, make_float2(dout.x * y.x * fmaf(silu.x, 1.f - gate.x, gate.x), dout.y * y.y * fmaf(silu.y, 1.f - gate.y, gate.y)));
+        const float2 dinput = *(const float2*)&stage.dinput[mine.row][c], dt = stage.dt[mine.row][c / 2];
+        store2<ALL>(out.du + e_at + k * STRIDE, live, make_float2(fmaf(dinput.x, dt.x, D.x * dy.x), fmaf(dinput.y, dt.y, D.y * dy.y)));
+        const float2 ddecay = *(const float2*)&stage.ddecay[mine.row][c], slope = stage.slope[mine.row][c / 2];
+        const float2 ddt = make_float2(fmaf(dinput.x, u.x, ddecay.x * SCAN_LN2) * slope.x, fmaf(dinput.y, u.y, ddecay.y * SCAN_LN2) * slope.y);
+        store2<ALL>(out.ddt_raw + e_at + k * STRIDE, live, ddt);
+        dD[k].x = fmaf(dy.x, u.x, dD[k].x), dD[k].y = fmaf(dy.y, u.y, dD[k].y);
+        dbias[k].x += ddt.x, dbias[k].y += ddt.y;
+    }
+    // dB and dC of the step: word w is the scan warps' sum, in order
+    __device__ void add_warps(const BackwardStage& stage) const {
+        const int w = threadIdx.x % 16, n = w / 4 * 4 + w % 2 * 2 + w / 2 % 2;
+        const bool is_B = threadIdx.x % WARP < 16;
+        const float(*from)[TILE][20] = is_B ? stage.db : stage.dc;
+        float sum = from[0][mine.row][w];
+#pragma unroll
+        for (int warp = 1; warp < SCAN_WARPS; warp++) sum += from[warp][mine.row][w];
+        out.dbc[((int64_t)blockIdx.x * gridDim.y * p.T + row_at) * 32 + (is_B ? 0 : 16) + n] = sum;
+    }
+    // dD and d(dt bias) of the block's channels: the sums of the eight rows, in order. The scan warps are done with the stages.
+    __device__ void add_rows(float* to) {
+        float4(*sums)[CH / 2] = (float4(*)[CH / 2])&s.stages[0];      // (8 rows, CH / 2)
+        asm volatile("bar.sync 1, %0;" ::"n"(ROW_THREADS) : "memory");
+#pragma unroll
+        for (int k = 0; k < PAIRS; k++) sums[mine.row][(mine.column + k * STRIDE) / 2] = make_float4(dD[k].x, dbias[k].x, dD[k].y, dbias[k].y);
+        asm volatile("bar.sync 1, %0;" ::"n"(ROW_THREADS) : "memory");
+        const int c = threadIdx.x - SCAN_THREADS;
+        if (c >= CH || (int)blockIdx.x * CH + c >= p.e) return;
+        float2 sum = make_float2(0.f, 0.f);
+        for (int r = 0; r < TILE; r++) {
+            const float2 v = ((const float2*)sums[r])[c];
+            sum.x += v.x, sum.y += v.y;
+        }
+        *(float2*)(to + c * 2) = sum;
+    }
+    __device__ void run(int64_t segment, int64_t count) {
+        for (int i = 0; i < 3; i++) fetch(i, count);
+        copy_wait<2>();
+        __syncwarp();
+        prepare(0);
+        for (int64_t i = 0; i < count; i++) {
+            copy_wait<1>();                                           // tile i + 1 is here
+            __syncwarp();
+            if (i + 1 < count) prepare(i + 1);
+            fetch(i + 3, count);
+            s.done[i & 1].wait(i / 2);
+            finish(i);
+        }
+        add_rows(out.dD_dbias + (segment * p.e + blockIdx.x * CH) * 2);
+    }
+};
+
+// On Hopper the row warps hand registers to the scan warps.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define SCAN_MMA_REGISTERS(change, count) asm volatile("setmaxnreg." change ".sync.aligned.u32 " count ";")
+#else
+#define SCAN_MMA_REGISTERS(change, count)
+#endif
+
+template <bool VEC>
+__global__ void __launch_bounds__(THREADS, 1) backward_kernel(ScanGradients<bf16> out, ScanInput<bf16> p) {
+    extern __shared__ float4 shared_floats[];
+    Shared<BackwardStage>& s = *(Shared<BackwardStage>*)shared_floats;
+    const int64_t segment = (int64_t)blockIdx.y * gridDim.z + blockIdx.z, tiles = (p.T + TILE - 1) / TILE;
+    const int64_t first_tile = blockIdx.z * p.segment_tiles, count = min(p.segment_tiles, tiles - first_tile);
+    s.init(p.D, p.dt_bias, p.e);
+    if (threadIdx.x < SCAN_THREADS) {
+        SCAN_MMA_REGISTERS("inc", "112");
+        scan_back(s, out, p, segment, first_tile, count);
+    } else {
+        SCAN_MMA_REGISTERS("dec", "72");
+        if (VEC && (blockIdx.x + 1) * CH <= p.e) RowsBack<true>(s, out, p, first_tile + count - 1).run(segment, count);
+        else RowsBack<false>(s, out, p, first_tile + count - 1).run(segment, count);
+    }
+}
+
+} // namespace gpu::scan_mma
