@@ -405,7 +405,8 @@ __device__ inline void remake_tile(BackwardStage& s, uint32_t (&before)[TILE][4]
 // carry: a lambda of the step after the tile, then of its first step
 __device__ inline void reverse_tile(BackwardStage& s, const uint32_t (&before)[TILE][4], States& carry, States& dA, const States& A2) {
     const int lane = threadIdx.x % WARP, g = lane / 4, q = lane % 4, warp = threadIdx.x / WARP, c = warp * GROUP + 2 * g;
-    const uint2 B = *(const uint2*)&s.b[g][4 * q];
+    const uint2 Bs = *(const uint2*)&s.b[g][4 * q];                   // of step g, states 4q .. 4q + 3
+    const float B[4] = {low(Bs.x), high(Bs.x), low(Bs.y), high(Bs.y)};
     const float4* mine = &s.pair[g][(warp * GROUP + 4 * q) / 2];
     const float2 in0 = *(const float2*)&mine[0].z, in1 = *(const float2*)&mine[1].z;
     const uint32_t input[2] = {lower_halves(__float_as_uint(in0.x), __float_as_uint(in1.x)), lower_halves(__float_as_uint(in0.y), __float_as_uint(in1.y))};
@@ -421,9 +422,14 @@ __device__ inline void reverse_tile(BackwardStage& s, const uint32_t (&before)[T
             const uint32_t dy[2] = {dys.x, dys.y};
             mma8(carry[0], dy, C.x);                                  // lambda
             mma8(carry[1], dy, C.y);
+            // k places q and q + 4 of tile j are states 4q + 2j and the next. In tf32: with bf16 the sum of d(dt) over time would be off by 2e-3
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                const float lambda[4] = {carry[j][0], carry[j][2], carry[j][1], carry[j][3]};
+                mma8_tf32(dinput, lambda, g == t ? B[2 * j] : 0.f, g == t ? B[2 * j + 1] : 0.f);
+            }
             uint32_t now[4], turned[4];
             pack_states(now, carry);
-            mma16(dinput, now, g == t ? B.x : 0u, g == t ? B.y : 0u);
             transpose(turned, now);
             mma16(dB, turned, g == t ? input[0] : 0u, g == t ? input[1] : 0u);
             decay(carry, dt, A2);
