@@ -616,10 +616,10 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(ScanGradients<bf16
     const int64_t first_tile = blockIdx.z * p.segment_tiles, count = min(p.segment_tiles, tiles - first_tile);
     s.init(p.D, p.dt_bias, p.e);
     if (threadIdx.x < SCAN_THREADS) {
-        SCAN_MMA_REGISTERS("inc", "112");
+        SCAN_MMA_REGISTERS("inc", "128");
         scan_back(s, out, p, segment, first_tile, count);
     } else {
-        SCAN_MMA_REGISTERS("dec", "72");
+        SCAN_MMA_REGISTERS("dec", "48");
         if (VEC && (blockIdx.x + 1) * CH <= p.e) RowsBack<true>(s, out, p, first_tile + count - 1).run(segment, count);
         else RowsBack<false>(s, out, p, first_tile + count - 1).run(segment, count);
     }
