@@ -341,7 +341,8 @@ forward_kernel(bf16* out, bf16* saved, float* h_out, const float* h_first, int h
 // ---------------------------------------------------------------------------------------------------------------------
 // Backward. Grid as forward. The scan warps remake the 8 states of a tile from the saved one, kept as bf16 pairs in registers, and go back:
 //   lambda_t = dy_t C_t' + a_(t+1) lambda_(t+1)              the outer product by mma, as in the forward pass
-//   d(dt u)_t = lambda_t B_t      dB_t = lambda_t' (dt u)_t      dC_t = h_t' dy_t      by mma on lambda and h as bf16; step t is column t
+//   d(dt u)_t = lambda_t B_t                                 by mma in tf32; step t is column t, here and below
+//   dB_t = lambda_t' (dt u)_t     dC_t = h_t' dy_t           by mma on lambda and h as bf16
 //   pull = a_t lambda_t h_(t-1)   d(dt)_t = sum_n A_n pull       dA_n = sum_t dt_t pull   one by one
 // Per (t,c): 16 bytes, 4 of saved states, 1.3 of partial sums of dB and dC; 37 special functions.
 
