@@ -102,7 +102,7 @@ struct DataParallel {
             if (layer == -1 ? b.last_layer == -1 : b.matrices.begin <= m.layout.layer_matrices[layer] && m.layout.layer_matrices[layer] < b.matrices.end) comm.wait(b.gathered);
     }
 
-    // The same as update() above, with the gradients of all processes. `stopping`: this process was asked to stop.
+    // The same as update() of samba.cuh, with the gradients of all processes. `stopping`: this process was asked to stop.
     void update(const AdamW& options, float clip, bool decay_all, bool stopping) {
         if (!comm.active()) return ::update(m, options, clip, decay_all);
         const int N = comm.world, rank = comm.rank;
