@@ -1155,7 +1155,8 @@ inline void upload_tensor(Model& m, const Tensor& t, const float* values) {
 }
 
 // Fresh parameters. Alignment gaps and moments are zero.
-inline void initialise(Model& m, uint64_t seed) {
+// progress: called after each tensor
+inline void initialise(Model& m, uint64_t seed, const std::function<void()>& progress = {}) {
     device_zero(m.w.matrices, m.w.n_matrix * sizeof(floatX), m.stream);
     if (m.w.grads) device_zero(m.w.grads, m.w.n * sizeof(float), m.stream);
     for (float* p : {m.w.master, m.w.m, m.w.v})
@@ -1166,6 +1167,7 @@ inline void initialise(Model& m, uint64_t seed) {
 #pragma omp parallel for
         for (int64_t i = 0; i < t.size; i++) values[i] = initial_value(t, key, i);
         upload_tensor(m, t, values.data());
+        if (progress) progress();
     }
 }
 

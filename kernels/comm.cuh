@@ -73,6 +73,8 @@ struct Comm {
         if (world == 1) return;
         if (guard_) {
             wait_for_all("the end");
+            guard_->set_check({});
+            stop_nccl();                           // still watched: it waits for the others
             guard_->finish();
             guard_.reset();
         }
@@ -95,11 +97,13 @@ struct Comm {
 
     void tick() const {
         if (!guard_) return;
-        if (++guard_->progress == hang_at_) pause();
+        if (++guard_->progress >= hang_at_ && guard_->state == Guard::busy) pause();
     }
-    void watch(double timeout) {                   // from here on a rank without progress counts as hung
+    // From here on a rank without progress counts as hung. files: what moves while it reads and writes them.
+    void watch(double timeout, const std::atomic<uint64_t>& files) {
         if (!guard_) return;
         guard_->timeout = timeout;
+        guard_->progress_of_files = &files;
         if (const char* who = std::getenv("SAMBA_TEST_HANG"); who && atoi(who) == rank) hang_at_ = guard_->progress + 100;       // for tests: alive, and stuck
         guard_->watching = true;
     }
@@ -170,6 +174,7 @@ struct Comm {
 
     std::vector<std::string> all_texts(const std::string& text) const {
         std::vector<std::string> texts(world, text);
+        const During during(*this, Guard::waiting, "telling each other");
         int64_t out = (int64_t)text.size();
         for (int s = 1; s < world; s++) {
             const int to = (rank + s) % world, from = (rank - s + world) % world;
@@ -360,15 +365,20 @@ private:
             g.job = ((uint64_t)random() << 20 ^ (uint64_t)getpid()) | 1;
             accept_ranks(listener, control_, world - 1, g, 60);
             std::vector<std::string> lines(world, mine);
-            for (int r = 1; r < world; r++)
-                if (!control_[r].recv_text(lines[r])) fail("rank %d closed its connection during the start", r);
+            for (int r = 1; r < world; r++) {
+                control_[r].timeout(60);
+                if (!control_[r].recv_text(lines[r])) fail("rank %d closed its connection during the start, or said nothing for 60 s", r);
+                control_[r].timeout(0);
+            }
             table = std::to_string(g.job) + "\n";
             for (const std::string& line : lines) table += line + "\n";
             for (int r = 1; r < world; r++) control_[r].send_text(table);
         } else {
             control_[0] = greet({launch.master}, launch.port, g, 60);
             if (!control_[0].open()) fail("rank %d found no rank 0 at %s port %d in 60 s: is it started, and are MASTER_ADDR and MASTER_PORT right?", rank, launch.master.c_str(), launch.port);
-            if (!control_[0].send_text(mine) || !control_[0].recv_text(table)) fail("rank 0 closed its connection to rank %d during the start", rank);
+            control_[0].timeout(120);              // rank 0 waits for all
+            if (!control_[0].send_text(mine) || !control_[0].recv_text(table)) fail("rank 0 closed its connection to rank %d during the start, or said nothing for 120 s", rank);
+            control_[0].timeout(0);
         }
         std::istringstream lines(table);
         lines >> g.job;

@@ -92,31 +92,47 @@ def single(world, tmp_path_factory):
     return out
 
 
+class WaitedFor:
+    """A job that is left to itself: how long it still lives from now on, and the last words of its rank 0"""
+
+    def __init__(self, processes):
+        self.processes, self.started, self.seconds = processes, time.time(), None
+        self.thread = threading.Thread(target=self.wait)
+        self.thread.start()
+
+    def wait(self):
+        _, self.error = self.processes[0].communicate()
+        self.seconds = time.time() - self.started
+
+    def end(self):
+        for process in self.processes:
+            process.kill()
+        self.thread.join()
+        for process in self.processes[1:]:
+            process.communicate()
+
+
 @pytest.fixture(scope="module")
-def stopped_job(world, tmp_path_factory):
-    """Two ranks of which one is stopped, with the timeout as it is: left to itself while other tests run"""
+def lost_jobs(world, tmp_path_factory, disk):
+    """Two ranks of which one is stopped, and two of which one hangs in the checkpoint of step 4, with the timeout as it is: left to
+    themselves while other tests run"""
     out = tmp_path_factory.mktemp("stopped") / "run"
     processes = start_by_environment(2, lambda r: options(world, out, steps=100000))
     until_step(processes[0])
     processes[1].send_signal(signal.SIGSTOP)
-    ended = {"started": time.time()}
-
-    def wait():
-        _, ended["error"] = processes[0].communicate()
-        ended["seconds"] = time.time() - ended["started"]
-
-    waiting = threading.Thread(target=wait)
-    waiting.start()
-    yield ended, waiting
-    for process in processes:
-        process.kill()
-        process.communicate()
+    stopped = WaitedFor(processes)
+    out = tmp_path_factory.mktemp("hanging") / "run"
+    processes = start_by_environment(2, lambda r: options(world, out, "--checkpoint-every", 2, steps=100000), more_of=lambda r: disk("hang write */.tmp_step_00000004*") if r == 1 else {})
+    until_step(processes[0], 4)
+    hanging = WaitedFor(processes)
+    yield stopped, hanging, out
+    stopped.end()
+    hanging.end()
 
 
-def test_a_rank_is_stopped_and_the_timeout_begins(stopped_job):
-    """The last test of this file sees how long it took."""
-    ended, waiting = stopped_job
-    assert waiting.is_alive() and "seconds" not in ended
+def test_ranks_are_lost_and_the_timeout_begins(lost_jobs):
+    """The last tests of this file see how long it took."""
+    assert all(job.thread.is_alive() and job.seconds is None for job in lost_jobs[:2])
 
 
 # Float rounding of sums in another order, through 20 AdamW steps: 1e-4 in a loss of 4 is a hundred times the unit in the last place.
@@ -384,6 +400,69 @@ def test_a_rank_that_hangs_is_named(world, tmp_path):
     assert re.search(r"error: rank 1 on \S+: it hangs: \d+ s without progress", ended[0][1]), ended[0][1]
 
 
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory):
+    """The environment of a process whose disk behaves as stuck_disk.c says"""
+    library = tmp_path_factory.mktemp("disk") / "stuck_disk.so"
+    if not shutil.which("cc"):
+        pytest.skip("needs a C compiler")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, os.path.join(os.path.dirname(os.path.abspath(__file__)), "stuck_disk.c")], check=True)
+    return lambda how: {"LD_PRELOAD": str(library), "DISK": how}
+
+
+@pytest.mark.parametrize("rank,call,file,doing", [
+    (0, "write", "*/.tmp_step_00000004*/*model*", "writing a checkpoint"),
+    (1, "write", "*/.tmp_step_00000004*/*optimizer*", "writing a checkpoint"),
+    (0, "fsync", "*/.tmp_step_00000004*/*state*", "writing a checkpoint"),
+    (0, "write", "*/log.jsonl", "(starting|training)"),
+    (1, "open", "*/step_00000002/optimizer*", "reading a checkpoint"),
+    (1, "open", "*/train_*.bin", "starting"),
+])
+def test_a_rank_that_hangs_in_its_files_is_named(world, tmp_path, disk, rank, call, file, doing):
+    out = tmp_path / "run"
+    arguments = lambda r: options(world, out, "--resume", "--checkpoint-every", 2, "--rank-timeout", 2, steps=6)
+    assert all(code == 0 for _, _, code in finish(start_by_environment(2, lambda r: options(world, out, steps=2))))
+    before = state(out, 2)
+    started = time.time()
+    ended = finish(start_by_environment(2, arguments, more_of=lambda r: disk(f"hang {call} {file}") if r == rank else {}))
+    assert [code for _, _, code in ended] == [1, 1] and time.time() - started < 8
+    assert re.search(rf"error: rank {rank} on \S+: it hangs: \d+ s without progress while {doing}", ended[0][1]), ended[0][1]
+    assert os.readlink(out / "latest") == "step_00000002" and same_bits(before, state(out, 2))
+    assert all(code == 0 for _, _, code in finish(start_by_environment(2, arguments)))
+    assert os.readlink(out / "latest") == "step_00000006" and not [n for n in os.listdir(out) if n.startswith(".tmp_step")]
+
+
+def test_a_slow_disk_is_waited_for(world, tmp_path, disk):
+    """Half a second for each piece of every file of a checkpoint, several times the timeout altogether"""
+    started = time.time()
+    ended = finish(start_by_environment(2, lambda r: options(world, tmp_path / "run", "--rank-timeout", 2), more_of=lambda r: disk("slow write */.tmp_step_*")))
+    assert all(code == 0 for _, _, code in ended), ended
+    assert time.time() - started > 5
+
+
+def test_two_signals_at_once_count_as_one(world, tmp_path):
+    """timeout sends one to the program and one to its group, which the program is in."""
+    out = tmp_path / "run"
+    result = run("timeout", "-s", "TERM", "2", *options(world, out, steps=100000), env=ENVIRONMENT)
+    assert result.returncode == 124 and "continue with --resume" in result.stdout
+    assert records(out, "checkpoint")[-1]["step"] == records(out, "train")[-1]["step"]
+    process = subprocess.Popen(options(world, tmp_path / "twice", steps=100000), stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    until_step(process)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    assert "continue with --resume" in process.stdout.read() and process.wait(timeout=60) == 0
+
+
+def test_a_second_signal_leaves_at_once(world, tmp_path, disk):
+    process = subprocess.Popen(options(world, tmp_path / "run", steps=100000), stdout=subprocess.PIPE, text=True, env={**ENVIRONMENT, **disk("hang write */.tmp_step_*")})
+    until_step(process)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1.5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == 130
+    process.stdout.close()
+
+
 @needs_mpi
 def test_a_stopped_rank_under_mpirun(world, tmp_path):
     process = subprocess.Popen(mpirun(2, options(world, tmp_path / "run", "--rank-timeout", "3", steps=100000)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
@@ -610,10 +689,20 @@ def test_two_ranks_that_share_a_gpu(world, tmp_path, single_gpu, zero):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The job of which a rank was stopped above
+# The jobs of which a rank was lost above
 
-def test_a_stopped_rank_ends_the_job_within_a_minute(stopped_job):
-    ended, waiting = stopped_job
-    waiting.join(timeout=70)
-    assert 44 < ended["seconds"] < 60
-    assert re.search(r"error: rank 1 on \S+: no sign of life for 45 s", ended["error"]), ended["error"]
+def test_a_stopped_rank_ends_the_job_within_a_minute(lost_jobs):
+    stopped, _, _ = lost_jobs
+    stopped.thread.join(timeout=70)
+    assert 44 < stopped.seconds < 60
+    assert re.search(r"error: rank 1 on \S+: no sign of life for 45 s", stopped.error), stopped.error
+
+
+def test_a_rank_that_hangs_in_its_files_ends_the_job_within_a_minute(lost_jobs):
+    _, hanging, out = lost_jobs
+    hanging.thread.join(timeout=70)
+    assert 44 < hanging.seconds < 60
+    assert re.search(r"error: rank 1 on \S+: it hangs: 45 s without progress while writing a checkpoint", hanging.error), hanging.error
+    newest = os.readlink(out / "latest")
+    saved = json.load(open(out / newest / "state.json"))
+    assert newest == "step_00000002" and all(os.path.getsize(out / newest / f) == size for f, size in saved["files"].items())
