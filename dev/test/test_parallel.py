@@ -633,8 +633,9 @@ def test_a_host_whose_cable_is_cut_ends_the_job(world, tmp_path, two_hosts):
 # On a GPU: the float build, whose numbers are those of the CPU to rounding
 
 GPU_PROGRAM = os.environ.get("SAMBA_GPU_PROGRAM", os.path.join(ROOT, "build/gpu-fp32/train_samba"))
-needs_gpu = pytest.mark.skipif(not shutil.which("nvidia-smi") or subprocess.run(["nvidia-smi", "-L"], capture_output=True).stdout.count(b"GPU ") < 1 or not os.path.exists(GPU_PROGRAM),
-                               reason="needs a GPU and build/gpu-fp32/train_samba")
+GPUS = subprocess.run(["nvidia-smi", "-L"], capture_output=True).stdout.count(b"GPU ") if shutil.which("nvidia-smi") and os.path.exists(GPU_PROGRAM) else 0
+needs_gpu = pytest.mark.skipif(GPUS < 1, reason="needs a GPU and build/gpu-fp32/train_samba")
+needs_gpus = pytest.mark.skipif(GPUS < 2, reason="needs two GPUs and build/gpu-fp32/train_samba")
 
 
 def on_gpu(arguments):
@@ -686,6 +687,81 @@ def test_two_ranks_that_share_a_gpu(world, tmp_path, single_gpu, zero):
     assert all(code == 0 for _, _, code in ended), ended
     assert "ranks 0 and 1 share a GPU, which NCCL refuses: gradients go through host memory" in ended[0][0]
     assert losses(tmp_path / "run") == pytest.approx(losses(single_gpu), abs=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On two GPUs, one process each: NCCL between them
+
+def start_on_gpus(ranks, arguments, **environment):
+    return start_by_environment(ranks, lambda r: on_gpu(arguments), more_of=lambda r: environment)
+
+
+def train_on_gpus(ranks, arguments, **environment):
+    """The output of rank 0"""
+    ended = finish(start_on_gpus(ranks, arguments, **environment) if ranks > 1 else
+                   [subprocess.Popen(on_gpu(arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)], timeout=120)
+    assert all(code == 0 for _, _, code in ended), ended
+    return ended[0][0]
+
+
+@needs_gpus
+@pytest.mark.parametrize("zero", [0, 1])
+def test_two_gpus_train_as_one(world, tmp_path, single_gpu, zero):
+    """1 rank x 12 micro-batches and 2 x 6, the same again with other buckets, and with either stream late: rounding apart, and the same bits"""
+    outs = [tmp_path / name for name in ("run", "again", "collectives_late", "computing_late")]
+    delays = [{}, {}, {"SAMBA_TEST_DELAY": "2000"}, {"SAMBA_TEST_DELAY": "1", "SAMBA_TEST_DELAY_COMPUTE": "2000"}]
+    for out, late in zip(outs, delays):
+        output = train_on_gpus(2, options(world, out, "--zero", zero, "--bucket", "8k" if out != outs[1] else "1000b", steps=20), **late)
+        assert "by NCCL, in a ring" in output and "ranks    2 on 1 hosts" in output
+    assert losses(outs[0]) == pytest.approx(losses(single_gpu), abs=1e-4)
+    assert_close(state(outs[0], 20), state(single_gpu, 20), 1e-2)
+    for out in outs[1:]:
+        assert same_bits(state(out, 20), state(outs[0], 20)), out
+
+
+@needs_gpus
+def test_two_gpus_with_gradients_as_bf16(world, tmp_path, single_gpu):
+    outs = [tmp_path / name for name in ("run", "again")]
+    for out in outs:
+        assert "gradients as bf16" in train_on_gpus(2, options(world, out, "--reduce", "bf16", "--bucket", "8k", steps=20))
+    assert same_bits(state(outs[0], 20), state(outs[1], 20))
+    exact, rounded = [records(out, "train")[0]["grad_norm"] for out in (single_gpu, outs[0])]
+    assert 0 < abs(rounded / exact - 1) < 1 / 256
+    difference = np.abs(np.array(losses(outs[0])) - np.array(losses(single_gpu)))
+    assert 0 < difference.max() < 0.02 and difference[0] < 1e-4
+
+
+@needs_gpus
+def test_a_run_of_two_gpus_goes_on_with_one_and_back(world, tmp_path):
+    train_on_gpus(2, options(world, tmp_path / "run"))
+    train_on_gpus(2, options(world, tmp_path / "whole", steps=12))
+    for path in ((2,), (1, 2)):
+        out = tmp_path / f"resumed_{len(path)}"
+        shutil.copytree(tmp_path / "run", out, symlinks=True)
+        for ranks, steps in zip(path, (12,) if len(path) == 1 else (9, 12)):
+            train_on_gpus(ranks, options(world, out, "--resume", steps=steps))
+        assert losses(out) == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
+        assert_close(state(out, 12), state(tmp_path / "whole", 12), 1e-2)
+    assert same_bits(state(tmp_path / "resumed_1", 12), state(tmp_path / "whole", 12))
+
+
+@needs_gpus
+@pytest.mark.parametrize("sent,rank,reason", [(signal.SIGKILL, 0, "it died"), (signal.SIGKILL, 1, "it died"), (signal.SIGSTOP, 0, "no sign of life"), (signal.SIGSTOP, 1, "no sign of life")])
+def test_a_lost_rank_of_two_gpus_ends_the_job(world, tmp_path, sent, rank, reason):
+    """The other one waits in NCCL."""
+    out = tmp_path / "run"
+    processes = start_on_gpus(2, options(world, out, "--rank-timeout", 6, "--checkpoint-every", 20, steps=1000000))
+    until_step(processes[0], 50)
+    processes[rank].send_signal(sent)
+    started = time.time()
+    _, err = processes[1 - rank].communicate(timeout=60)
+    assert processes[1 - rank].returncode == 1 and time.time() - started < 15
+    assert re.search(rf"error: rank {rank} on \S+: {reason}", err), err
+    processes[rank].kill()
+    processes[rank].communicate()
+    newest = os.readlink(out / "latest")
+    saved = json.load(open(out / newest / "state.json"))
+    assert all(os.path.getsize(out / newest / f) == size for f, size in saved["files"].items())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
