@@ -7,6 +7,7 @@ RANK, WORLD_SIZE and MASTER_ADDR. Every rank computes with one thread: the machi
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -563,11 +564,31 @@ def test_a_run_that_stays_not_finite_stops_and_names_the_layer(poisoned, tmp_pat
 # ---------------------------------------------------------------------------------------------------------------------
 # Machines: network namespaces, each with an address and a host name of its own
 
+class Hosts:
+    """Two namespaces with a cable between them. In each its name and address are those of a host, and both names are in /etc/hosts."""
+
+    names, addresses = ["node1", "node2"], ["10.66.0.1", "10.66.0.2"]
+
+    def __init__(self, namespaces, folder):
+        self.namespaces, self.folder = namespaces, folder
+        (folder / "etc_hosts").write_text("127.0.0.1 localhost\n" + "".join(f"{a} {n}\n" for a, n in zip(self.addresses, self.names)))
+        cases = "".join(f"{n} | {a}) exec {shlex.join(self.inside(i))} bash -c \"$*\" ;;\n" for i, (n, a) in enumerate(zip(self.names, self.addresses)))
+        (folder / "agent.sh").write_text(f"#!/bin/bash\n# what ssh is elsewhere: HOST COMMAND...\nhost=$1; shift\ncase $host in\n{cases}esac\n")
+        (folder / "agent.sh").chmod(0o755)
+
+    def inside(self, i):
+        """What stands before a command that runs on host i"""
+        setup = f'hostname {self.names[i]}; mount --bind {self.folder}/etc_hosts /etc/hosts; exec "$@"'
+        return ["ip", "netns", "exec", self.namespaces[i], "unshare", "--uts", "--mount", "bash", "-c", setup, "inside"]
+
+    def mpi_environment(self):
+        """How to reach a host, which elsewhere is ssh, and that this is root"""
+        return {**ENVIRONMENT, "OMPI_MCA_plm_rsh_agent": str(self.folder / "agent.sh"), "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+
+
 @pytest.fixture(scope="module")
 def two_hosts(tmp_path_factory):
-    """Two namespaces with a cable between them: (names, addresses, a command in one, a folder with mpirun's host file and agent)"""
-    names = [f"samba{os.getpid()}{side}" for side in "ab"]
-    addresses = ["10.66.0.1", "10.66.0.2"]
+    names, addresses = [f"samba{os.getpid()}{side}" for side in "ab"], Hosts.addresses
     ip = lambda *a: subprocess.run(["ip", *a], capture_output=True, text=True, check=True)
     if not shutil.which("ip") or not shutil.which("unshare") or os.geteuid() != 0:
         pytest.skip("network namespaces need root, ip and unshare")
@@ -584,49 +605,74 @@ def two_hosts(tmp_path_factory):
             subprocess.run(["ip", "netns", "exec", names[0], "true"], check=True, capture_output=True)
         except (subprocess.CalledProcessError, OSError) as error:
             pytest.skip(f"this machine does not allow network namespaces: {getattr(error, 'stderr', error)}")
-        folder = tmp_path_factory.mktemp("hosts")
-        (folder / "hosts").write_text("".join(f"{a} slots=2\n" for a in addresses))
-        cases = "".join(f"{a}) name={n} ;; " for n, a in zip(names, addresses))
-        (folder / "agent.sh").write_text(f'#!/bin/bash\n# what ssh is elsewhere: HOST COMMAND...\nhost=$1; shift\ncase $host in {cases}esac\n'
-                                         'exec ip netns exec $name unshare --uts bash -c "hostname $name; $*"\n')
-        (folder / "agent.sh").chmod(0o755)
-        inside = lambda i: ["ip", "netns", "exec", names[i], "unshare", "--uts", "bash", "-c", f'hostname {names[i]}; exec "$@"', "inside"]
-        yield names, addresses, inside, folder
+        yield Hosts(names, tmp_path_factory.mktemp("hosts"))
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
+def readme_commands():
+    """The indented lines of README's section on several machines, without comments"""
+    section = open(os.path.join(ROOT, "README.md"), encoding="utf-8").read().split("## Several GPUs, several machines\n")[1].split("\n## ")[0]
+    return [line.strip() for line in section.splitlines() if line.startswith("    ")]
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A folder in which README's commands find what they name: the program and the quick start's data"""
+    (tmp_path / "train_samba").symlink_to(PROGRAM)
+    (tmp_path / "data/stdlib").mkdir(parents=True)
+    starts = np.random.default_rng(3).integers(0, 4096, 2000)
+    write_shard(tmp_path / "data/stdlib/train_00000.bin", (np.repeat(starts, 10) + np.tile(np.arange(10), 2000)) % 4096, 4096)
+    return tmp_path
+
+
 @needs_mpi
-def test_two_hosts_through_an_mpi_host_file(world, tmp_path, single, two_hosts):
-    """The README's command as it stands there; the environment says how to reach a host, which elsewhere is ssh, and that this is root."""
-    names, _, inside, folder = two_hosts
-    environment = {**ENVIRONMENT, "OMPI_MCA_plm_rsh_agent": str(folder / "agent.sh"), "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    result = run(*inside(0), "mpirun", "--hostfile", "hosts", "-np", "4", *options(world, tmp_path / "run", steps=20), env=environment, cwd=folder)
-    assert result.returncode == 0, result.stderr
-    assert "ranks    4 on 2 hosts" in result.stdout and f"{names[0]}: 0 1\n" in result.stdout and f"{names[1]}: 2 3\n" in result.stdout
-    assert losses(tmp_path / "run") == pytest.approx(losses(single), abs=1e-4)
+def test_the_rehearsal_of_the_readme_as_it_stands_there(checkout, two_hosts):
+    commands = readme_commands()
+    (checkout / "hosts").write_text("".join(f"{line}\n" for line in commands if re.fullmatch(r"node\d slots=\d", line)))
+    rehearsal = [line for line in commands if "data/stdlib" in line]
+    with_mpi, by_hand = [line for line in rehearsal if line.startswith("mpirun")], [line for line in rehearsal if line.startswith("RANK=")]
+    assert len(with_mpi) == 3 and len(by_hand) == 2 and len(rehearsal) == 5
+    for line, ranks in zip(with_mpi, ("2 on 1 hosts", "4 on 2 hosts", "2 on 1 hosts")):
+        result = run(*two_hosts.inside(0), "bash", "-c", line, env=two_hosts.mpi_environment(), cwd=checkout)
+        assert result.returncode == 0 and f"ranks    {ranks}" in result.stdout, result.stdout + result.stderr
+    ended = finish([subprocess.Popen([*two_hosts.inside(i), "bash", "-c", line], env=ENVIRONMENT, cwd=checkout, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                    for i, line in enumerate(by_hand)])
+    assert all(code == 0 for _, _, code in ended), ended
+    two, four, hand = [losses(checkout / "out" / name) for name in ("two", "four", "hand")]
+    assert (len(two), len(four), len(hand)) == (5, 10, 5)
+    assert four[:5] == pytest.approx(two, abs=1e-3) and hand == pytest.approx(two, abs=1e-3)
+
+
+@needs_mpi
+def test_the_full_size_commands_of_the_readme_are_well_formed(checkout, two_hosts):
+    """With as many processes as they name, up to the data, which is missing: options, recipe and batch are accepted."""
+    full = [line for line in readme_commands() if "data/mine" in line]
+    assert len(full) == 2
+    (checkout / "hosts").write_text("node1 slots=32\nnode2 slots=32\n")
+    for line in full:
+        result = run(*two_hosts.inside(0), "bash", "-c", line, env={**two_hosts.mpi_environment(), "OMPI_MCA_rmaps_base_oversubscribe": "1"}, cwd=checkout)
+        assert result.returncode != 0 and "error: no file matches 'data/mine/train_*.bin'" in re.sub(r"rank \d+ on \S+: ", "", result.stderr), result.stderr
 
 
 def test_two_hosts_by_the_environment(world, tmp_path, single, two_hosts):
-    names, addresses, inside, _ = two_hosts
-    ended = finish(start_by_environment(4, lambda r: options(world, tmp_path / "run", steps=20), lambda r: inside(r // 2), addresses[0]))
+    ended = finish(start_by_environment(4, lambda r: options(world, tmp_path / "run", steps=20), lambda r: two_hosts.inside(r // 2), two_hosts.addresses[0]))
     assert all(code == 0 for _, _, code in ended), ended
-    assert f"{names[1]}: 2 3\n" in ended[0][0]
+    assert "node1: 0 1\n" in ended[0][0] and "node2: 2 3\n" in ended[0][0]
     assert losses(tmp_path / "run") == pytest.approx(losses(single), abs=1e-4)
 
 
 def test_a_host_whose_cable_is_cut_ends_the_job(world, tmp_path, two_hosts):
-    names, addresses, inside, _ = two_hosts
-    processes = start_by_environment(2, lambda r: options(world, tmp_path / "run", "--rank-timeout", "4", steps=100000), inside, addresses[0])
+    processes = start_by_environment(2, lambda r: options(world, tmp_path / "run", "--rank-timeout", "4", steps=100000), two_hosts.inside, two_hosts.addresses[0])
     until_step(processes[0])
-    subprocess.run(["ip", "-n", names[1], "link", "set", "eth1", "down"], check=True)
+    subprocess.run(["ip", "-n", two_hosts.namespaces[1], "link", "set", "eth1", "down"], check=True)
     try:
         ended = finish(processes)
         assert [code for _, _, code in ended] == [1, 1]
-        assert re.search(rf"error: rank 1 on {names[1]}: no sign of life", ended[0][1]) and re.search(rf"error: rank 0 on {names[0]}: no sign of life", ended[1][1])
+        assert re.search(r"error: rank 1 on node2: no sign of life", ended[0][1]) and re.search(r"error: rank 0 on node1: no sign of life", ended[1][1])
     finally:
-        subprocess.run(["ip", "-n", names[1], "link", "set", "eth1", "up"], check=True)
+        subprocess.run(["ip", "-n", two_hosts.namespaces[1], "link", "set", "eth1", "up"], check=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
