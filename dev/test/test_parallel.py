@@ -4,6 +4,7 @@ Runs build/cpu/train_samba (SAMBA_PROGRAM=PATH: another build) on a model of a f
 RANK, WORLD_SIZE and MASTER_ADDR. Every rank computes with one thread: the machine may have fewer cores than ranks.
 """
 
+import importlib.util
 import json
 import os
 import re
@@ -505,9 +506,15 @@ def test_the_check_of_several_gpus_in_small(tmp_path):
     assert (tmp_path / "scaling.png").stat().st_size > 10000 and "| 2 |" in (tmp_path / "README.md").read_text()
 
 
-def test_the_tables_of_the_scaling_page_are_what_the_model_says():
-    result = run(sys.executable, os.path.join(ROOT, "dev/scaling.py"))
-    assert result.returncode == 0 and result.stdout.strip() in open(os.path.join(ROOT, "dev/scaling.md")).read()
+def test_what_follows_from_measured_throughput_is_stated_as_it_is():
+    """The tables of the scaling page, and the cost at the top of each script: dev/scaling.py --write puts both there."""
+    tables = run(sys.executable, os.path.join(ROOT, "dev/scaling.py"))
+    assert tables.returncode == 0 and tables.stdout.strip() in open(os.path.join(ROOT, "dev/scaling.md")).read()
+    spec = importlib.util.spec_from_file_location("scaling", os.path.join(ROOT, "dev/scaling.py"))
+    scaling = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(scaling)
+    for path, of in scaling.RUNS.items():
+        assert f"\n{scaling.cost(*of)}\n" in open(os.path.join(ROOT, path)).read(), path
 
 
 # ---------------------------------------------------------------------------------------------------------------------
