@@ -199,7 +199,8 @@ private:
         file_progress++;
     }
     [[noreturn]] void fail_at(int error) {
-        const char* advice = error == ENOSPC || error == EDQUOT ? "; make room, or write elsewhere" : error == EFBIG ? "; the file is over the size limit (ulimit -f)" : "";
+        const char* advice = error == ENOSPC || error == EDQUOT ? "; make room, or write elsewhere"
+                             : error == EFBIG                    ? "; the file is over the size limit (ulimit -f)" : "";
         fail("cannot write %s: %s after %lld bytes%s", path_.c_str(), strerror(error), (long long)written_, advice);
     }
     std::string path_, temporary_;

@@ -22,7 +22,8 @@ MODELS = {  # parameters, FLOP a token at 4,096 tokens (train_samba info), eleme
     "1.3B": (1330.2e6, 8.36e9, 32000 * 2304),
     "3.8B": (3864.3e6, 24.0e9, 32064 * 2816),
 }
-FLOPS = {model: TOKENS_S.get(model, TOKENS_S["1.3B"] * MODELS["1.3B"][1] / flops) * flops for model, (_, flops, _) in MODELS.items()}     # a GPU; 3.8B as 1.3B
+FLOPS = {model: TOKENS_S[model] * MODELS[model][1] for model in TOKENS_S}      # a GPU
+FLOPS["3.8B"] = FLOPS["1.3B"]                  # not measured
 HBM = 4.2e12                 # bytes/s of AdamW, measured on that H200
 NVLINK = (300e9, 8e-6)       # bytes/s of a ring, seconds a hop
 NETWORKS = {"8 x 400 Gb/s a machine": NVLINK, "100 Gb/s a machine": (11e9, 15e-6)}
@@ -77,8 +78,8 @@ def tables(rates=FLOPS):
 def cost(model, tokens, gpus):
     """The line at the top of a script"""
     hours = tokens / TOKENS_S[model] / 3600
-    return (f"# Cost: about {hours:.0f} GPU hours ({hours / gpus:.1f} hours on {gpus} {GPU}) at {TOKENS_S[model] / 1e3:.1f}k tokens/s a GPU, as measured on one "
-            f"({WHERE}); of many: dev/scaling.md")
+    time, rate = f"{hours:.0f} GPU hours ({hours / gpus:.1f} hours on {gpus} {GPU})", f"{TOKENS_S[model] / 1e3:.1f}k tokens/s a GPU"
+    return f"# Cost: about {time} at {rate}, as measured on one ({WHERE}); of many: dev/scaling.md"
 
 
 def write():

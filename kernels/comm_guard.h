@@ -80,7 +80,7 @@ private:
         for (;;) {
             const bool quiet = !receive();
             const auto next = std::chrono::steady_clock::now();
-            clock_ += std::min(1.0, std::chrono::duration<double>(next - now).count());      // time in which this process was stopped itself does not count
+            clock_ += std::min(1.0, std::chrono::duration<double>(next - now).count());      // while it was stopped itself it saw nobody
             now = next;
             if (giving_up_) {
                 std::string reason;
@@ -121,7 +121,7 @@ private:
     void send_beats() {
         const Message m = own(beat);
         for (const Socket& s : sockets_)
-            if (s.open()) ::send(s.fd(), &m, sizeof m, MSG_NOSIGNAL | MSG_DONTWAIT);         // a full buffer: that rank is not listening, which is its problem
+            if (s.open()) ::send(s.fd(), &m, sizeof m, MSG_NOSIGNAL | MSG_DONTWAIT);         // a full buffer: that rank does not listen
         std::string trouble;
         {
             std::lock_guard<std::mutex> lock(check_mutex_);
@@ -149,7 +149,8 @@ private:
             any = true;
             if (!sockets_[whose[k]].recv_all(&m, sizeof m)) {
                 sockets_[whose[k]].close();
-                if (!peer.done && !(leaving_ && rank_ != 0)) end(name(whose[k]) + "it died (its connection closed); look for its own last words, or for a signal in the system's log", true);
+                const char* died = "it died (its connection closed); look for its own last words, or for a signal in the system's log";
+                if (!peer.done && !(leaving_ && rank_ != 0)) end(name(whose[k]) + died, true);
                 peer.done = true;
                 continue;
             }
@@ -185,7 +186,8 @@ private:
             if (p.last.state != waiting && still > timeout) end(name(r) + text, true);
             all_wait = std::min(all_wait, p.last.state == waiting ? still : 0.0);
         }
-        snprintf(text, sizeof text, "all ranks have been waiting for each other for %.0f s while %s: the network or its library hangs", all_wait, self.last.doing);
+        const char* all = "all ranks have been waiting for each other for %.0f s while %s: the network or its library hangs";
+        snprintf(text, sizeof text, all, all_wait, self.last.doing);
         if (rank_ == 0 && watching && all_wait > timeout) end(text, true);
     }
 
@@ -213,7 +215,7 @@ private:
         const std::string line = "error: " + reason + "\n";
         pollfd screen{STDERR_FILENO, POLLOUT, 0};
         if (print && poll(&screen, 1, 1000) == 1 && ::write(STDERR_FILENO, line.data(), line.size()) < 0) {}
-        if (rank_ == 0) std::this_thread::sleep_for(std::chrono::milliseconds(300));         // so that the others hear of it before a launcher kills them
+        if (rank_ == 0) std::this_thread::sleep_for(std::chrono::milliseconds(300));         // before a launcher kills the others
         _exit(1);
     }
 

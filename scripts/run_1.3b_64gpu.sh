@@ -15,6 +15,6 @@ cd "$(dirname "$0")/.."
 out=${OUT:-out/1.3b}
 : "${HOSTS:?say which machines: HOSTS=hosts, a host file of MPI}"
 
-exec scripts/restart.sh "$out" mpirun --allow-run-as-root --hostfile "$HOSTS" -np "${RANKS:-64}" ${MPI_OPTIONS:-} "${PROGRAM:-$PWD/train_samba}" --model samba-1.3b --preset 100b \
-    --micro-batch 8 --data "${DATA:?say where the training shards are}" ${VAL:+--val "$VAL"} --out "$out" --resume \
+exec scripts/restart.sh "$out" mpirun --allow-run-as-root --hostfile "$HOSTS" -np "${RANKS:-64}" ${MPI_OPTIONS:-} "${PROGRAM:-$PWD/train_samba}" \
+    --model samba-1.3b --preset 100b --micro-batch 8 --data "${DATA:?say where the training shards are}" ${VAL:+--val "$VAL"} --out "$out" --resume \
     --val-every 1000 --checkpoint-every 500 --keep 3 --log-every 10 "$@"

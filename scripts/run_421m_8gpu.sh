@@ -11,6 +11,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-out/421m}
 
-exec scripts/restart.sh "$out" mpirun --allow-run-as-root --oversubscribe -np "${RANKS:-8}" "${PROGRAM:-./train_samba}" --model samba-421m --preset 20b --micro-batch 8 \
-    --data "${DATA:?say where the training shards are}" ${VAL:+--val "$VAL"} --out "$out" --resume \
+exec scripts/restart.sh "$out" mpirun --allow-run-as-root --oversubscribe -np "${RANKS:-8}" "${PROGRAM:-./train_samba}" \
+    --model samba-421m --preset 20b --micro-batch 8 --data "${DATA:?say where the training shards are}" ${VAL:+--val "$VAL"} --out "$out" --resume \
     --val-every 1000 --checkpoint-every 250 --keep 3 --log-every 10 "$@"

@@ -10,7 +10,8 @@
 
 Writes scaling.json, README.md with the tables and scaling.png into --out; `python dev/scaling.py scaling.json` then predicts from what
 was measured. --parts right,fast,alone and --models choose; --short leaves out repetitions that need checkpoints and the less telling
-ways, so that two GPUs are through in two or three minutes. --small: a model of a few thousand parameters, which CPU ranks can train: a test of this script, not a measurement.
+ways, so that two GPUs are through in two or three minutes. --small: a model of a few thousand parameters, which CPU ranks can train:
+a test of this script, not a measurement.
 """
 
 import argparse
@@ -65,7 +66,9 @@ class Check:
     def __init__(self, options, work, machine):
         self.o, self.work = options, work
         self.runs = 0
-        self.result = {"machine": machine, "commit": "", "date": time.strftime("%Y-%m-%d"), "correctness": [], "speed": [], "collectives": []}
+        command = " ".join(["python dev/bench/scaling_check.py", *sys.argv[1:]])
+        self.result = {"machine": machine, "commit": "", "date": time.strftime("%Y-%m-%d"), "command": command,
+                       "correctness": [], "speed": [], "collectives": []}
         self.failed = []
         self.settings = [dict(model="samba-421m", micro_batch=8, seq_len=4096, vocab=32000, tokens=24_000_000),
                          dict(model="samba-1.3b", micro_batch=4, seq_len=4096, vocab=32000, tokens=24_000_000)]
@@ -102,7 +105,8 @@ class Check:
         self.result["commit"] = records[0]["commit"]
         ms = statistics.median(r["ms"] for r in log[-8:])
         how = " ".join(map(str, extra))
-        print(f"  {ranks} ranks, {micro_batches} micro-batches {how}: loss {log[-1]['loss']:.4f}, {ms:.1f} ms a step; {time.time() - started:.1f} s", flush=True)
+        result = f"loss {log[-1]['loss']:.4f}, {ms:.1f} ms a step; {time.time() - started:.1f} s"
+        print(f"  {ranks} ranks, {micro_batches} micro-batches {how}: {result}", flush=True)
         return log, out
 
     def bits(self, out):
@@ -193,24 +197,25 @@ REPEATED = {True: "the same bits", False: "OTHER BITS", None: "not made"}
 
 
 def tables(result):
-    lines = [f"# Several GPUs: {result['machine']}", "", f"Commit {result['commit']}, {result['date']}. Command: `make bench-scaling`.", "",
-             "## Speed", "",
-             "| model | GPUs | micro-batches a GPU | gradients | overlap | ms a step | tokens/s | efficiency |", "|---|---|---|---|---|---|---|---|"]
+    lines = [f"# Several GPUs: {result['machine']}", "", f"Commit {result['commit']}, {result['date']}. Command: `{result['command']}`."]
+    if result["speed"]:
+        lines += ["", "## Speed", "", "| model | GPUs | micro-batches a GPU | gradients | overlap | ms a step | tokens/s | efficiency |",
+                  "|---|---|---|---|---|---|---|---|"]
     for r in result["speed"]:
         lines.append(f"| {r['model']} | {r['ranks']} | {r['accumulate']} | {r['reduce']} | {'on' if r['overlap'] else 'off'} | {r['ms']:.1f} | "
                      f"{r['tok_s']:,.0f} | {100 * r['efficiency']:.1f} % |")
-    lines += ["", "## Collectives alone", "",
-              "| GPUs | link, GB/s | sum fp32, ms | of the link | sum bf16, ms | of the link | weights, ms |", "|---|---|---|---|---|---|---|"]
+    if result["collectives"]:
+        lines += ["", "## Collectives alone", "", "| GPUs | link, GB/s | sum fp32, ms | of the link | sum bf16, ms | of the link | weights, ms |",
+                  "|---|---|---|---|---|---|---|"]
     for r in result["collectives"]:
         share = (r["ranks"] - 1) / r["ranks"] * r["elements"] / r["link"]
         lines.append(f"| {r['ranks']} | {r['link'] / 1e9:.1f} | {r['reduce'] * 1e3:.2f} | {400 * share / r['reduce']:.0f} % | "
                      f"{r['reduce_bf16'] * 1e3:.2f} | {200 * share / r['reduce_bf16']:.0f} % | {r['gather'] * 1e3:.2f} |")
-    lines += ["", "## The same training on any number", "",
-              "| GPUs | 20 losses, at most from those of one | a repetition |", "|---|---|---|"]
+    if result["correctness"]:
+        lines += ["", "## The same training on any number", "", "| GPUs | 20 losses, at most from those of one | a repetition |", "|---|---|---|"]
     for r in result["correctness"]:
         lines.append(f"| {r['ranks']} | {r['worst']:.1e} | {REPEATED[r['repeated']]} |")
-    lines += ["", "Failed: " + ("; ".join(result["failed"]) or "nothing") + ".", ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", "Failed: " + ("; ".join(result["failed"]) or "nothing") + ".", ""])
 
 
 def draw(result, path):
@@ -242,7 +247,8 @@ def main():
     parser.add_argument("--ranks", default="", help="numbers of processes, for example 1,2,4,8; default: powers of two up to the number of GPUs")
     parser.add_argument("--program", default=f"{ROOT}/train_samba")
     parser.add_argument("--bench", default="", help="bench_comm; default: beside the program")
-    parser.add_argument("--steps", type=int, default=12, help="of a measurement of speed, half as many with 8 accumulations; the first four, or two, are left out")
+    parser.add_argument("--steps", type=int, default=12,
+                        help="of a measurement of speed, half as many with 8 accumulations; the first four, or two, are left out")
     parser.add_argument("--parts", default="right,fast,alone")
     parser.add_argument("--models", default="samba-421m,samba-1.3b")
     parser.add_argument("--short", action="store_true")
