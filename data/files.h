@@ -144,8 +144,8 @@ inline void remove_tree(const std::string& path, std::error_code& error) {
 
 // A file being written aside. commit() puts it in place; without it the destructor removes every trace.
 // A path that exists and is no regular file (a device, a pipe) is written directly: there is nothing to rename.
-// What was written is sent on to the disk window by window, and never more than two windows wait for it: a slow disk makes
-// write() slow, and leaves no long silence to the sync at the end.
+// What was written is sent on to the disk window by window, and only so many windows are ever on their way: a slow disk makes write()
+// slow, and leaves no long silence to the sync at the end.
 class DurableFile {
 public:
     explicit DurableFile(const std::string& path) : path_(path), temporary_(path) {
@@ -178,6 +178,7 @@ public:
         }
     }
     void commit() {
+        while (arrived_ < sent_) wait_for_window();
         if (fsync(fd_) != 0 && errno != EINVAL && errno != ENOTSUP) fail_at(errno);
         if (close(std::exchange(fd_, -1)) != 0) fail_at(errno);       // a network file system may report a full disk only here
         if (!direct_) {
@@ -188,15 +189,21 @@ public:
     }
 
 private:
-    static constexpr int64_t WINDOW = 8 << 20;
+    static constexpr int64_t WINDOW = 16 << 20, ON_THEIR_WAY = 8 * WINDOW;
 
-    // Starts with the window just filled and waits for the one before. File systems that cannot do that have the sync at the end.
     void send_window() {
-        constexpr unsigned start = SYNC_FILE_RANGE_WRITE, wait = SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER;
-        if (sync_file_range(fd_, sent_, WINDOW, start) != 0 || (sent_ > 0 && sync_file_range(fd_, sent_ - WINDOW, WINDOW, wait) != 0))
-            if (errno == EIO || errno == ENOSPC || errno == EDQUOT) fail_at(errno);
+        sync_window(sent_, SYNC_FILE_RANGE_WRITE);
         sent_ = written_;
+        if (sent_ - arrived_ > ON_THEIR_WAY) wait_for_window();
+    }
+    void wait_for_window() {
+        sync_window(arrived_, SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER);
+        arrived_ += WINDOW;
         file_progress++;
+    }
+    // File systems that cannot do that have the sync at the end
+    void sync_window(int64_t begin, unsigned how) {
+        if (sync_file_range(fd_, begin, WINDOW, how) != 0 && (errno == EIO || errno == ENOSPC || errno == EDQUOT)) fail_at(errno);
     }
     [[noreturn]] void fail_at(int error) {
         const char* advice = error == ENOSPC || error == EDQUOT ? "; make room, or write elsewhere"
@@ -205,7 +212,7 @@ private:
     }
     std::string path_, temporary_;
     int fd_ = -1;
-    int64_t written_ = 0, sent_ = 0;       // bytes; of them in windows that were sent to the disk
+    int64_t written_ = 0, sent_ = 0, arrived_ = 0;         // bytes; of them in windows that were sent to the disk, and that are there
     bool direct_ = false, committed_ = false;
 };
 

@@ -45,14 +45,13 @@ def step(model, gpus, tokens, network, rates=FLOPS, reduce_bytes=4, overlap=True
     if gpus == 1:
         return compute + update(parameters, 1), 0
     window = min(own, 8 * SEQUENCE) * flops / flops_rate    # the last micro-batch, and the first
-    part = (gpus - 1) / gpus
     buckets = max(1, 4 * parameters / BUCKET)
     owners = max(1.0, gpus / buckets)                       # parts that a bucket is reduced in, one after the other at the worst
     latency = buckets * owners * hop * min(gpus, 64) ** 0.5  # a chain is a pipeline: its length costs only once a piece; grows slowly
-    reduce = reduce_bytes * parameters * part / bandwidth + latency
-    gather = 2 * parameters * part / bandwidth + latency
+    reduce = reduce_bytes * parameters / bandwidth + latency    # all of it along one chain: the owners of neighbouring buckets are one rank
+    gather = 2 * parameters / bandwidth + latency
     if overlap:
-        exposed = max(reduce_bytes * last * part / bandwidth, reduce - 2 / 3 * window) + max(2 * last * part / bandwidth, gather - 1 / 3 * window)
+        exposed = max(reduce_bytes * last / bandwidth, reduce - 2 / 3 * window) + max(2 * last / bandwidth, gather - 1 / 3 * window)
     else:
         exposed = reduce + gather
     return compute + update(parameters, gpus) + exposed, exposed
@@ -103,7 +102,7 @@ def measured(path):
     global NVLINK
     result = json.load(open(path))
     most = max(result["collectives"], key=lambda r: r["ranks"])
-    bandwidth = 4 * most["elements"] * (most["ranks"] - 1) / most["ranks"] / most["reduce"]
+    bandwidth = 4 * most["elements"] / most["reduce"]
     NVLINK = (bandwidth, most["hop"] / min(most["ranks"], 64) ** 0.5)       # step() multiplies by that root
     NETWORKS["8 x 400 Gb/s a machine"] = NVLINK
     rates, known = dict(FLOPS), set()
