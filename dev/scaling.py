@@ -26,7 +26,7 @@ FLOPS = {model: TOKENS_S[model] * MODELS[model][1] for model in TOKENS_S}      #
 FLOPS["3.8B"] = FLOPS["1.3B"]                  # not measured
 HBM = 4.2e12                 # bytes/s of AdamW, measured on that H200
 NVLINK = (300e9, 8e-6)       # bytes/s of a ring, seconds a hop
-NETWORKS = {"8 x 400 Gb/s a machine": NVLINK, "100 Gb/s a machine": (11e9, 15e-6)}
+NETWORKS = {"8 x 400 Gb/s a machine": (300e9, 8e-6), "100 Gb/s a machine": (11e9, 15e-6)}
 BUCKET, SEQUENCE = 64e6, 4096
 
 
@@ -104,7 +104,6 @@ def measured(path):
     most = max(result["collectives"], key=lambda r: r["ranks"])
     bandwidth = 4 * most["elements"] / most["reduce"]
     NVLINK = (bandwidth, most["hop"] / min(most["ranks"], 64) ** 0.5)       # step() multiplies by that root
-    NETWORKS["8 x 400 Gb/s a machine"] = NVLINK
     rates, known = dict(FLOPS), set()
     print(f"measured: {result['machine']}, commit {result['commit']}: {NVLINK[0] / 1e9:.1f} GB/s of a sum, {NVLINK[1] * 1e6:.1f} us a hop\n")
     print("| model | GPUs | micro-batches a GPU | gradients | overlap | measured, ms | the model, ms | off by |\n|---|---|---|---|---|---|---|---|")
