@@ -1100,11 +1100,12 @@ inline void upload_chunk(Model& m, const int* tokens, const int* targets, int64_
 inline void upload_tokens(Model& m, const int* tokens, const int* targets, int64_t BT) { upload_chunk(m, tokens, targets, 1, BT, BT); }
 
 // One step's passes on tokens that mean nothing, before the first: loads every kernel, and where asked for times the candidates of matrix
-// products that have no choice yet. Leaves gradients and activations to be overwritten; nothing else changes.
-inline void rehearse(Model& m, int B, int64_t T, bool several_micro_batches, bool time_products) {
+// products that have no choice yet. Leaves gradients and activations to be overwritten; nothing else changes. progress: called at each layer
+inline void rehearse(Model& m, int B, int64_t T, bool several_micro_batches, bool time_products, const std::function<void()>& progress = {}) {
     std::vector<int> tokens(B * T);
     for (size_t i = 0; i < tokens.size(); i++) tokens[i] = (int)(counter_uniform(1, i) * m.config().vocab_size);
     const auto before = std::exchange(m.before_layer, nullptr), after = std::exchange(m.after_layer, nullptr);
+    if (progress) m.before_layer = [&](int) { progress(); };
     m.matmul.rehearsal = time_products;
     upload_tokens(m, tokens.data(), tokens.data(), B * T);
     for (int pass = 0; pass < 1 + several_micro_batches; pass++) forward_backward(m, B, T, 1.0f, pass == 0);
@@ -1155,7 +1156,8 @@ inline void upload_tensor(Model& m, const Tensor& t, const float* values) {
 }
 
 // Fresh parameters. Alignment gaps and moments are zero.
-inline void initialise(Model& m, uint64_t seed) {
+// progress: called after each tensor
+inline void initialise(Model& m, uint64_t seed, const std::function<void()>& progress = {}) {
     device_zero(m.w.matrices, m.w.n_matrix * sizeof(floatX), m.stream);
     if (m.w.grads) device_zero(m.w.grads, m.w.n * sizeof(float), m.stream);
     for (float* p : {m.w.master, m.w.m, m.w.v})
@@ -1166,6 +1168,7 @@ inline void initialise(Model& m, uint64_t seed) {
 #pragma omp parallel for
         for (int64_t i = 0; i < t.size; i++) values[i] = initial_value(t, key, i);
         upload_tensor(m, t, values.data());
+        if (progress) progress();
     }
 }
 

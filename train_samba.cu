@@ -95,7 +95,7 @@ inline void add_train_options(CLI::App& app, TrainOptions& o) {
     add_count(app, "--val-every", o.val_every, "Steps between validations; 0: only at the end");
     add_count(app, "--val-batches", o.val_batches, "Batches of --micro-batch sequences in a validation");
     app.add_option("--val-lengths", o.val_lengths, "Context lengths to validate at, as multiples of --seq-len")->delimiter(',')->capture_default_str();
-    add_count(app, "--checkpoint-every", o.checkpoint_every, "Steps between checkpoints; one is always written at the end");
+    add_count(app, "--checkpoint-every", o.checkpoint_every, "Steps between checkpoints; one is always written at the end. -1: none at all, for measurements");
     add_count(app, "--keep", o.keep, "Checkpoints to keep, the newest; 0: all");
     app.add_option("--resume", o.resume, "Continue from the newest whole checkpoint of --out, or of this directory")->expected(0, 1)->default_str("");
     app.add_option("--init-from", o.init_from, "Start from this checkpoint's weights, with a fresh optimizer and data order");
@@ -172,11 +172,17 @@ inline double learning_rate(const TrainOptions& o, int64_t step) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Signals: the first asks to finish the step, save and leave; a second leaves at once. Of several processes any may get it.
+// Signals: the first asks to finish the step, save and leave; a second leaves at once, if it comes a second later or more: timeout and
+// other launchers send one to the process and one to its group. Of several processes any may get it.
 
 inline volatile std::sig_atomic_t stop_requested = 0;
+inline timespec stop_requested_at;
 inline void on_stop_signal(int) {
-    if (stop_requested) _exit(130);
+    timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    const double since = (double)(now.tv_sec - stop_requested_at.tv_sec) + 1e-9 * (double)(now.tv_nsec - stop_requested_at.tv_nsec);
+    if (stop_requested && since > 1) _exit(130);
+    if (!stop_requested) stop_requested_at = now;
     stop_requested = 1;
 }
 inline void catch_stop_signals() {
@@ -221,7 +227,7 @@ inline uint64_t data_identity(const Mixture& data) {
 inline std::string save_checkpoint(const Model& m, DataParallel& parallel, const RunState& run, const TrainOptions& o, const json& options, uint64_t identity,
                                    uint64_t fingerprint) {
     const Comm& comm = parallel.comm;
-    const Comm::During during(comm, Guard::files, "writing a checkpoint");
+    const Comm::During during(comm, Guard::busy, "writing a checkpoint");
     const bool shared = parallel.sharded && comm.world > 1;
     std::unique_ptr<CheckpointWriter> writer;
     if (comm.main()) writer = std::make_unique<CheckpointWriter>(o.out, run.step);
@@ -322,9 +328,14 @@ using StepResult = DataParallel::Result;
 
 // The next `count` batches of the loader: each is B sequences of tbptt * T tokens, which go in chunks of T, the state carried from one
 // to the next, as micro-batches. compute(number of the micro-batch), its tokens on their way
-template <class F> void for_micro_batches(Model& m, DataLoader& loader, const TrainOptions& o, int64_t count, SequenceState* state, F compute) {
+template <class F>
+void for_micro_batches(Model& m, const Comm& comm, DataLoader& loader, const TrainOptions& o, int64_t count, SequenceState* state, F compute) {
+    const auto next = [&] {
+        const Comm::During during(comm, Guard::busy, "reading training data");
+        return loader.next();
+    };
     for (int64_t i = 0; i < count; i++) {
-        const Batch batch = loader.next();                                                                 // (B,tbptt*T)
+        const Batch batch = next();                                                                        // (B,tbptt*T)
         if (state) state->reset(m.layout, m.stream);
         for (int64_t k = 0; k < o.tbptt; k++) {
             upload_chunk(m, batch.tokens + k * o.seq_len, batch.targets + k * o.seq_len, o.micro_batch, o.seq_len, o.sequence());
@@ -336,7 +347,7 @@ template <class F> void for_micro_batches(Model& m, DataLoader& loader, const Tr
 inline StepResult train_step(Model& m, DataParallel& parallel, DataLoader& loader, const TrainOptions& o, int64_t accumulate, SequenceState* state,
                              RunState& run, double lr) {
     const int64_t micro_batches = accumulate * o.tbptt;
-    for_micro_batches(m, loader, o, accumulate, state, [&](int64_t micro) {
+    for_micro_batches(m, parallel.comm, loader, o, accumulate, state, [&](int64_t micro) {
         parallel.micro_batch(micro == micro_batches - 1);
         const bool with_others = parallel.comm.active() && (micro == 0 || micro == micro_batches - 1);     // weights on their way, gradients
         const auto pass = o.graphs == "on" && !with_others ? forward_backward_graph : forward_backward;
@@ -426,9 +437,12 @@ struct Trainer {
         if (o.tbptt > 1) carried.create(m->layout, o.micro_batch, o.sequence(), m->stream, true);
         parallel = std::make_unique<DataParallel>(comm, *m, o.zero, o.bucket, o.reduce == "bf16");
         if (val) validation = std::make_unique<Validation>(*m, comm, *val, multiples, o.micro_batch, o.seq_len, o.val_batches);
-        initialise(*m, o.seed);
-        if (o.resuming && !from.empty()) run = load_checkpoint(*m, from, o, identity);
-        else if (!from.empty()) load_parameters(*m, from + "/model.safetensors");
+        initialise(*m, o.seed, [&] { comm.tick(); });
+        if (!from.empty()) {
+            const Comm::During during(comm, Guard::busy, "reading a checkpoint");
+            if (o.resuming) run = load_checkpoint(*m, from, o, identity);
+            else load_parameters(*m, from + "/model.safetensors");
+        }
         loader = std::make_unique<DataLoader>(*data, o.micro_batch, o.sequence(), o.global_batch / o.sequence(), comm.rank, comm.world, o.seed, true);
         loader->seek(run.sample);
 
@@ -462,7 +476,10 @@ struct Trainer {
         for (const auto& [name, value] : given.items())
             if (name != "data" && name != "val" && name != "tokenizer" && name != "gpu" && name != "plans") items.push_back({"--" + name, value.get<std::string>(), "start all ranks with the same options"});
         std::string samples;
-        for (const Shards* set : data->sets()) samples += data_sample(*set) + " ";
+        for (const Shards* set : data->sets()) {
+            samples += data_sample(*set) + " ";
+            comm.tick();
+        }
         items.push_back({"content of --data", samples, "copy the same shards to every host"});
         if (val) items.push_back({"content of --val", data_sample(*val), "copy the same shards to every host"});
         comm.agree(items);
@@ -502,7 +519,7 @@ struct Trainer {
     std::string where_not_finite() {
         std::string own;
         loader->seek(run.sample - o.global_batch / o.sequence());
-        for_micro_batches(*m, *loader, o, accumulate, tbptt_state(), [&](int64_t) {
+        for_micro_batches(*m, comm, *loader, o, accumulate, tbptt_state(), [&](int64_t) {
             if (!own.empty()) return;
             parallel->micro_batch(false);
             forward_backward_from(tbptt_state(), *m, (int)o.micro_batch, o.seq_len, 1.0f, true);
@@ -519,7 +536,7 @@ struct Trainer {
         const int64_t start_step = run.step;
         int64_t saved_at = run.step, skips = 0;
         bool stop = false;
-        comm.watch(o.rank_timeout);
+        const Comm::During during(comm, Guard::busy, "training");
         while (run.step < o.steps && !stop) {
             const double before = now_seconds(), lr = learning_rate(o, run.step + 1);
             const StepResult r = train_step(*m, *parallel, *loader, o, accumulate, tbptt_state(), run, lr);
@@ -543,7 +560,7 @@ struct Trainer {
             }
         }
         if (validation && run.step >= o.steps && run.step > start_step) validate_and_log(*validation, *log, run.step);
-        if (run.step > saved_at) checkpoint();
+        if (run.step > saved_at && o.checkpoint_every >= 0) checkpoint();
         if (stop) printf("stopped by a signal after step %lld; continue with --resume\n", (long long)run.step);
         if (ON_GPU) printf("GPU memory in use: %s\n", human_bytes((double)device.total_bytes - (double)device_free_bytes()).c_str());
     }
@@ -552,6 +569,7 @@ struct Trainer {
 inline void run_train(TrainOptions& o, CLI::App& app, Comm& comm) {
     catch_stop_signals();
     comm.start();
+    comm.watch(o.rank_timeout, file_progress);
     if (!comm.main() && !freopen("/dev/null", "w", stdout)) fail("cannot open /dev/null");     // the main process speaks for all
     Trainer t(comm, o, app);
     try {

@@ -43,6 +43,19 @@ inline CLI::Option* add_count(CLI::App& app, const std::string& name, int64_t& v
     return app.add_option(name, value, help)->transform(CLI::Validator([](std::string& s) { s = expand_count(s); return std::string(); }, "COUNT"))->capture_default_str();
 }
 
+// What the subcommands that read with a checkpoint's model have in common
+struct ReadingOptions {
+    std::string checkpoint;
+    int64_t micro_batch, seq_len;
+    int gpu = 0;
+};
+inline void add_reading_options(CLI::App& app, ReadingOptions& o, const std::string& rows /*what a batch consists of*/) {
+    app.add_option("--checkpoint", o.checkpoint, "A checkpoint, or a run's directory")->required();
+    add_count(app, "--micro-batch", o.micro_batch, rows + " at a time");
+    add_count(app, "--seq-len", o.seq_len, std::string("Tokens in a chunk") + (o.seq_len == 0 ? "; 0: the training length" : ""));
+    app.add_option("--gpu", o.gpu, "Index of the GPU to use")->capture_default_str();
+}
+
 inline void select_gpu(int index) {
     if (!ON_GPU) return;
     const int count = device_count();

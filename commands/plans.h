@@ -13,6 +13,7 @@ constexpr const char* PLANS_HELP =
 inline void plan_matmuls(Model& m, const Comm& comm, const std::string& given, int B, int64_t T, bool several_micro_batches) {
     if (!ON_GPU) return;
     const double start = now_seconds();
+    const auto progress = [&] { comm.tick(); };
     const MatmulPlanKey key = {device_info().name, m.matmul.library(), BUILD_NAME};
     const std::string folder = plan_directory(given), path = folder + "/" + plan_file_name(key);
     if (comm.main()) {
@@ -20,7 +21,7 @@ inline void plan_matmuls(Model& m, const Comm& comm, const std::string& given, i
         if (!defect.empty()) fprintf(stderr, "%s; matrix products are not timed without a place for the result, which --plans DIR can name\n", defect.c_str());
         if (!folder.empty()) m.matmul.choices = load_matmul_plans(path, key);
         const size_t known = m.matmul.choices.size();
-        rehearse(m, B, T, several_micro_batches, defect.empty());
+        rehearse(m, B, T, several_micro_batches, defect.empty(), progress);
         const size_t timed = m.matmul.choices.size() - known;
         if (timed > 0) {
             save_matmul_plans(path, key, m.matmul.choices);
@@ -34,5 +35,5 @@ inline void plan_matmuls(Model& m, const Comm& comm, const std::string& given, i
     const std::string text = comm.broadcast(comm.main() ? matmul_plans_text(key, m.matmul.choices) : "");
     if (comm.main()) return;
     parse_matmul_plans(text, key, m.matmul.choices);       // not those of another kind of GPU
-    rehearse(m, B, T, several_micro_batches, false);
+    rehearse(m, B, T, several_micro_batches, false, progress);
 }

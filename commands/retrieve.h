@@ -6,20 +6,16 @@
 #include "../data/shards.h"
 #include "common.h"
 
-struct RetrieveOptions {
-    std::string checkpoint, prompts, out;
-    int64_t micro_batch = 8, seq_len = 0;
-    int gpu = 0;
+struct RetrieveOptions : ReadingOptions {
+    std::string prompts, out;
+    RetrieveOptions() : ReadingOptions{"", 8, 0} {}
 };
 
 inline CLI::App* add_retrieve(CLI::App& app, RetrieveOptions& o) {
     CLI::App* command = app.add_subcommand("retrieve", "Answers to prompts that hide them far back: passkey and phone book");
-    command->add_option("--checkpoint", o.checkpoint, "A checkpoint, or a run's directory")->required();
+    add_reading_options(*command, o, "Prompts");
     command->add_option("--prompts", o.prompts, "Folder that python -m data.retrieval TASK prompts wrote")->required();
     command->add_option("--out", o.out, "JSON file for the answers; default: only the summary on the screen");
-    add_count(*command, "--micro-batch", o.micro_batch, "Prompts at a time");
-    add_count(*command, "--seq-len", o.seq_len, "Tokens in a chunk; 0: the training length");
-    command->add_option("--gpu", o.gpu, "Index of the GPU to use")->capture_default_str();
     return command;
 }
 

@@ -17,21 +17,17 @@
 #include "common.h"
 #include "long_reader.h"
 
-struct ScoreOptions {
-    std::string checkpoint, requests = "-", out = "-", tokenizer;
-    int64_t micro_batch = 16, seq_len = 1024;
-    int gpu = 0;
+struct ScoreOptions : ReadingOptions {
+    std::string requests = "-", out = "-", tokenizer;
+    ScoreOptions() : ReadingOptions{"", 16, 1024} {}
 };
 
 inline CLI::App* add_score(CLI::App& app, ScoreOptions& o) {
     CLI::App* command = app.add_subcommand("score", "Log-likelihoods of continuations, for evaluation harnesses: JSON lines in and out");
-    command->add_option("--checkpoint", o.checkpoint, "A checkpoint, or a run's directory")->required();
+    add_reading_options(*command, o, "Requests");
     command->add_option("--requests", o.requests, "File of JSON lines with context and continuation; -: standard input")->capture_default_str();
     command->add_option("--out", o.out, "File for the answers; -: standard output")->capture_default_str();
     command->add_option("--tokenizer", o.tokenizer, "tokenizer.model; default: the checkpoint's own");
-    add_count(*command, "--micro-batch", o.micro_batch, "Requests at a time");
-    add_count(*command, "--seq-len", o.seq_len, "Tokens in a chunk");
-    command->add_option("--gpu", o.gpu, "Index of the GPU to use")->capture_default_str();
     return command;
 }
 

@@ -70,6 +70,7 @@ struct Validation {
                 }
                 upload_tokens(m, tokens.data(), targets.data(), B * T);
                 evaluate(m, (int)B, T, &state);
+                comm.tick();
                 copy_to_host(losses.data(), m.acts.losses, B * T * sizeof(float), m.stream);
                 stream_sync(m.stream);
                 own[i * chunks + k] = std::accumulate(losses.begin(), losses.end(), 0.0);

@@ -128,7 +128,7 @@ public:
         std::error_code error;
         std::filesystem::create_directories(out_dir, error);
         if (error) fail("cannot make the directory %s: %s", out_dir.c_str(), error.message().c_str());
-        std::filesystem::remove_all(directory(), error);    // of a killed process that had the same number
+        remove_tree(directory(), error);    // of a killed process that had the same number
         if (mkdir(directory().c_str(), 0777) != 0) fail("cannot make the directory %s: %s", directory().c_str(), strerror(errno));
         ActiveTemporaries::get().add(temporary_);
     }
@@ -136,7 +136,7 @@ public:
     CheckpointWriter& operator=(const CheckpointWriter&) = delete;
     ~CheckpointWriter() {
         std::error_code error;
-        if (!committed_) std::filesystem::remove_all(directory(), error);
+        if (!committed_) remove_tree(directory(), error);
         ActiveTemporaries::get().remove(temporary_);
     }
 
@@ -175,13 +175,13 @@ private:
             committed_ = true;
         } else if (renameat2(AT_FDCWD, from.c_str(), AT_FDCWD, to.c_str(), RENAME_EXCHANGE) == 0) {
             committed_ = true;
-            std::filesystem::remove_all(from, error);       // now the old one
+            remove_tree(from, error);       // now the old one
         } else {                                            // a file system without exchange: the old one is never without a name
-            std::filesystem::remove_all(replaced, error);
+            remove_tree(replaced, error);
             rename_path(to, replaced);
             rename_path(from, to);
             committed_ = true;
-            std::filesystem::remove_all(replaced, error);
+            remove_tree(replaced, error);
         }
     }
 
@@ -223,7 +223,7 @@ inline void prune_checkpoints(const std::string& out_dir, int keep) {
             rename_path(path, hidden);
             path = hidden;
         }
-        fs::remove_all(path, error);
+        remove_tree(path, error);
         if (error) fprintf(stderr, "warning: cannot remove %s: %s\n", path.c_str(), error.message().c_str());
     }
 }

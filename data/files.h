@@ -4,6 +4,7 @@
 // content or the new one and never a part of it. Every failure is one line with the path and the reason of the system.
 #pragma once
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cerrno>
 #include <filesystem>
@@ -21,6 +22,10 @@
 #include "../kernels/device.cuh"
 
 static_assert(std::endian::native == std::endian::little, "the file formats are little-endian and read without swapping");
+
+// Counts what reading and writing files got done, piece by piece. Whoever watches over this process (kernels/comm_guard.h) tells
+// from it a slow disk, with which it goes on, from one that answers no more.
+inline std::atomic<uint64_t> file_progress{0};
 
 // Text of a file fit for an error line: control characters and bytes outside ASCII become '?', long text is cut.
 inline std::string printable(const std::string& text, size_t limit = 200) {
@@ -99,6 +104,7 @@ struct MappedFile {
         }
         close(fd);
         if (!problem.empty()) fail("cannot read %s: %s", path.c_str(), problem.c_str());
+        file_progress++;
     }
     MappedFile(MappedFile&& other) noexcept : data(std::exchange(other.data, nullptr)), size(std::exchange(other.size, 0)) {}
     MappedFile& operator=(MappedFile&& other) noexcept {
@@ -117,14 +123,29 @@ inline void fsync_path(const std::string& path) {
     const int error = fsync(fd) == 0 ? 0 : errno;
     close(fd);
     if (error && error != EINVAL && error != ENOTSUP && error != EROFS) fail("cannot sync %s: %s", path.c_str(), strerror(error));
+    file_progress++;
 }
 
 inline void rename_path(const std::string& from, const std::string& to) {
     if (rename(from.c_str(), to.c_str()) != 0) fail("cannot rename %s to %s: %s", from.c_str(), to.c_str(), strerror(errno));
 }
 
+// Removes a file or a directory with all that is in it, as std::filesystem::remove_all does
+inline void remove_tree(const std::string& path, std::error_code& error) {
+    std::vector<std::filesystem::path> entries;
+    const std::filesystem::directory_iterator directory(path, error);
+    for (const auto& entry : directory) entries.push_back(entry.path());
+    for (const auto& entry : entries) {
+        std::filesystem::remove_all(entry, error);
+        file_progress++;
+    }
+    std::filesystem::remove_all(path, error);
+}
+
 // A file being written aside. commit() puts it in place; without it the destructor removes every trace.
 // A path that exists and is no regular file (a device, a pipe) is written directly: there is nothing to rename.
+// What was written is sent on to the disk window by window, and only so many windows are ever on their way: a slow disk makes write()
+// slow, and leaves no long silence to the sync at the end.
 class DurableFile {
 public:
     explicit DurableFile(const std::string& path) : path_(path), temporary_(path) {
@@ -146,15 +167,18 @@ public:
     void write(const void* data, size_t bytes) {
         const char* p = (const char*)data;
         while (bytes > 0) {
-            const ssize_t n = ::write(fd_, p, std::min(bytes, (size_t)1 << 30));
+            const ssize_t n = ::write(fd_, p, std::min(bytes, (size_t)(sent_ + WINDOW - written_)));
             if (n < 0 && errno == EINTR) continue;
             if (n <= 0) fail_at(n < 0 ? errno : EIO);
             p += n;
             bytes -= (size_t)n;
             written_ += n;
+            file_progress++;
+            if (written_ == sent_ + WINDOW) send_window();
         }
     }
     void commit() {
+        while (arrived_ < sent_) wait_for_window();
         if (fsync(fd_) != 0 && errno != EINVAL && errno != ENOTSUP) fail_at(errno);
         if (close(std::exchange(fd_, -1)) != 0) fail_at(errno);       // a network file system may report a full disk only here
         if (!direct_) {
@@ -165,13 +189,30 @@ public:
     }
 
 private:
+    static constexpr int64_t WINDOW = 16 << 20, ON_THEIR_WAY = 8 * WINDOW;
+
+    void send_window() {
+        sync_window(sent_, SYNC_FILE_RANGE_WRITE);
+        sent_ = written_;
+        if (sent_ - arrived_ > ON_THEIR_WAY) wait_for_window();
+    }
+    void wait_for_window() {
+        sync_window(arrived_, SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER);
+        arrived_ += WINDOW;
+        file_progress++;
+    }
+    // File systems that cannot do that have the sync at the end
+    void sync_window(int64_t begin, unsigned how) {
+        if (sync_file_range(fd_, begin, WINDOW, how) != 0 && (errno == EIO || errno == ENOSPC || errno == EDQUOT)) fail_at(errno);
+    }
     [[noreturn]] void fail_at(int error) {
-        const char* advice = error == ENOSPC || error == EDQUOT ? "; make room, or write elsewhere" : error == EFBIG ? "; the file is over the size limit (ulimit -f)" : "";
+        const char* advice = error == ENOSPC || error == EDQUOT ? "; make room, or write elsewhere"
+                             : error == EFBIG                    ? "; the file is over the size limit (ulimit -f)" : "";
         fail("cannot write %s: %s after %lld bytes%s", path_.c_str(), strerror(error), (long long)written_, advice);
     }
     std::string path_, temporary_;
     int fd_ = -1;
-    int64_t written_ = 0;
+    int64_t written_ = 0, sent_ = 0, arrived_ = 0;         // bytes; of them in windows that were sent to the disk, and that are there
     bool direct_ = false, committed_ = false;
 };
 

@@ -165,11 +165,12 @@ private:
         const TensorInfo& t = info(name);
         const auto each = [&]<class In>(In, auto to_number) {
             const uint8_t* p = data(name);
-            for (int64_t i = 0, n = t.elements(); i < n; i++) {
-                In value;
-                memcpy(&value, p + i * (int64_t)sizeof value, sizeof value);
-                out[i] = (Out)to_number(value);
-            }
+            for (int64_t i = 0, n = t.elements(); i < n; file_progress++)                     // the file is read where it is touched
+                for (const int64_t end = std::min<int64_t>(n, i + (1 << 20)); i < end; i++) {
+                    In value;
+                    memcpy(&value, p + i * (int64_t)sizeof value, sizeof value);
+                    out[i] = (Out)to_number(value);
+                }
         };
         const auto same = [](auto value) { return value; };
         if (t.dtype == "F32") each(float{}, same);

@@ -73,6 +73,8 @@ struct Comm {
         if (world == 1) return;
         if (guard_) {
             wait_for_all("the end");
+            guard_->set_check({});
+            stop_nccl();                           // still watched: it waits for the others
             guard_->finish();
             guard_.reset();
         }
@@ -95,12 +97,15 @@ struct Comm {
 
     void tick() const {
         if (!guard_) return;
-        if (++guard_->progress == hang_at_) pause();
+        if (++guard_->progress >= hang_at_ && guard_->state == Guard::busy) pause();
     }
-    void watch(double timeout) {                   // from here on a rank without progress counts as hung
+    // From here on a rank without progress counts as hung. files: what moves while it reads and writes them.
+    void watch(double timeout, const std::atomic<uint64_t>& files) {
         if (!guard_) return;
         guard_->timeout = timeout;
-        if (const char* who = std::getenv("SAMBA_TEST_HANG"); who && atoi(who) == rank) hang_at_ = guard_->progress + 100;       // for tests: alive, and stuck
+        guard_->progress_of_files = &files;
+        const char* who = std::getenv("SAMBA_TEST_HANG");                          // for tests: alive, and stuck
+        if (who && atoi(who) == rank) hang_at_ = guard_->progress + 100;
         guard_->watching = true;
     }
     // While one of these lives, the rank is busy with `doing` in this way
@@ -163,13 +168,15 @@ struct Comm {
         const During during(*this, Guard::waiting, "exchanging numbers");
         for (int s = 1; s < world; s++) {
             const int to = (rank + s) % world, from = (rank - s + world) % world;
-            transport_->exchange(to, row.data(), (int64_t)(row.size() * sizeof(double)), from, rows[from].data(), (int64_t)(row.size() * sizeof(double)));
+            const int64_t bytes = (int64_t)(row.size() * sizeof(double));
+            transport_->exchange(to, row.data(), bytes, from, rows[from].data(), bytes);
         }
         return rows;
     }
 
     std::vector<std::string> all_texts(const std::string& text) const {
         std::vector<std::string> texts(world, text);
+        const During during(*this, Guard::waiting, "telling each other");
         int64_t out = (int64_t)text.size();
         for (int s = 1; s < world; s++) {
             const int to = (rank + s) % world, from = (rank - s + world) % world;
@@ -212,7 +219,8 @@ struct Comm {
             const auto [first, fresh] = owner.emplace(hosts[r] + " " + devices[r], r);
             if (!fresh && shared.empty()) shared = "ranks " + std::to_string(first->second) + " and " + std::to_string(r) + " share a GPU";
         }
-        if (mode == Mode::nccl && !shared.empty()) fail("--collectives nccl: %s on %s, which NCCL refuses; start fewer ranks, or use --collectives host", shared.c_str(), hosts[0].c_str());
+        if (mode == Mode::nccl && !shared.empty())
+            fail("--collectives nccl: %s on %s, which NCCL refuses; start fewer ranks, or use --collectives host", shared.c_str(), hosts[0].c_str());
         forced = mode == Mode::nccl || forced;
         nccl_used_ = ON_GPU && mode != Mode::host && shared.empty() && active();
         note_ = !ON_GPU || mode == Mode::host || shared.empty() ? "" : shared + ", which NCCL refuses: gradients go through host memory";
@@ -297,13 +305,15 @@ struct Comm {
         const auto part_of = [&](int r) { return range & Range{bounds[r], bounds[r + 1]}; };
         const Range mine = part_of(rank);
         std::vector<float> copy(main() ? 0 : (size_t)mine.size());
-        copy_to_host(main() ? out + (mine.begin - range.begin) : copy.data(), own + (mine.begin - bounds[rank]), (size_t)mine.size() * sizeof(float), compute_);
+        float* to = main() ? out + (mine.begin - range.begin) : copy.data();
+        copy_to_host(to, own + (mine.begin - bounds[rank]), (size_t)mine.size() * sizeof(float), compute_);
         stream_sync(compute_);
         tick();
         const During during(*this, Guard::waiting, "collecting weights");
         if (!main()) return transport_->exchange(0, copy.data(), mine.size() * (int64_t)sizeof(float), -1, nullptr, 0);
         for (int r = 1; r < world; r++)
-            if (part_of(r).size() > 0) transport_->exchange(-1, nullptr, 0, r, out + (part_of(r).begin - range.begin), part_of(r).size() * (int64_t)sizeof(float));
+            if (const Range part = part_of(r); part.size() > 0)
+                transport_->exchange(-1, nullptr, 0, r, out + (part.begin - range.begin), part.size() * (int64_t)sizeof(float));
     }
 
 private:
@@ -320,7 +330,8 @@ private:
         MPI_Comm_size(MPI_COMM_WORLD, &world);
         transport_ = std::make_unique<MpiTransport>();
         if (const int tasks = env_number("SLURM_STEP_NUM_TASKS", world); world == 1 && tasks > 1 && !std::getenv("OMPI_COMM_WORLD_SIZE"))
-            fail("srun started %d tasks and MPI sees one: use srun --mpi=pmix, or set RANK, WORLD_SIZE and MASTER_ADDR as scripts/slurm.sbatch does", tasks);
+            fail("srun started %d tasks and MPI sees one: use srun --mpi=pmix, or set RANK, WORLD_SIZE and MASTER_ADDR as scripts/slurm.sbatch does",
+                 tasks);
         if (world == 1) MPI_Finalize();
 #endif
     }
@@ -340,7 +351,8 @@ private:
         std::vector<Socket> control(main() ? world : 1);
         if (main()) accept_ranks(listener, control, world - 1, g, 60);
         else if (control[0] = greet(addresses, port, g, 50); !control[0].open())
-            fail("rank %d on %s cannot reach rank 0 on port %d at any of its addresses (%s): a firewall between them?", rank, hosts[0].c_str(), port, text.c_str());
+            fail("rank %d on %s cannot reach rank 0 on port %d at any of its addresses (%s): a firewall between them?",
+                 rank, hosts[0].c_str(), port, text.c_str());
         return control;
     }
 
@@ -360,15 +372,23 @@ private:
             g.job = ((uint64_t)random() << 20 ^ (uint64_t)getpid()) | 1;
             accept_ranks(listener, control_, world - 1, g, 60);
             std::vector<std::string> lines(world, mine);
-            for (int r = 1; r < world; r++)
-                if (!control_[r].recv_text(lines[r])) fail("rank %d closed its connection during the start", r);
+            for (int r = 1; r < world; r++) {
+                control_[r].timeout(60);
+                if (!control_[r].recv_text(lines[r])) fail("rank %d closed its connection during the start, or said nothing for 60 s", r);
+                control_[r].timeout(0);
+            }
             table = std::to_string(g.job) + "\n";
             for (const std::string& line : lines) table += line + "\n";
             for (int r = 1; r < world; r++) control_[r].send_text(table);
         } else {
             control_[0] = greet({launch.master}, launch.port, g, 60);
-            if (!control_[0].open()) fail("rank %d found no rank 0 at %s port %d in 60 s: is it started, and are MASTER_ADDR and MASTER_PORT right?", rank, launch.master.c_str(), launch.port);
-            if (!control_[0].send_text(mine) || !control_[0].recv_text(table)) fail("rank 0 closed its connection to rank %d during the start", rank);
+            if (!control_[0].open())
+                fail("rank %d found no rank 0 at %s port %d in 60 s: is it started, and are MASTER_ADDR and MASTER_PORT right?",
+                     rank, launch.master.c_str(), launch.port);
+            control_[0].timeout(120);              // rank 0 waits for all
+            if (!control_[0].send_text(mine) || !control_[0].recv_text(table))
+                fail("rank 0 closed its connection to rank %d during the start, or said nothing for 120 s", rank);
+            control_[0].timeout(0);
         }
         std::istringstream lines(table);
         lines >> g.job;
@@ -384,7 +404,9 @@ private:
             if (r == 0) addresses.insert(addresses.begin(), launch.master);
             g.to = r;
             tcp->peers[r] = greet(addresses, port, g, 50);
-            if (!tcp->peers[r].open()) fail("rank %d on %s cannot reach rank %d at any of its addresses (port %s): a firewall between them?", rank, hosts[0].c_str(), r, line.c_str());
+            if (!tcp->peers[r].open())
+                fail("rank %d on %s cannot reach rank %d at any of its addresses (port %s): a firewall between them?",
+                     rank, hosts[0].c_str(), r, line.c_str());
         }
         g.from = rank;
         accept_ranks(listener, tcp->peers, world - 1 - rank, g, 60);
@@ -402,8 +424,8 @@ private:
         for (const Item& item : items) {
             const std::string name = next(), value = next();
             if (name != item.name || value != item.value)
-                fail("rank %d on %s has another %s than rank 0 on %s: %.300s, not %.300s; %s", r, hosts[r].c_str(), item.name.c_str(), hosts[0].c_str(), value.c_str(),
-                     item.value.c_str(), item.advice.c_str());
+                fail("rank %d on %s has another %s than rank 0 on %s: %.300s, not %.300s; %s", r, hosts[r].c_str(), item.name.c_str(), hosts[0].c_str(),
+                     value.c_str(), item.value.c_str(), item.advice.c_str());
         }
         fail("rank %d on %s was started with more options than rank 0", r, hosts[r].c_str());
     }
@@ -475,7 +497,8 @@ private:
         const During during(*this, Guard::waiting, "exchanging gradients");
         for (int s = 1; s < world; s++) {
             const int to = (rank + s) % world, from = (rank - s + world) % world;
-            transport_->exchange(to, out + to * STAGING, part[to].size() * (int64_t)sizeof(T), from, in + from * STAGING, part[rank].size() * (int64_t)sizeof(T));
+            const auto bytes = [&](int r) { return part[r].size() * (int64_t)sizeof(T); };
+            transport_->exchange(to, out + to * STAGING, bytes(to), from, in + from * STAGING, bytes(rank));
             tick();
         }
     }
@@ -502,7 +525,8 @@ private:
 
 #ifdef SAMBA_NCCL
     static void nccl_check(ncclResult_t status, const char* call) {
-        if (status != ncclSuccess && status != ncclInProgress) fail("NCCL: %s: %s (%s); NCCL_DEBUG=INFO tells more", call, ncclGetErrorString(status), ncclGetLastError(nullptr));
+        if (status == ncclSuccess || status == ncclInProgress) return;
+        fail("NCCL: %s: %s (%s); NCCL_DEBUG=INFO tells more", call, ncclGetErrorString(status), ncclGetLastError(nullptr));
     }
     void start_nccl() {
         setenv("NCCL_ALGO", "Ring", 0);
@@ -527,11 +551,14 @@ private:
     }
     void nccl_reduce(float* x, Range range, const std::vector<int64_t>& bounds) {
         const auto at = [&](int64_t i) -> void* { return bf16_ ? (void*)(rounded_ + (i - range.begin)) : (void*)(x + i); };
+        const ncclDataType_t type = bf16_ ? ncclBfloat16 : ncclFloat;
         if (bf16_) ops::narrow(rounded_, x + range.begin, range.size(), stream_);
         nccl_check(ncclGroupStart(), "ncclGroupStart");
         for (int r = 0; r < world; r++) {
             const Range part = range & Range{bounds[r], bounds[r + 1]};
-            if (part.size() > 0) nccl_check(ncclReduce(at(part.begin), at(part.begin), (size_t)part.size(), bf16_ ? ncclBfloat16 : ncclFloat, ncclSum, r, nccl_, stream_), "ncclReduce");
+            if (part.size() <= 0) continue;
+            void* p = at(part.begin);
+            nccl_check(ncclReduce(p, p, (size_t)part.size(), type, ncclSum, r, nccl_, stream_), "ncclReduce");
         }
         nccl_check(ncclGroupEnd(), "ncclGroupEnd");
         const Range mine = range & Range{bounds[rank], bounds[rank + 1]};
@@ -546,7 +573,9 @@ private:
         }
         nccl_check(ncclGroupEnd(), "ncclGroupEnd");
     }
-    void nccl_gather(float* rows, int64_t count) { nccl_check(ncclAllGather(rows + rank * count, rows, (size_t)count, ncclFloat, nccl_, stream_), "ncclAllGather"); }
+    void nccl_gather(float* rows, int64_t count) {
+        nccl_check(ncclAllGather(rows + rank * count, rows, (size_t)count, ncclFloat, nccl_, stream_), "ncclAllGather");
+    }
     void nccl_shift(char* in, const char* out, int64_t bytes, int to, int from) {
         nccl_check(ncclGroupStart(), "ncclGroupStart");
         nccl_check(ncclSend(out, (size_t)bytes, ncclChar, to, nccl_, stream_), "ncclSend");
@@ -555,7 +584,9 @@ private:
     }
     ncclComm_t nccl_ = nullptr;
 #else
-    [[noreturn]] static void no_nccl() { fail("several GPUs need NCCL and this program was built without it: install libnccl-dev and build again, or use --collectives host"); }
+    [[noreturn]] static void no_nccl() {
+        fail("several GPUs need NCCL and this program was built without it: install libnccl-dev and build again, or use --collectives host");
+    }
     void start_nccl() { no_nccl(); }
     void stop_nccl() {}
     void nccl_reduce(float*, Range, const std::vector<int64_t>&) { no_nccl(); }

@@ -1,12 +1,13 @@
 // Ends the job on every rank when one of them dies, hangs or gives up, and says which and why.
 //
 // A thread of each rank keeps a TCP connection to rank 0 and sends a sign of life every second: how often it came forward so
-// far, and whether it is computing, waiting for others, or busy with files. Rank 0 knows all of them:
+// far, and whether it is busy or waits for others. Rank 0 knows all of them:
 //   a connection that closes                              that rank died
 //   no sign of life for --rank-timeout seconds            it is stopped, or its machine is gone
-//   alive, computing, and not a step forward for as long  it hangs (ten times as long while it reads or writes files)
+//   alive, busy, and not a step forward for as long       it hangs, in its computing or in its files
 //   all ranks wait and none comes forward for as long     the network hangs
 //   a rank that gives up says why
+// A step forward is a layer, a bucket, or a piece of a file (data/files.h): on a slow disk a checkpoint may take as long as it takes.
 // Rank 0 prints the reason, passes it on to all, and everybody leaves. Ranks that lose rank 0 do the same by themselves. The
 // threads hold no lock that the training needs and read nothing but atomics, so they work while everything else is stuck.
 #pragma once
@@ -18,13 +19,14 @@
 
 class Guard {
 public:
-    enum State : int32_t { computing, waiting, files };
+    enum State : int32_t { busy, waiting };
 
     std::atomic<uint64_t> progress{0};
-    std::atomic<int32_t> state{computing};
+    std::atomic<const std::atomic<uint64_t>*> progress_of_files{nullptr};          // counts as well
+    std::atomic<int32_t> state{busy};
     std::atomic<const char*> doing{"starting"};
     std::atomic<double> timeout{45};
-    std::atomic<bool> watching{false};             // before training starts only silence counts
+    std::atomic<bool> watching{false};             // before that only silence counts
 
     // sockets: on rank 0 one for each other rank, elsewhere the one to rank 0 at [0]. check: an error of the GPU's library, or ""
     Guard(int rank, std::vector<std::string> hosts, bool first_of_host, std::vector<Socket> sockets)
@@ -78,7 +80,7 @@ private:
         for (;;) {
             const bool quiet = !receive();
             const auto next = std::chrono::steady_clock::now();
-            clock_ += std::min(1.0, std::chrono::duration<double>(next - now).count());      // time in which this process was stopped itself does not count
+            clock_ += std::min(1.0, std::chrono::duration<double>(next - now).count());      // while it was stopped itself it saw nobody
             now = next;
             if (giving_up_) {
                 std::string reason;
@@ -110,6 +112,7 @@ private:
         m.kind = kind;
         m.state = state;
         m.progress = progress;
+        if (const std::atomic<uint64_t>* files = progress_of_files) m.progress += *files;
         snprintf(m.doing, sizeof m.doing, "%s", doing.load());
         return m;
     }
@@ -118,7 +121,7 @@ private:
     void send_beats() {
         const Message m = own(beat);
         for (const Socket& s : sockets_)
-            if (s.open()) ::send(s.fd(), &m, sizeof m, MSG_NOSIGNAL | MSG_DONTWAIT);         // a full buffer: that rank is not listening, which is its problem
+            if (s.open()) ::send(s.fd(), &m, sizeof m, MSG_NOSIGNAL | MSG_DONTWAIT);         // a full buffer: that rank does not listen
         std::string trouble;
         {
             std::lock_guard<std::mutex> lock(check_mutex_);
@@ -146,7 +149,8 @@ private:
             any = true;
             if (!sockets_[whose[k]].recv_all(&m, sizeof m)) {
                 sockets_[whose[k]].close();
-                if (!peer.done && !(leaving_ && rank_ != 0)) end(name(whose[k]) + "it died (its connection closed); look for its own last words, or for a signal in the system's log", true);
+                const char* died = "it died (its connection closed); look for its own last words, or for a signal in the system's log";
+                if (!peer.done && !(leaving_ && rank_ != 0)) end(name(whose[k]) + died, true);
                 peer.done = true;
                 continue;
             }
@@ -173,16 +177,17 @@ private:
         char text[160];
         for (int r = 0; r < world_; r++) {
             const Peer& p = peers_[r];
-            const double still = clock_ - p.moved, allowed = p.last.state == files ? 10 * timeout : timeout.load();
+            const double still = clock_ - p.moved;
             if (p.done && r != rank_) continue;
             snprintf(text, sizeof text, "no sign of life for %.0f s: it is stopped, or its machine or network is down", clock_ - p.seen);
             if (r != rank_ && clock_ - p.seen > timeout) end(name(r) + text, true);
             if (rank_ != 0 || !watching) continue;
             snprintf(text, sizeof text, "it hangs: %.0f s without progress while %s (--rank-timeout sets the limit)", still, p.last.doing);
-            if (p.last.state != waiting && still > allowed) end(name(r) + text, true);
+            if (p.last.state != waiting && still > timeout) end(name(r) + text, true);
             all_wait = std::min(all_wait, p.last.state == waiting ? still : 0.0);
         }
-        snprintf(text, sizeof text, "all ranks have been waiting for each other for %.0f s while %s: the network or its library hangs", all_wait, self.last.doing);
+        const char* all = "all ranks have been waiting for each other for %.0f s while %s: the network or its library hangs";
+        snprintf(text, sizeof text, all, all_wait, self.last.doing);
         if (rank_ == 0 && watching && all_wait > timeout) end(text, true);
     }
 
@@ -198,17 +203,19 @@ private:
         return true;
     }
 
-    // The job is over. _exit: destructors would wait for work that will never finish.
+    // The job is over. _exit: destructors would wait for work that will never finish. Others hear of it before the screen does,
+    // where a program that stopped reading would hold us up.
     [[noreturn]] void end(const std::string& reason, bool print) {
-        const std::string line = "error: " + reason + "\n";
-        if (print && ::write(STDERR_FILENO, line.data(), line.size()) < 0) {}
         if (rank_ == 0) {
             Message m = own(failed);
             snprintf(m.text, sizeof m.text, "%s", reason.c_str());
             for (const Socket& s : sockets_)
                 if (s.open()) ::send(s.fd(), &m, sizeof m, MSG_NOSIGNAL | MSG_DONTWAIT);
-            std::this_thread::sleep_for(std::chrono::milliseconds(300));           // so that the others hear of it before a launcher kills them
         }
+        const std::string line = "error: " + reason + "\n";
+        pollfd screen{STDERR_FILENO, POLLOUT, 0};
+        if (print && poll(&screen, 1, 1000) == 1 && ::write(STDERR_FILENO, line.data(), line.size()) < 0) {}
+        if (rank_ == 0) std::this_thread::sleep_for(std::chrono::milliseconds(300));         // before a launcher kills the others
         _exit(1);
     }
 

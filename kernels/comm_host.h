@@ -69,7 +69,8 @@ inline Launch detect_launch() {
     } else if (by_mpi) {
         launch.how = Launch::mpi;
 #ifndef SAMBA_MPI
-        fail("this process was launched by mpirun, and this program was built without MPI: install libopenmpi-dev and build again, or set RANK, WORLD_SIZE and MASTER_ADDR");
+        fail("this process was launched by mpirun, and this program was built without MPI: install libopenmpi-dev and build again, "
+             "or set RANK, WORLD_SIZE and MASTER_ADDR");
 #endif
         return launch;
     } else if (by_srun) {
@@ -85,7 +86,7 @@ inline Launch detect_launch() {
     launch.master = std::getenv("MASTER_ADDR");
     launch.port = env_number("MASTER_PORT", launch.port);
     const char* taken = std::getenv("TORCHELASTIC_USE_AGENT_STORE");
-    if (has("RANK") && taken && strcasecmp(taken, "true") == 0) launch.port++;     // torchrun itself listens on that port, for programs that use its store
+    if (has("RANK") && taken && strcasecmp(taken, "true") == 0) launch.port++;     // torchrun's store, for programs that use it, is there
     return launch;
 }
 
@@ -236,7 +237,9 @@ inline Socket greet(const std::vector<std::string>& addresses, int port, Greetin
                 s.timeout(0);
                 return s;
             }
-            if (answer == 2) fail("rank %d was started with a world of %d ranks and rank 0 with another number: set the same WORLD_SIZE everywhere", greeting.from, greeting.world);
+            if (answer == 2)
+                fail("rank %d was started with a world of %d ranks and rank 0 with another number: set the same WORLD_SIZE everywhere",
+                     greeting.from, greeting.world);
         }
         std::this_thread::sleep_for(std::chrono::milliseconds(50));
     } while (std::chrono::steady_clock::now() < until);
@@ -253,7 +256,8 @@ inline void accept_ranks(const Socket& listener, std::vector<Socket>& by_rank, i
             std::string missing;
             for (int r = 0; r < self.world; r++)
                 if (r != self.from && !by_rank[r].open() && (self.purpose == Greeting::control || r > self.from)) missing += " " + std::to_string(r);
-            fail("rank %d waited %.0f s for ranks%s, which did not connect: are they started, and is their MASTER_ADDR right?", self.from, seconds, missing.c_str());
+            fail("rank %d waited %.0f s for ranks%s, which did not connect: are they started, and is their MASTER_ADDR right?",
+                 self.from, seconds, missing.c_str());
         }
         Socket s = accept_on(listener);
         Greeting g;
@@ -310,8 +314,9 @@ struct TcpTransport : Transport {
         while (out_bytes > 0 || in_bytes > 0) {
             pollfd wait[2] = {{out_bytes > 0 ? peers[to].fd() : -1, POLLOUT, 0}, {in_bytes > 0 ? peers[from].fd() : -1, POLLIN, 0}};
             if (poll(wait, 2, -1) < 0 && errno != EINTR) fail("poll: %s", strerror(errno));
-            if (wait[0].revents) move(to, ::send(wait[0].fd, o, (size_t)std::min<int64_t>(out_bytes, 1 << 30), MSG_NOSIGNAL | MSG_DONTWAIT), o, out_bytes);
-            if (wait[1].revents) move(from, ::recv(wait[1].fd, i, (size_t)std::min<int64_t>(in_bytes, 1 << 30), MSG_DONTWAIT), i, in_bytes);
+            constexpr int64_t MOST = 1 << 30;
+            if (wait[0].revents) move(to, ::send(wait[0].fd, o, (size_t)std::min(out_bytes, MOST), MSG_NOSIGNAL | MSG_DONTWAIT), o, out_bytes);
+            if (wait[1].revents) move(from, ::recv(wait[1].fd, i, (size_t)std::min(in_bytes, MOST), MSG_DONTWAIT), i, in_bytes);
         }
     }
 

@@ -98,8 +98,12 @@ struct DataParallel {
         comm.tick();
         comm.delay_compute();
         if (!weights_on_their_way) return;
-        for (const Bucket& b : buckets)    // -1 wants the last bucket, which has all vectors; layers ascend from there
-            if (layer == -1 ? b.last_layer == -1 : b.matrices.begin <= m.layout.layer_matrices[layer] && m.layout.layer_matrices[layer] < b.matrices.end) comm.wait(b.gathered);
+        const auto has = [&](const Bucket& b) {            // -1 wants the last bucket, which has all vectors; layers ascend from there
+            const int64_t at = layer == -1 ? 0 : m.layout.layer_matrices[layer];
+            return layer == -1 ? b.last_layer == -1 : b.matrices.begin <= at && at < b.matrices.end;
+        };
+        for (const Bucket& b : buckets)
+            if (has(b)) comm.wait(b.gathered);
     }
 
     // The same as update() of samba.cuh, with the gradients of all processes. `stopping`: this process was asked to stop.

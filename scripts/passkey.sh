@@ -14,10 +14,7 @@
 # when they are needed and removed afterwards.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ $# -ge 3 ] || { echo "usage: scripts/passkey.sh paper|gpu|cpu OUT CHECKPOINT_OR_MODEL [options of train_samba]" >&2; exit 1; }
-recipe=$1 out=$2 start_from=$3 task=passkey
-shift 3
-case $recipe in paper | gpu | cpu) ;; *) echo "error: recipe $recipe: choose paper, gpu or cpu" >&2; exit 1 ;; esac
+task=passkey
 . scripts/retrieval.sh
 
 case $recipe in

@@ -1,5 +1,10 @@
-# What scripts/passkey.sh and scripts/phonebook.sh share: read by them, not run. They set `task`, `out` and `start_from`.
+# What scripts/passkey.sh and scripts/phonebook.sh share: read by them, not run. They set `task`; their arguments become `recipe`, `out`,
+# `start_from`, and what is left in "$@" are options of train_samba.
 # PROGRAM, PYTHON: other than ./train_samba and .venv/bin/python.
+[ $# -ge 3 ] || { echo "usage: scripts/$task.sh paper|gpu|cpu OUT CHECKPOINT_OR_MODEL [options of train_samba]" >&2; exit 1; }
+recipe=$1 out=$2 start_from=$3
+shift 3
+case $recipe in paper | gpu | cpu) ;; *) echo "error: recipe $recipe: choose paper, gpu or cpu" >&2; exit 1 ;; esac
 program=${PROGRAM:-./train_samba}
 python=${PYTHON:-.venv/bin/python}
 model=$start_from

@@ -6,9 +6,7 @@
 # HOSTS is MPI's host file, a line "node1 slots=8" for each machine. This directory, the data and OUT are in a file system that
 # all machines share. mpirun reaches the others by ssh; without that see scripts/slurm.sbatch, which needs no MPI.
 #
-# Cost: about 490 GPU hours (7.6 hours on 64 H200): 100e9 tokens at 57k tokens/s, the middle of what this trainer was measured at
-# on one H200 (micro-batch 4, 4,096 tokens, dev/results), times 64 without any loss. Several GPUs have not been timed yet;
-# dev/scaling.md says what is expected of them, and make bench-scaling measures it.
+# Cost: about 487 GPU hours (7.6 hours on 64 H200) at the 57.0k tokens/s that one was measured at (dev/results/2026-11-23_h200); of many: dev/scaling.md
 # Memory: 7.7 GiB of parameters and optimizer a GPU with --zero 1, and activations for what is left (--recompute auto).
 #
 # Starts again from the newest checkpoint when it fails. RANKS, PROGRAM, OUT: other than 64, ./train_samba, out/1.3b.
@@ -17,6 +15,6 @@ cd "$(dirname "$0")/.."
 out=${OUT:-out/1.3b}
 : "${HOSTS:?say which machines: HOSTS=hosts, a host file of MPI}"
 
-exec scripts/restart.sh "$out" mpirun --allow-run-as-root --hostfile "$HOSTS" -np "${RANKS:-64}" ${MPI_OPTIONS:-} "${PROGRAM:-$PWD/train_samba}" --model samba-1.3b --preset 100b \
-    --micro-batch 8 --data "${DATA:?say where the training shards are}" ${VAL:+--val "$VAL"} --out "$out" --resume \
+exec scripts/restart.sh "$out" mpirun --allow-run-as-root --hostfile "$HOSTS" -np "${RANKS:-64}" ${MPI_OPTIONS:-} "${PROGRAM:-$PWD/train_samba}" \
+    --model samba-1.3b --preset 100b --micro-batch 8 --data "${DATA:?say where the training shards are}" ${VAL:+--val "$VAL"} --out "$out" --resume \
     --val-every 1000 --checkpoint-every 500 --keep 3 --log-every 10 "$@"

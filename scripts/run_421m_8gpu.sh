@@ -3,9 +3,7 @@
 #
 #   DATA='data/slim/train_*.bin' VAL='data/slim/val_*.bin' scripts/run_421m_8gpu.sh [options of train_samba]
 #
-# Cost: about 33 GPU hours (4.1 hours on 8 H200): 20e9 tokens at the 170.7k tokens/s that this trainer was measured at on one H200
-# (micro-batch 8, 4,096 tokens, dev/results), times 8 without any loss. Several GPUs have not been timed yet; dev/scaling.md says
-# what is expected of them, and make bench-scaling measures it.
+# Cost: about 33 GPU hours (4.1 hours on 8 H200) at the 170.7k tokens/s that one was measured at (dev/results/2026-11-23_h200); of many: dev/scaling.md
 # Memory: 2.9 GiB of parameters and optimizer a GPU with --zero 1, and activations for what is left (--recompute auto).
 #
 # Starts again from the newest checkpoint when it fails. RANKS, PROGRAM, OUT: other than 8, ./train_samba, out/421m.
@@ -13,6 +11,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-out/421m}
 
-exec scripts/restart.sh "$out" mpirun --allow-run-as-root --oversubscribe -np "${RANKS:-8}" "${PROGRAM:-./train_samba}" --model samba-421m --preset 20b --micro-batch 8 \
-    --data "${DATA:?say where the training shards are}" ${VAL:+--val "$VAL"} --out "$out" --resume \
+exec scripts/restart.sh "$out" mpirun --allow-run-as-root --oversubscribe -np "${RANKS:-8}" "${PROGRAM:-./train_samba}" \
+    --model samba-421m --preset 20b --micro-batch 8 --data "${DATA:?say where the training shards are}" ${VAL:+--val "$VAL"} --out "$out" --resume \
     --val-every 1000 --checkpoint-every 250 --keep 3 --log-every 10 "$@"

@@ -5,24 +5,11 @@
 
 #include <gtest/gtest.h>
 
-#include "../../data/model_io.h"
 #include "../../kernels/data_parallel.cuh"
+#include "model_fixture.h"
 #include "test_files.h"
-#include "test_util.h"
 
 namespace {
-
-#define NEEDS_DEVICE() if (ON_GPU) REQUIRE_GPU()
-
-Config small_config(const std::string& blocks) {
-    Config c;
-    c.name = "parallel-" + blocks;
-    c.blocks = blocks;
-    c.d_model = 32; c.n_head = 2; c.n_kv_head = 1; c.head_dim = 16; c.d_ff = 48;
-    c.window = 9; c.seq_len = 16; c.vocab_size = 61;
-    validate(c, "test");
-    return c;
-}
 
 std::vector<float> read(const float* device, int64_t n, Stream stream) {
     std::vector<float> host((size_t)n);
@@ -171,7 +158,7 @@ double error_of_sum(int world, int64_t n, bool bf16) {
 
 // More than one piece of the staging buffer for each rank. A rounding to float errs by 2^-24 at most, one to bf16 by 2^-8.
 TEST(Parallel, SumsAreRoundedAsPromised) {
-    NEEDS_DEVICE();
+    REQUIRE_DEVICE();
     constexpr int world = 3;
     constexpr int64_t n = 3300007;
     EXPECT_LE(error_of_sum(world, n, false), (world - 1) * 0x1p-24);
@@ -198,7 +185,7 @@ TEST(Parallel, NcclWithOneRankRoundsOnce) {
 }
 
 TEST(Parallel, MomentsPassThroughFourThreeAndOneProcesses) {
-    NEEDS_DEVICE();
+    REQUIRE_DEVICE();
     const Config c = small_config("MS");
     std::vector<std::unique_ptr<TempFolder>> folders;
     int before = 0;
@@ -217,7 +204,7 @@ TEST(Parallel, MomentsPassThroughFourThreeAndOneProcesses) {
 }
 
 TEST(Parallel, AMissingPieceIsNamed) {
-    NEEDS_DEVICE();
+    REQUIRE_DEVICE();
     const Config c = small_config("MS");
     TempFolder folder;
     for (int rank : {0, 1, 3}) {
@@ -236,7 +223,7 @@ TEST(Parallel, AMissingPieceIsNamed) {
 
 // Whatever the buckets' size: together they are everything, each once, and none is sent before its layers are through.
 TEST(Parallel, BucketsFollowBackward) {
-    NEEDS_DEVICE();
+    REQUIRE_DEVICE();
     for (const char* blocks : {"MSMS", "TT", "ss", "mmm", "PF"})
         for (int64_t bytes : {1, 5000, 20000, 1 << 30}) {
             Comm comm;
@@ -261,20 +248,14 @@ TEST(Parallel, BucketsFollowBackward) {
 }
 
 TEST(Parallel, NamesTheFirstLayerThatIsNotFinite) {
-    NEEDS_DEVICE();
-    constexpr int B = 1;
-    constexpr int64_t T = 16;
-    Model m(small_config("MS"));
-    m.w.create(m.layout, true);
-    m.acts.create(m.layout, B, T, true, Recompute::full);
-    const std::vector<int> tokens(T, 3);
+    REQUIRE_DEVICE();
+    Fixture f(small_config("MS"), 1, 16, Recompute::full);
     const auto where = [&](const char* name) {
-        initialise(m, 1);
-        for (const Tensor& t : m.layout.tensors)
-            if (t.name == name) upload_tensor(m, t, std::vector<float>((size_t)t.size, NAN).data());
-        upload_tokens(m, tokens.data(), tokens.data(), T);
-        forward_backward(m, B, T, 1, true);
-        return first_not_finite(m, B, T);
+        initialise(f.m, 1);
+        for (const Tensor& t : f.m.layout.tensors)
+            if (t.name == name) upload_tensor(f.m, t, std::vector<float>((size_t)t.size, NAN).data());
+        f.loss_and_gradients();
+        return first_not_finite(f.m, f.B, f.T);
     };
     EXPECT_EQ(where(""), "");
     EXPECT_EQ(where("lm_head.weight"), "the output of the embedding");
