@@ -24,15 +24,15 @@
 namespace gpu {
 namespace decode {
 
-constexpr int STEP_THREADS = THREADS + 4 * WARP;           // the consumers; a warp group of which one warp is the producer
+constexpr int PRODUCERS = 4 * WARP, STEP_THREADS = THREADS + PRODUCERS;
 constexpr int TILE = 16;                                   // weight rows of a tile
 constexpr int PIECE = 512;                                 // columns of a piece: two blocks of 32 for each warp
 constexpr int PITCH = PIECE * 2 + 64;                      // bytes of a row in the ring; the end shifts the next row by half the banks
 constexpr int STAGE = TILE * PITCH, STAGES = 12;
 constexpr int MAX_OWN = 24;                                // rows of x that a block owns
 constexpr int MAX_STATES = 256;                            // d_state times sequences
-constexpr int TEAM_SUMS = 32 * 66;                         // floats: (teams, 2 + hd), the most of any head size
-constexpr int PARTIAL = 2 * TEAM_SUMS > 2 * WARPS * TILE * MAX_BATCH ? 2 * TEAM_SUMS : 2 * WARPS * TILE * MAX_BATCH;
+constexpr int WARP_SUMS = WARPS * (2 + 256);               // floats: (WARPS, 2 + hd)
+constexpr int PARTIAL = 2 * std::max(WARP_SUMS, WARPS * TILE * MAX_BATCH);
 
 enum class Task : int { conv, x_proj, scan, residual, qkv, attend, combine, swiglu, head };
 
@@ -62,7 +62,7 @@ struct StepArgs {
     float *logits, *parts, *sums;          // parts: (B,H,splits,2+hd); sums: (B,blocks) squares of x
     unsigned* counter;                     // arrivals of blocks, ever; and what it was before this step
     int probe;                             // measurements only: 1 blocks do not wait for each other; 2 nor compute
-    int copy_16;                           // keys and values by cp.async instead of bulk copies
+    int depth;                             // pieces under way at a time
     long long* trace;                      // (phases, blocks, 4) clocks, or null
 };
 
@@ -80,7 +80,8 @@ __device__ inline void mbarrier_wait(unsigned bar, unsigned parity) {
 __device__ inline void bulk_copy(unsigned to, const void* from, unsigned bytes, unsigned bar) {              // addresses and size: multiples of 16
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes), "r"(bar) : "memory");
 }
-__device__ inline void copies_arrive(unsigned bar) { asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory"); }
+// Counts as an arrival when this thread's cp.async are through, and as one to wait for from now on
+__device__ inline void copies_arrive(unsigned bar) { asm volatile("cp.async.mbarrier.arrive.shared::cta.b64 [%0];" ::"r"(bar) : "memory"); }
 #endif
 __device__ inline void copy_16_to(unsigned to, const void* from) { asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory"); }
 __device__ inline void consumers_meet() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
@@ -98,20 +99,20 @@ __device__ inline int part_of(int n, int i, int parts) { return (int)((unsigned)
 
 struct Share {
     int begin, count, tiles;               // of the results
-    __device__ explicit Share(const Phase& ph) {
-        const int most = in_pairs(ph.task) ? TILE / 2 : TILE;
-        begin = part_of(ph.results, blockIdx.x, gridDim.x);
-        count = part_of(ph.results, blockIdx.x + 1, gridDim.x) - begin;
+    __device__ Share(Task task, int results) {
+        const int most = in_pairs(task) ? TILE / 2 : TILE;
+        begin = part_of(results, blockIdx.x, gridDim.x);
+        count = part_of(results, blockIdx.x + 1, gridDim.x) - begin;
         tiles = (count + most - 1) / most;
     }
     __device__ int tile_begin(int t) const { return begin + part_of(count, t, tiles); }
 };
 
 // The weight row in a slot of a tile of n results from `first` on
-__device__ inline int weight_row(const Phase& ph, int hd, int first, int n, int slot) {
-    if (!in_pairs(ph.task)) return first + slot;
-    const int i = first + slot % n, second = slot / n;
-    if (ph.task == Task::swiglu) return i + second * ph.results;
+__device__ inline int weight_row(Task task, int results, int hd, int first, int n, int slot) {
+    if (!in_pairs(task)) return first + slot;
+    const int second = slot >= n, i = first + slot - second * n;
+    if (task == Task::swiglu) return i + second * results;
     const int half = hd / 2;
     return i / half * hd + i % half + second * half;
 }
@@ -119,11 +120,11 @@ __device__ inline int weight_row(const Phase& ph, int hd, int first, int n, int 
 struct KeyPart {                           // of one sequence and query head
     int b, h, split;
     int64_t begin, end;
-    __device__ KeyPart(const StepArgs& a, int part, int64_t capacity) {
+    template <class Position> __device__ KeyPart(const StepArgs& a, int part, int64_t capacity, Position position) {
         split = part % a.splits;
         h = part / a.splits % a.H;
         b = part / a.splits / a.H;
-        const int64_t seen = min(a.position[b], capacity), share = (int64_t)(((unsigned)seen + a.splits - 1) / (unsigned)a.splits);       // below 2^31 (possible())
+        const int64_t seen = min(position(b), capacity), share = (int64_t)(((unsigned)seen + a.splits - 1) / (unsigned)a.splits);       // below 2^31 (possible())
         begin = min(seen, split * share);
         end = min(seen, begin + share);
     }
@@ -152,79 +153,107 @@ struct Ring {
     }
 };
 
-template <int LANES> __device__ inline void produce(const StepArgs& a, Ring ring) {
-    constexpr int TOKENS = 2 * THREADS / LANES;
-    const int lane = threadIdx.x % WARP;
-    bool waited = false;
-    for (int p = 0; p < a.count; p++) {
-        const Phase& ph = a.phases[p];
-        if (ph.task == Task::combine) continue;
-        if (ph.task == Task::attend) {
-            if (!waited) asm volatile("griddepcontrol.wait;" ::: "memory");        // the position is the sampler's
-            waited = true;
-            for (int part = blockIdx.x; part < a.B * a.H * a.splits; part += gridDim.x) {
-                const KeyPart k(a, part, ph.capacity);
-                const int g = k.h / (a.H / a.G), row = a.hd * 2;                   // bytes of a key
-                const int64_t token = (int64_t)2 * a.G * row;
-                const char* keys = (const char*)ph.ring + k.b * ph.capacity * token + (int64_t)g * row;
-                for (int64_t from = k.begin; from < k.end; from += TOKENS) {
-                    const int n = (int)min((int64_t)TOKENS, k.end - from);
-                    ring.wait_for_room();
-                    const unsigned to = ring.stage(), bar = ring.full_bar();
-                    if (a.copy_16) {
-                        const int chunks = row / 16;
-                        for (int i = lane; i < n * chunks; i += WARP) {
-                            const int key = i / chunks, c = i % chunks * 16;
-                            const char* src = keys + (from + key) * token + c;
-                            copy_16_to(to + key * row + c, src);
-                            copy_16_to(to + (TOKENS + key) * row + c, src + a.G * row);
-                        }
-                        copies_arrive(bar);
-                    } else {
-                        const int mine = lane < n ? (n - lane + WARP - 1) / WARP : 0;
-                        if (mine) mbarrier_expect(bar, mine * 2 * row);
-                        else mbarrier_arrive(bar);
-                        for (int key = lane; key < n; key += WARP) {
-                            const char* src = keys + (from + key) * token;
-                            bulk_copy(to + key * row, src, row, bar);
-                            bulk_copy(to + (TOKENS + key) * row, src + a.G * row, row, bar);
-                        }
-                    }
-                    ring.at.next();
-                }
-            }
-            continue;
+// The four producer warps: each brings a quarter of every piece
+struct Producer {
+    const StepArgs& a;
+    Ring ring;
+    RingPlace landed{};
+    int issued = 0;
+    const int lane = threadIdx.x % WARP, warp = (threadIdx.x - THREADS) / WARP;
+
+    __device__ void begin_piece() {
+        ring.wait_for_room();
+        if (issued++ >= a.depth) {                                                 // more under way would only make the consumers' loads wait
+            mbarrier_wait(ring.full + landed.stage * 8, landed.parity);
+            landed.next();
         }
-        const Share share(ph);
+    }
+    // Row r of a piece: `bytes` from `from` to offset `to`
+    __device__ void copy_rows(int rows, unsigned bytes, const void* from, unsigned to) {      // from, to: of row 4 lane + warp
+        begin_piece();
+        const int mine = (rows - warp + 3) / 4;
+        if (lane == 0) {
+            if (mine > 0) mbarrier_expect(ring.full_bar(), mine * bytes);
+            else mbarrier_arrive(ring.full_bar());
+        }
+        __syncwarp();
+        if (lane < mine) bulk_copy(ring.stage() + to, from, bytes, ring.full_bar());
+        ring.at.next();
+    }
+    __device__ void prefetch(const float* p, int n) const {                        // to L2
+        for (int i = lane * 32; i < n + 31; i += WARP * 32) asm volatile("prefetch.global.L2 [%0];" ::"l"(p + min(i, n - 1)));
+    }
+
+    __device__ void linear(const Phase& ph, Task task, int results, int K, const __nv_bfloat16* w) {
+        const Share share(task, results);
+        if (warp == 3 && share.count > 0) {                                        // small operands of the results
+            const int c0 = share.begin, n = share.count;
+            if (task == Task::residual && ph.norm) prefetch(ph.norm + c0, n);
+            if (task == Task::scan) prefetch(ph.D + c0, n), prefetch(ph.dt_bias + c0, n);
+            if (task == Task::conv && c0 < a.e) prefetch(ph.conv_w + c0 * 4, min(n, a.e - c0) * 4), prefetch(ph.conv_b + c0, min(n, a.e - c0));
+        }
+        const int row = 4 * lane + warp;
         for (int t = 0; t < share.tiles; t++) {
-            const int first = share.tile_begin(t), n = share.tile_begin(t + 1) - first, slots = in_pairs(ph.task) ? 2 * n : n;
-            const __nv_bfloat16* row = ph.w + (int64_t)weight_row(ph, a.hd, first, n, min(lane, slots - 1)) * ph.K;
-            for (int k = 0; k < ph.K; k += PIECE) {
-                const unsigned bytes = min(PIECE, ph.K - k) * 2;
-                ring.wait_for_room();
-                if (lane < slots) {
-                    mbarrier_expect(ring.full_bar(), bytes);
-                    bulk_copy(ring.stage() + lane * PITCH, row + k, bytes, ring.full_bar());
-                } else {
-                    mbarrier_arrive(ring.full_bar());
-                }
-                ring.at.next();
+            const int first = share.tile_begin(t), n = share.tile_begin(t + 1) - first, slots = in_pairs(task) ? 2 * n : n;
+            const __nv_bfloat16* from = w + (int64_t)weight_row(task, results, a.hd, first, n, min(row, slots - 1)) * K;
+            for (int k = 0; k < K; k += PIECE) copy_rows(slots, min(PIECE, K - k) * 2, from + k, row * PITCH);
+            if (task == Task::scan) {                                              // A_log, then each sequence's h
+                const int r = min(row, a.B), bytes = n * a.N * 4;
+                copy_rows(a.B + 1, bytes, r == 0 ? ph.A_log + (int64_t)first * a.N : ph.h + ((int64_t)(r - 1) * a.e + first) * a.N, r * bytes);
             }
-            if (ph.task == Task::scan) {                                           // A_log, then each sequence's h
-                const unsigned bytes = n * a.N * 4;
-                ring.wait_for_room();
-                if (lane <= a.B) {
-                    mbarrier_expect(ring.full_bar(), bytes);
-                    const float* src = lane == 0 ? ph.A_log + (int64_t)first * a.N : ph.h + ((int64_t)(lane - 1) * a.e + first) * a.N;
-                    bulk_copy(ring.stage() + lane * bytes, src, bytes, ring.full_bar());
-                } else {
-                    mbarrier_arrive(ring.full_bar());
+        }
+    }
+
+    // Keys and values come as 16-byte copies: a bulk copy of 256 bytes costs as much as one of 1,024
+    template <int LANES> __device__ void keys(const Phase& ph, int64_t position /*of sequence `lane`*/) {
+        constexpr int TOKENS = 2 * THREADS / LANES;
+        const int row = a.hd * 2, chunks = row / 16, per_group = a.H / a.G;        // bytes of a key
+        const int64_t token = (int64_t)2 * a.G * row, capacity = ph.capacity;
+        for (int part = blockIdx.x; part < a.B * a.H * a.splits; part += gridDim.x) {
+            const KeyPart k(a, part, capacity, [&](int b) { return __shfl_sync(0xffffffffu, position, b); });
+            const char* from = (const char*)ph.ring + (k.b * capacity + k.begin) * token + (int64_t)(k.h / per_group) * row;
+            for (int64_t left = k.end - k.begin; left > 0; left -= TOKENS, from += TOKENS * token) {
+                const int n = (int)min((int64_t)TOKENS, left);
+                begin_piece();
+                for (int i = warp * WARP + lane; i < n * chunks; i += PRODUCERS) {
+                    const int key = i / chunks, c = i % chunks * 16;
+                    const char* src = from + key * token + c;
+                    copy_16_to(ring.stage() + key * row + c, src);
+                    copy_16_to(ring.stage() + (TOKENS + key) * row + c, src + a.G * row);
                 }
+                copies_arrive(ring.full_bar());
+                __syncwarp();
+                if (lane == 0) mbarrier_arrive(ring.full_bar());
                 ring.at.next();
             }
         }
     }
-}
+
+    template <int LANES> __device__ void run() {
+        bool waited = false;
+        int64_t position = 0;
+        Task task = a.phases->task;
+        int results = a.phases->results, K = a.phases->K;
+        const __nv_bfloat16* w = a.phases->w;
+        for (int p = 0; p < a.count; p++) {
+            const Phase &ph = a.phases[p], &next = a.phases[min(p + 1, a.count - 1)];
+            const Task next_task = next.task;                                      // before they are needed
+            const int next_results = next.results, next_K = next.K;
+            const __nv_bfloat16* next_w = next.w;
+            if (task == Task::attend) {
+                if (!waited) {                                                     // the position is the sampler's
+                    asm volatile("griddepcontrol.wait;" ::: "memory");
+                    if (lane < a.B) position = __ldcg((const long long*)a.position + lane);
+                    waited = true;
+                }
+                keys<LANES>(ph, position);
+            } else if (task != Task::combine) {
+                linear(ph, task, results, K, w);
+            }
+            task = next_task, results = next_results, K = next_K, w = next_w;
+        }
+    }
+};
 
 __device__ inline float quick_sigmoid(float x) { return __fdividef(1.f, 1.f + expf(-x)); }
 
@@ -236,10 +265,12 @@ struct Scratch {                           // shared memory of the consumers
     float *own;                            // (MAX_BATCH,MAX_OWN) x of the rows that this block owns
     float *scale;                          // (MAX_BATCH) 1/rms, or 1
     float *BC;                             // (MAX_BATCH,2N)
+    int64_t* position;                     // (MAX_BATCH)
 };
 
-// What a thread's result of a tile needs from memory, loaded before the products
-struct Operands { float v[8]; };
+// What a thread's result of a tile needs from memory besides the sums. Nothing of it is younger than two barriers, so that the first
+// tile's is loaded while the block waits for the others.
+struct Operands { float v[10]; };
 
 template <int NT> struct Linear {
     static constexpr int MOST = NT == 1 ? 24 : 16;          // blocks of 32 columns a warp
@@ -248,9 +279,23 @@ template <int NT> struct Linear {
     const Phase& ph;
     Scratch s;
 
-    __device__ Operands early(int j, int b) const {         // j: result
+    // For the tile of n results from `first` on
+    __device__ Operands early(int first, int n) const {
         Operands o{};
+        if (ph.task == Task::scan) {                        // u and z of up to 4 channels' sequences; dt_bias, D
+            const int r = threadIdx.x / 4 % TILE, c = first + r;
+#pragma unroll
+            for (int k = 0; k < 2 * NT; k++) {
+                const int b = (threadIdx.x + k * THREADS) / (4 * TILE);
+                if (r < n && b < a.B) o.v[k] = load_fresh(ph.u + (int64_t)b * a.e + c), o.v[4 + k] = load_fresh(ph.z + (int64_t)b * a.e + c);
+            }
+            if (r < n) o.v[8] = ph.dt_bias[c], o.v[9] = ph.D[c];
+            return o;
+        }
+        const int r = threadIdx.x % TILE, b = threadIdx.x / TILE, j = first + r;
+        if (r >= n || b >= a.B) return o;
         if (ph.task == Task::conv && j < a.e) {
+#pragma unroll
             for (int k = 0; k < 3; k++) o.v[k] = load_fresh(ph.halo + ((int64_t)b * 3 + k) * a.e + j);
             const float4 w = *(const float4*)(ph.conv_w + (int64_t)j * 4);
             o.v[3] = w.x, o.v[4] = w.y, o.v[5] = w.z, o.v[6] = w.w, o.v[7] = ph.conv_b[j];
@@ -262,6 +307,10 @@ template <int NT> struct Linear {
             o.v[0] = turn.x, o.v[1] = turn.y;
         }
         return o;
+    }
+    __device__ Operands early_first() const {
+        const Share share(ph.task, ph.results);
+        return share.tiles ? early(share.begin, share.tile_begin(1) - share.begin) : Operands{};
     }
 
     // Result j of sequence b, from the sums of its row, or of its two rows
@@ -299,7 +348,7 @@ template <int NT> struct Linear {
     }
 
     // The scan's step of a tile's channels: 4 lanes a channel of a sequence. dt_proj's sums: sum(slot, b)
-    template <class Sum> __device__ void scan(unsigned state, int first, int n, const float (&u)[2 * NT], const float (&z)[2 * NT], Sum sum) const {
+    template <class Sum> __device__ void scan(unsigned state, int first, int n, const Operands& o, Sum sum) const {
         const unsigned bytes = n * a.N * 4;
 #pragma unroll
         for (int k = 0; k < 2 * NT; k++) {
@@ -307,7 +356,7 @@ template <int NT> struct Linear {
             const bool live = r < n && b < a.B;
             float y = 0;
             if (live) {
-                const float raw = round_to<X>(sum(r, b)) + ph.dt_bias[c], dt = raw > 20.f ? raw : log1pf(expf(raw)), input = dt * u[k];
+                const float raw = round_to<X>(sum(r, b)) + o.v[8], dt = raw > 20.f ? raw : log1pf(expf(raw)), input = dt * o.v[k];
                 for (int i = sub * 4; i < a.N; i += 16) {
                     const uint4 Ai = load_shared(state + (r * a.N + i) * 4), hi = load_shared(state + (b + 1) * bytes + (r * a.N + i) * 4);
                     const unsigned A[4] = {Ai.x, Ai.y, Ai.z, Ai.w}, h[4] = {hi.x, hi.y, hi.z, hi.w};
@@ -322,12 +371,45 @@ template <int NT> struct Linear {
             }
             y += __shfl_xor_sync(0xffffffffu, y, 1);
             y += __shfl_xor_sync(0xffffffffu, y, 2);
-            if (live && sub == 0) ph.out[(int64_t)b * a.e + c] = from_float<X>((y + ph.D[c] * u[k]) * z[k] * quick_sigmoid(z[k]));
+            if (live && sub == 0) ph.out[(int64_t)b * a.e + c] = from_float<X>((y + o.v[9] * o.v[k]) * o.v[4 + k] * quick_sigmoid(o.v[4 + k]));
         }
     }
 
-    __device__ void run(Ring& ring, long long* trace) const {
+    // scale: 1/rms of each sequence's input. The sums of squares: 8 a lane under way at a time
+    struct Squares { float v[NT][8]; };
+    __device__ Squares load_squares() const {
+        Squares q{};
+#pragma unroll
+        for (int i = 0; i < NT; i++)
+#pragma unroll
+            for (int k = 0; k < 8; k++) {
+                const int b = threadIdx.x / WARP + i * WARPS, at = threadIdx.x % WARP + k * WARP;
+                if (b < a.B && at < ph.squares_n) q.v[i][k] = __ldcg(ph.squares + (int64_t)b * ph.squares_n + at);
+            }
+        return q;
+    }
+    __device__ void store_scale(const Squares& q) const {
+        const int lane = threadIdx.x % WARP;
+#pragma unroll
+        for (int i = 0; i < NT; i++) {
+            const int b = threadIdx.x / WARP + i * WARPS;
+            if (b >= a.B) break;
+            float r = 1;
+            if (ph.squares_n) {
+                float sum = 0;
+#pragma unroll
+                for (int k = 0; k < 8; k++) sum += q.v[i][k];
+                for (int at = lane + 8 * WARP; at < ph.squares_n; at += WARP) sum += __ldcg(ph.squares + (int64_t)b * ph.squares_n + at);
+                r = rsqrtf(__fdividef(warp_sum(sum), (float)ph.K) + a.eps);
+            }
+            if (lane == 0) s.scale[b] = r;
+        }
+    }
+
+    // o: early_first()
+    __device__ void run(Ring& ring, Operands o, long long* trace) const {
         const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
+        const Squares q = load_squares();
         uint4 in[MOST][NT];
 #pragma unroll
         for (int u = 0; u < MOST; u++)
@@ -337,37 +419,17 @@ template <int NT> struct Linear {
                 in[u][i] = make_uint4(0, 0, 0, 0);
                 if (u * WARPS * 32 < ph.K && k < ph.K && b < a.B) in[u][i] = __ldcg((const uint4*)(ph.in + (int64_t)b * ph.in_stride + k));
             }
-        for (int b = warp; b < a.B; b += WARPS) {
-            float r = 1;
-            if (ph.squares_n) {
-                float sum = 0;
-#pragma unroll 8
-                for (int i = lane; i < ph.squares_n; i += WARP) sum += __ldcg(ph.squares + (int64_t)b * ph.squares_n + i);
-                r = rsqrtf(__fdividef(warp_sum(sum), (float)ph.K) + a.eps);
-            }
-            if (lane == 0) s.scale[b] = r;
-        }
         if (ph.task == Task::scan)
             for (int i = threadIdx.x; i < a.B * 2 * a.N; i += THREADS) s.BC[i] = load_fresh(ph.in + (int64_t)(i / (2 * a.N)) * ph.in_stride + a.rank + i % (2 * a.N));
-        const Share share(ph);
+        store_scale(q);
+        const Share share(ph.task, ph.results);
         const bool pairs = in_pairs(ph.task);
         const int r = threadIdx.x % TILE, b = threadIdx.x / TILE;                  // of this thread's result
         float squares = 0;
         for (int tile = 0; tile < share.tiles; tile++) {
             const int first = share.tile_begin(tile), n = share.tile_begin(tile + 1) - first, slots = pairs ? 2 * n : n;
             const bool live = r < n && b < a.B;
-            Operands o{};
-            float u[2 * NT], z[2 * NT];
-            if (ph.task == Task::scan) {
-#pragma unroll
-                for (int k = 0; k < 2 * NT; k++) {
-                    const int task = threadIdx.x + k * THREADS, row = task / 4 % TILE, seq = task / (4 * TILE);
-                    const int64_t i = (int64_t)seq * a.e + first + row;
-                    u[k] = row < n && seq < a.B ? load_fresh(ph.u + i) : 0.f, z[k] = row < n && seq < a.B ? load_fresh(ph.z + i) : 0.f;
-                }
-            } else if (live) {
-                o = early(first + r, b);
-            }
+            const Operands next = tile + 1 < share.tiles ? early(first + n, share.tile_begin(tile + 2) - first - n) : Operands{};
             float acc[2][NT][4] = {};
 #pragma unroll
             for (int p = 0; p < MOST / 2; p++) {
@@ -405,8 +467,9 @@ template <int NT> struct Linear {
                 return total * s.scale[seq];
             };
             if (ph.task == Task::scan) {
-                scan(ring.wait_for_piece(), first, n, u, z, sum);
+                scan(ring.wait_for_piece(), first, n, o, sum);
                 ring.release();
+                o = next;
                 continue;
             }
             float square = 0;
@@ -416,6 +479,7 @@ template <int NT> struct Linear {
                 for (int k = TILE / 2; k > 0; k /= 2) square += __shfl_xor_sync(0xffffffffu, square, k);
                 squares += square;
             }
+            o = next;
         }
         if (ph.task == Task::residual && ph.out && r == 0 && b < a.B) a.sums[(int64_t)b * gridDim.x + blockIdx.x] = squares;
     }
@@ -424,97 +488,138 @@ template <int NT> struct Linear {
 // ---------------------------------------------------------------------------------------------------------------------
 // Attention: each block its parts of the keys, LANES lanes a key; then the sum of the parts, and the new key takes its place
 
-template <int LANES> __device__ inline void attend(const StepArgs& a, const Phase& ph, const Scratch& s, Ring& ring) {
+template <int LANES> struct Attend {
     using X = __nv_bfloat16;
-    constexpr int TEAMS = THREADS / LANES, TOKENS = 2 * TEAMS;
-    const int sub = threadIdx.x % LANES, team = threadIdx.x / LANES, per_group = a.H / a.G, hd = a.hd, width = 2 + hd;
-    const bool inside = sub * 8 < hd;
-    const float scale = 1.44269504f * rsqrtf((float)hd);
-    float* sums = s.partial;
-    for (int part = blockIdx.x; part < a.B * a.H * a.splits; part += gridDim.x) {
-        const KeyPart k(a, part, ph.capacity);
-        const X* heads = ph.qkv + ((int64_t)k.b * a.G + k.h / per_group) * (per_group + 2) * hd + sub * 8;
-        Eight q = unpack(load_eight(heads + k.h % per_group * hd, inside));
-#pragma unroll
-        for (int i = 0; i < 8; i++) q.v[i] *= scale;
-        Softmax soft;
-        soft.clear();
-        if (k.split == 0 && team / (WARP / LANES) == 0) {                          // the token itself; all of warp 0 takes part in the sums
-            const Eight key = unpack(load_eight(heads + per_group * hd, inside)), value = unpack(load_eight(heads + (per_group + 1) * hd, inside));
-            float score = 0;
-#pragma unroll
-            for (int i = 0; i < 8; i++) score += q.v[i] * key.v[i];
-            score = lanes_sum<LANES>(score);
-            if (team == 0) soft.top = score, soft.add(score, value);
-        }
-        for (int64_t from = k.begin; from < k.end; from += TOKENS) {
-            const int n = (int)min((int64_t)TOKENS, k.end - from);
-            const unsigned keys = ring.wait_for_piece() + sub * 16, row = hd * 2;
-            RawEight<X> key[2]{}, value[2]{};
-#pragma unroll
-            for (int j = 0; j < 2; j++)
-                if (const int i = team + j * TEAMS; i < n && inside) key[j].a = load_shared(keys + i * row), value[j].a = load_shared(keys + (TOKENS + i) * row);
-            ring.release();
-            float score[2], top = soft.top;
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                const Eight e = unpack(key[j]);
-                float dot = 0;
-#pragma unroll
-                for (int i = 0; i < 8; i++) dot += q.v[i] * e.v[i];
-                dot = lanes_sum<LANES>(dot);
-                score[j] = team + j * TEAMS < n ? dot : -INFINITY;
-                top = fmaxf(top, score[j]);
-            }
-            if (top == -INFINITY) continue;
-            soft.rescale(top);
-#pragma unroll
-            for (int j = 0; j < 2; j++) soft.add(score[j], unpack(value[j]));
-        }
-        float* to = sums + team * width;
-        if (sub == 0) to[0] = soft.top, to[1] = soft.sum;
-        if (inside)
-#pragma unroll
-            for (int i = 0; i < 8; i++) to[2 + sub * 8 + i] = soft.acc.v[i];
-        consumers_meet();
-        if ((int)threadIdx.x < hd) {                                               // teams in order
-            float top = -INFINITY, sum = 0, acc = 0;
-#pragma unroll
-            for (int i = 0; i < TEAMS; i++) top = fmaxf(top, sums[i * width]);
-#pragma unroll
-            for (int i = 0; i < TEAMS; i++) {
-                const float* one = sums + i * width;
-                const float shrink = one[0] == -INFINITY ? 0.f : exp2f(one[0] - top);
-                sum += one[1] * shrink, acc += one[2 + threadIdx.x] * shrink;
-            }
-            float* out = a.parts + (int64_t)part * width;
-            if (threadIdx.x == 0) out[0] = top, out[1] = sum;
-            out[2 + threadIdx.x] = acc;
-        }
-        sums = sums == s.partial ? s.partial + TEAM_SUMS : s.partial;
+    static constexpr int TEAMS = THREADS / LANES, TOKENS = 2 * TEAMS;
+    const StepArgs& a;
+    const Phase& ph;
+    Scratch s;
+    const int sub = threadIdx.x % LANES, team = threadIdx.x / LANES, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+
+    struct Heads { RawEight<X> q, key, value; };            // of a part; its own token's key and value belong to the first split
+    __device__ Heads load(int part) const {
+        const int per_group = a.H / a.G, split = part % a.splits, h = part / a.splits % a.H, b = part / a.splits / a.H, hd = a.hd;
+        const bool live = part < a.B * a.H * a.splits && sub * 8 < hd;
+        const X* heads = ph.qkv + ((int64_t)b * a.G + h / per_group) * (per_group + 2) * hd + sub * 8;
+        const bool own = live && split == 0 && warp == 0;
+        return {load_eight(heads + h % per_group * hd, live), load_eight(heads + per_group * hd, own), load_eight(heads + (per_group + 1) * hd, own)};
     }
+    __device__ static float dot(const Eight& x, const Eight& y) {
+        float even = 0, odd = 0;
+#pragma unroll
+        for (int i = 0; i < 8; i += 2) even += x.v[i] * y.v[i], odd += x.v[i + 1] * y.v[i + 1];
+        return lanes_sum<LANES>(even + odd);
+    }
+    // The warp's teams become one, in all lanes
+    __device__ static void merge_teams(Softmax& soft) {
+#pragma unroll
+        for (int o = LANES; o < WARP; o *= 2) {
+            const float other = __shfl_xor_sync(0xffffffffu, soft.top, o), top = fmaxf(soft.top, other);
+            const float mine = soft.top == -INFINITY ? 0.f : exp2f(soft.top - top), theirs = other == -INFINITY ? 0.f : exp2f(other - top);
+            soft.top = top;
+            soft.sum = soft.sum * mine + __shfl_xor_sync(0xffffffffu, soft.sum, o) * theirs;
+#pragma unroll
+            for (int i = 0; i < 8; i++) soft.acc.v[i] = soft.acc.v[i] * mine + __shfl_xor_sync(0xffffffffu, soft.acc.v[i], o) * theirs;
+        }
+    }
+
+    __device__ void run(Ring& ring) const {
+        const int hd = a.hd, width = 2 + hd, parts = a.B * a.H * a.splits;
+        const bool inside = sub * 8 < hd;
+        const float scale = 1.44269504f * rsqrtf((float)hd);
+        float* sums = s.partial;
+        Heads heads = load(blockIdx.x);
+        for (int part = blockIdx.x; part < parts; part += gridDim.x) {
+            const KeyPart k(a, part, ph.capacity, [&](int b) { return s.position[b]; });
+            Eight q = unpack(heads.q);
+#pragma unroll
+            for (int i = 0; i < 8; i++) q.v[i] *= scale;
+            Softmax soft;
+            soft.clear();
+            if (k.split == 0 && warp == 0) {                                       // the token itself
+                const float score = dot(q, unpack(heads.key));
+                if (team == 0) soft.top = score, soft.add(score, unpack(heads.value));
+            }
+            heads = load(part + gridDim.x);
+            for (int64_t left = k.end - k.begin; left > 0; left -= TOKENS) {
+                const int n = (int)min((int64_t)TOKENS, left);
+                const unsigned keys = ring.wait_for_piece() + sub * 16, row = hd * 2;
+                RawEight<X> key[2]{}, value[2]{};
+#pragma unroll
+                for (int j = 0; j < 2; j++)
+                    if (const int i = team + j * TEAMS; i < n && inside) key[j].a = load_shared(keys + i * row), value[j].a = load_shared(keys + (TOKENS + i) * row);
+                ring.release();
+                float score[2], top = soft.top;
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    const float x = dot(q, unpack(key[j]));
+                    score[j] = team + j * TEAMS < n ? x : -INFINITY;
+                    top = fmaxf(top, score[j]);
+                }
+                if (top == -INFINITY) continue;
+                soft.rescale(top);
+#pragma unroll
+                for (int j = 0; j < 2; j++) soft.add(score[j], unpack(value[j]));
+            }
+            merge_teams(soft);
+            float* to = sums + warp * width;
+            if (lane == 0) to[0] = soft.top, to[1] = soft.sum;
+            if (lane < LANES && inside)
+#pragma unroll
+                for (int i = 0; i < 8; i++) to[2 + sub * 8 + i] = soft.acc.v[i];
+            consumers_meet();
+            if ((int)threadIdx.x < hd) {                                           // warps in order
+                float top = -INFINITY, sum = 0, acc = 0;
+#pragma unroll
+                for (int i = 0; i < WARPS; i++) top = fmaxf(top, sums[i * width]);
+#pragma unroll
+                for (int i = 0; i < WARPS; i++) {
+                    const float* one = sums + i * width;
+                    const float shrink = one[0] == -INFINITY ? 0.f : exp2f(one[0] - top);
+                    sum += one[1] * shrink, acc += one[2 + threadIdx.x] * shrink;
+                }
+                float* out = a.parts + (int64_t)part * width;
+                if (threadIdx.x == 0) out[0] = top, out[1] = sum;
+                out[2 + threadIdx.x] = acc;
+            }
+            sums = sums == s.partial ? s.partial + WARP_SUMS : s.partial;
+        }
+    }
+};
+
+// A value of a head from its parts: 16 under way at a time
+__device__ inline float sum_of_parts(const float* part, int splits, int width, int j) {
+    float top = -INFINITY, sum = 0, acc = 0;
+    for (int first = 0; first < splits; first += 16) {
+        float tops[16], sums[16], values[16], most = top;
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+            const bool live = first + i < splits;
+            const float* one = part + (int64_t)(first + i) * width;
+            tops[i] = live ? __ldcg(one) : -INFINITY, sums[i] = live ? __ldcg(one + 1) : 0.f, values[i] = live ? __ldcg(one + 2 + j) : 0.f;
+        }
+#pragma unroll
+        for (int i = 0; i < 16; i++) most = fmaxf(most, tops[i]);
+        const float before = top == -INFINITY ? 0.f : exp2f(top - most);           // the first part holds the token itself: most is a number
+        sum *= before, acc *= before, top = most;
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+            const float shrink = exp2f(tops[i] - most);                            // 0 for a part without keys
+            sum += sums[i] * shrink, acc += values[i] * shrink;
+        }
+    }
+    return __fdividef(acc, sum);
 }
 
-__device__ inline void combine(const StepArgs& a, const Phase& ph) {
+__device__ inline void combine(const StepArgs& a, const Phase& ph, const int64_t* position) {
     using X = __nv_bfloat16;
     const int hd = a.hd, width = 2 + hd, per_group = a.H / a.G, lane = threadIdx.x % WARP, first = ((int)(threadIdx.x / WARP) * gridDim.x + blockIdx.x) * WARP + lane, stride = gridDim.x * THREADS;
-    for (int item = first; item < a.B * a.H * hd; item += stride) {
-        const float* part = a.parts + (int64_t)(item / hd) * a.splits * width;
-        const int j = 2 + item % hd;
-        float top = -INFINITY, sum = 0, acc = 0;
-#pragma unroll 16
-        for (int i = 0; i < a.splits; i++) top = fmaxf(top, __ldcg(part + i * width));
-#pragma unroll 8
-        for (int i = 0; i < a.splits; i++) {
-            const float shrink = exp2f(__ldcg(part + i * width) - top);            // 0 for a part without keys
-            sum += __ldcg(part + i * width + 1) * shrink, acc += __ldcg(part + i * width + j) * shrink;
-        }
-        ph.out[item] = from_float<X>(__fdividef(acc, sum));
-    }
+    for (int item = first; item < a.B * a.H * hd; item += stride)
+        ph.out[item] = from_float<X>(sum_of_parts(a.parts + (int64_t)(item / hd) * a.splits * width, a.splits, width, item % hd));
     const int chunks = hd / 8;
     for (int item = first; ph.capacity > 0 && item < a.B * 2 * a.G * chunks; item += stride) {       // 8 values each of (B,2,G,hd)
         const int c = item % chunks * 8, g = item / chunks % a.G, value = item / chunks / a.G % 2, b = item / chunks / a.G / 2;
-        int64_t slot = a.position[b];                                              // modulo capacity
+        int64_t slot = position[b];                                                // modulo capacity
         slot -= (int64_t)((double)slot * ph.per_capacity) * ph.capacity;
         if (slot < 0) slot += ph.capacity;
         if (slot >= ph.capacity) slot -= ph.capacity;
@@ -529,10 +634,10 @@ __device__ inline void combine(const StepArgs& a, const Phase& ph) {
 // Pieces of a phase that this block gets: for the measurement that only streams
 template <int LANES> __device__ inline int pieces(const StepArgs& a, const Phase& ph) {
     if (ph.task == Task::combine) return 0;
-    if (ph.task != Task::attend) return Share(ph).tiles * ((ph.K + PIECE - 1) / PIECE + (ph.task == Task::scan));
+    if (ph.task != Task::attend) return Share(ph.task, ph.results).tiles * ((ph.K + PIECE - 1) / PIECE + (ph.task == Task::scan));
     int n = 0;
     for (int part = blockIdx.x; part < a.B * a.H * a.splits; part += gridDim.x) {
-        const KeyPart k(a, part, ph.capacity);
+        const KeyPart k(a, part, ph.capacity, [&](int b) { return a.position[b]; });
         n += (int)((k.end - k.begin + 2 * THREADS / LANES - 1) / (2 * THREADS / LANES));
     }
     return n;
@@ -543,9 +648,11 @@ template <int NT, int LANES> __device__ inline void consume(const StepArgs& a, R
     asm volatile("griddepcontrol.wait;" ::: "memory");
     unsigned target = threadIdx.x == 0 ? __ldcg(a.counter + 1) : 0;
     if (threadIdx.x < WORDS) ((unsigned*)phases)[threadIdx.x] = ((const unsigned*)a.phases)[threadIdx.x];
+    if (threadIdx.x < a.B) s.position[threadIdx.x] = __ldcg((const long long*)a.position + threadIdx.x);
     const int own = part_of(a.d, blockIdx.x, gridDim.x), owned = part_of(a.d, blockIdx.x + 1, gridDim.x) - own;
     for (int i = threadIdx.x; i < a.B * owned; i += THREADS) s.own[i / owned * MAX_OWN + i % owned] = __ldcg(a.x + (int64_t)(i / owned) * a.d + own + i % owned);
     consumers_meet();
+    Operands early = Linear<NT>{a, phases[0], s}.early_first();
     for (int p = 0; p < a.count; p++) {
         const Phase& ph = phases[p % 2];
         const bool more = p + 1 < a.count;
@@ -555,19 +662,20 @@ template <int NT, int LANES> __device__ inline void consume(const StepArgs& a, R
         if (a.probe == 2) {
             for (int n = pieces<LANES>(a, ph); n > 0; n--) ring.wait_for_piece(), ring.release();
         } else if (ph.task == Task::attend) {
-            attend<LANES>(a, ph, s, ring);
+            Attend<LANES>{a, ph, s}.run(ring);
         } else if (ph.task == Task::combine) {
-            combine(a, ph);
+            combine(a, ph, s.position);
         } else {
-            Linear<NT>{a, ph, s}.run(ring, trace);
+            Linear<NT>{a, ph, s}.run(ring, early, trace);
         }
         if (more && threadIdx.x < WORDS) ((unsigned*)(phases + (p + 1) % 2))[threadIdx.x] = word;
         consumers_meet();
         if (trace) trace[2] = clock64();
         if (!more) break;
+        if (threadIdx.x == 0 && !a.probe) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(a.counter) : "memory");
+        early = Linear<NT>{a, phases[(p + 1) % 2], s}.early_first();
         if (threadIdx.x == 0 && !a.probe) {
             target += gridDim.x;
-            asm volatile("fence.acq_rel.gpu;\nred.release.gpu.global.add.u32 [%0], 1;" ::"l"(a.counter) : "memory");
             unsigned seen;
             for (unsigned polls = 0;; polls++) {
                 asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(a.counter) : "memory");
@@ -589,19 +697,20 @@ template <int NT, int LANES> __global__ void __launch_bounds__(STEP_THREADS, 1) 
     __shared__ __align__(8) uint64_t bars[2 * STAGES];
     __shared__ __align__(16) Phase phases[2];
     __shared__ float own[MAX_BATCH * MAX_OWN], scale[MAX_BATCH], BC[2 * MAX_STATES];
+    __shared__ int64_t position[MAX_BATCH];
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     const Ring ring{shared_address(step_memory), shared_address(bars), shared_address(bars + STAGES), {}};
     if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; i++) mbarrier_init(ring.full + i * 8, WARP), mbarrier_init(ring.empty + i * 8, WARPS);
+        for (int i = 0; i < STAGES; i++) mbarrier_init(ring.full + i * 8, PRODUCERS / WARP), mbarrier_init(ring.empty + i * 8, WARPS);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
     if (threadIdx.x >= THREADS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
-        if (threadIdx.x < THREADS + WARP) produce<LANES>(a, ring);
+        Producer{a, ring}.template run<LANES>();
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
-        consume<NT, LANES>(a, ring, Scratch{(float*)(step_memory + STAGES * STAGE), own, scale, BC}, phases);
+        consume<NT, LANES>(a, ring, Scratch{(float*)(step_memory + STAGES * STAGE), own, scale, BC, position}, phases);
     }
 #endif
 }
@@ -648,7 +757,7 @@ public:
         device_zero(memory, (size_t)bytes, stream);
         const auto X = [&](int64_t at) { return (Phase::X*)(memory + at); };
         args = {(const Phase*)(memory + table), 0, m.B, m.d, m.e, m.N, m.rank, m.H, m.G, m.hd, m.V, splits, m.rope, m.eps, m.x, m.cos_sin, m.position, m.logits, (float*)(memory + parts), (float*)(memory + sums),
-                (unsigned*)(memory + counter), 0, 0, nullptr};
+                (unsigned*)(memory + counter), 0, 4, nullptr};
         tasks.clear();
         // What the next norm's reader reads: at first as the sampler left it
         const float* squares = m.squares;

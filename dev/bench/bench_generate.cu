@@ -155,14 +155,15 @@ static void bench_probe(Model& m, const Options& o, int B, int64_t context, doub
         fflush(stdout);
     };
     printf("%s, batch %d, %lld tokens behind: the step's kernel alone\n", m.config().name.c_str(), B, (long long)context);
-    for (int copy_16 : {0, 1}) {
-        args.copy_16 = copy_16;
-        time(copy_16 ? "keys by cp.async" : "keys by bulk copies");
-        args.probe = 1, time("  without barriers");
-        args.probe = 2, time("  the stream alone");
-        args.probe = 0;
+    const int depth = args.depth;
+    for (int pieces : {12, 8, 6, 4, 3, 2}) {
+        args.depth = pieces;
+        time(("at most " + std::to_string(pieces) + " pieces under way").c_str());
     }
-    args.copy_16 = 0;
+    args.depth = depth;
+    args.probe = 1, time("without barriers");
+    args.probe = 2, time("the stream alone");
+    args.probe = 0;
     // Where the time goes: means over blocks and phases of a task, in clocks
     const int blocks = gpu::decode::gpu().sms, count = args.count;
     long long* trace = (long long*)device_alloc((size_t)count * blocks * 4 * sizeof(long long), "the trace");
