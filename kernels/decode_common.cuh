@@ -11,7 +11,7 @@ constexpr int MAX_BATCH = 16;
 constexpr int THREADS = 256, WARPS = THREADS / WARP;
 
 struct Gpu {
-    int sms, shared;
+    int sms, shared, major;
     bool dependent_launch;                 // kernels start before the one in front of them has ended
     int64_t l2_ahead = 24 << 20;           // bytes of weights that a kernel asks L2 for before its input is there
 };
@@ -22,7 +22,7 @@ inline Gpu& gpu() {                        // may be changed by a benchmark
         CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
         CUDA_CHECK(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
         CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-        return Gpu{sms, shared, major >= 9};
+        return Gpu{sms, shared, major, major >= 9};
     }();
     return g;
 }

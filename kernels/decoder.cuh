@@ -50,6 +50,7 @@ public:
         device_zero(seen, host_seen.size(), m.stream);
         device_zero(workspace, ops::decode_attention_workspace(B, layout.config.n_head, std::max(1, layout.config.n_kv_head), layout.config.head_dim), m.stream);
         stream_sync(m.stream);
+        make_whole();
     }
     Decoder(const Decoder&) = delete;
     Decoder& operator=(const Decoder&) = delete;
@@ -99,11 +100,11 @@ public:
         for (int64_t& p : positions) p++;
         make_room(*std::max_element(positions.begin(), positions.end()));
         if (as_graph && !recorded) {
-            graph = graph_capture(m.stream, [this] { layers(), head(), sample(); });
+            graph = graph_capture(m.stream, [this] { layers_and_head(), sample(); });
             recorded = true;
         }
         if (as_graph) graph_launch(graph, m.stream);
-        else layers(), head(), sample();
+        else layers_and_head(), sample();
         launched();
     }
 
@@ -127,8 +128,7 @@ public:
         upload_positions(0);
         copy_to_device(tokens, given.data(), B * sizeof(int), m.stream);
         ops::decode_embed(x, xw, squares, cos_sin, tokens, position, norm_of(0), m.w(m.layout.network.embedding), c.rope_base, B, c.d_model, rope_dim(), m.stream);
-        layers();
-        head();
+        layers_and_head();
         stream_sync(m.stream);
         for (int64_t& p : positions) p++;
     }
@@ -148,6 +148,9 @@ public:
     std::unique_ptr<SequenceState> state;
     float* logits = nullptr;                              // (B,V)
     bool as_graph = true;
+    bool want_one_kernel = true;                          // for a step, where that is possible
+    bool one_kernel() const { return want_one_kernel && whole_possible; }
+    ops::DecodeStep whole;
 
 private:
     void plan() {
@@ -212,6 +215,40 @@ private:
         }
     }
 
+    void layers_and_head() {
+        if (one_kernel()) whole.run(m.stream);
+        else layers(), head();
+    }
+    // What a step reads and writes, for the kernel that does all of it. It holds the addresses of the state.
+    void make_whole() {
+        const Config& c = m.config();
+        const Parameters& w = m.w;
+        DecodeModel all{B, c.d_model, c.d_inner(), c.d_state, c.dt_rank(), c.n_head, c.n_kv_head, c.head_dim, c.vocab_size, c.rope, c.norm_eps, w(m.layout.network.head), {}, x, squares, cos_sin, xw,
+                        position, logits};
+        for (size_t l = 0; l < m.layout.layers.size(); l++) {
+            const Layer& layer = m.layout.layers[l];
+            const LayerState& own = state->layers[l];
+            DecodeLayer one;
+            one.next_norm = norm_of(l + 1);
+            if (layer.kind == Kind::mamba) {
+                const MambaTensors& t = layer.mamba;
+                one.kind = DecodeLayer::mamba;
+                one.in_proj = w(t.in_proj), one.x_proj = w(t.x_proj), one.dt_proj = w(t.dt_proj), one.out_proj = w(t.out_proj);
+                one.conv_w = w(t.conv_w), one.conv_b = w(t.conv_b), one.A_log = w(t.A_log), one.D = w(t.D), one.dt_bias = w(t.dt_bias);
+                one.halo = own.halo, one.h = own.h;
+            } else if (layer.kind == Kind::attention) {
+                one.kind = DecodeLayer::attention;
+                one.qkv = w(layer.attention.qkv), one.proj = w(layer.attention.proj), one.ring = own.ring, one.capacity = own.capacity;
+            } else {
+                one.kind = DecodeLayer::mlp;
+                one.w1 = w(layer.mlp.w1), one.w3 = w(layer.mlp.w3), one.F = layer.d_ff;
+            }
+            all.layers.push_back(one);
+        }
+        whole_possible = ops::DecodeStep::possible(all);
+        if (whole_possible) whole.create(all, m.stream);
+    }
+
     void head() {
         const Config& c = m.config();
         ops::decode_head(logits, xw, squares, m.w(m.layout.network.head), B, c.vocab_size, c.d_model, c.norm_eps, m.stream);        // (B,V)
@@ -250,6 +287,7 @@ private:
         stream_sync(m.stream);
         state = std::move(larger);
         forget_graph();
+        make_whole();
     }
 
     void forget_graph() {
@@ -265,7 +303,7 @@ private:
     uint8_t* seen = nullptr;
     void* workspace = nullptr;
     Arena arena;
-    bool unlimited = false, recorded = false;
+    bool unlimited = false, recorded = false, whole_possible = false;
     int64_t room = 0, launches = 0, reads = 0;
     Graph graph{};
     Event drawn_events[EMIT_SLOTS];

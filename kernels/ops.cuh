@@ -3,6 +3,7 @@
 // A new operation: a header here, its twin in cpu/, a line in both lists below, a test in dev/test/.
 #pragma once
 #include "device.cuh"
+#include "decode_step.h"
 #include "measure.cuh"
 
 #include "cpu/adamw.h"
@@ -29,6 +30,7 @@ namespace ops = cpu;
 #include "conv1d.cuh"
 #include "cross_entropy.cuh"
 #include "decode.cuh"
+#include "decode_step.cuh"
 #include "embedding.cuh"
 #include "global_norm.cuh"
 #include "matmul.cuh"

@@ -21,14 +21,13 @@ struct Options {
     std::string out;
     int64_t chunk = 4096;
     double seconds = 0.3;                  // a measurement, at least
-    bool parts = false, graph = true;
+    bool parts = false, graph = true, one_kernel = true, probe = false;
 };
 
 static double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 // Seconds of one call in a run of at least `seconds`
-template <class Work> static double seconds_per_call(Stream s, double seconds, Work work) {
-    int64_t calls = 3;
+template <class Work> static double seconds_per_call(Stream s, double seconds, Work work, int64_t calls = 3) {
     for (;;) {
         stream_sync(s);
         const double before = now();
@@ -98,6 +97,7 @@ static json bench_decode(Model& m, const Options& o, int B, int64_t context, dou
     }
     Decoder decoder(m, B, {1, 0, 1, 1}, 1, V, room);
     decoder.as_graph = o.graph;
+    decoder.want_one_kernel = o.one_kernel;
     fill_rings(m, *decoder.state);
     for (int b = 0; b < B; b++) decoder.prefill(b, random_prompt(64, V));
     decoder.start();
@@ -129,12 +129,74 @@ static json bench_prefill(Model& m, const Options& o, int64_t prompt) {
             forward_layers(m, 1, T, &state);
         }
     };
-    read_all();
-    const double t = seconds_per_call(m.stream, o.seconds, read_all);
+    const double t = seconds_per_call(m.stream, o.seconds, read_all, 1);          // a long prompt takes its time; the first reading of a short one is not counted
     printf("%-12s prompt of %7lld tokens  %9.2f ms  %9.0f tok/s\n", m.config().name.c_str(), (long long)prompt, t * 1e3, (double)prompt / t);
     fflush(stdout);
     return {{"model", m.config().name}, {"prompt", prompt}, {"ms", t * 1e3}, {"tok_s", (double)prompt / t}};
 }
+
+#ifndef SAMBA_CPU
+// The step's kernel alone: as it is, without the blocks' waiting for each other (wrong results), and its stream without any work
+static void bench_probe(Model& m, const Options& o, int B, int64_t context, double bandwidth) {
+    Decoder decoder(m, B, {1, 0, 1, 1}, 1, m.config().vocab_size, context + 64);
+    if (!decoder.one_kernel()) return;
+    fill_rings(m, *decoder.state);
+    for (int b = 0; b < B; b++) decoder.prefill(b, random_prompt(64, m.config().vocab_size));
+    decoder.start();
+    decoder.read();
+    decoder.set_position(context);
+    gpu::decode::StepArgs& args = decoder.whole.args;
+    const double bytes = step_bytes(m, B, context);
+    const auto time = [&](const char* name) {
+        Graph graph = graph_capture(m.stream, [&] { for (int i = 0; i < 4; i++) decoder.whole.run(m.stream); });
+        const double t = seconds_per_call(m.stream, o.seconds, [&] { graph_launch(graph, m.stream); }) / 4;
+        graph_destroy(graph);
+        printf("  %-44s %8.4f ms %6.0f GB/s %5.1f%% of a copy\n", name, t * 1e3, bytes / t * 1e-9, 100 * bytes / t / bandwidth);
+        fflush(stdout);
+    };
+    printf("%s, batch %d, %lld tokens behind: the step's kernel alone\n", m.config().name.c_str(), B, (long long)context);
+    const int depth = args.depth;
+    for (int pieces : {12, 8, 6, 4, 3, 2}) {
+        args.depth = pieces;
+        time(("at most " + std::to_string(pieces) + " pieces under way").c_str());
+    }
+    args.depth = depth;
+    args.probe = 1, time("without barriers");
+    args.probe = 2, time("the stream alone");
+    args.probe = 0;
+    // Where the time goes: means over blocks and phases of a task, in clocks
+    const int blocks = gpu::decode::gpu().sms, count = args.count;
+    long long* trace = (long long*)device_alloc((size_t)count * blocks * 4 * sizeof(long long), "the trace");
+    args.trace = trace;
+    for (int i = 0; i < 2; i++) decoder.whole.run(m.stream);
+    std::vector<long long> clocks((size_t)count * blocks * 4);
+    copy_to_host(clocks.data(), trace, clocks.size() * sizeof(long long), m.stream);
+    stream_sync(m.stream);
+    args.trace = nullptr;
+    device_free(trace);
+    const char* names[] = {"in_proj, conv", "x_proj", "dt_proj, scan", "residual", "qkv, rope", "attention", "its sum", "w1|w2, swiglu", "head"};
+    printf("  %-14s %5s %12s %12s %12s %12s   clocks, mean of blocks\n", "task", "times", "first piece", "work", "last block", "barrier");
+    for (int task = 0; task < 9; task++) {
+        double first = 0, work = 0, slowest = 0, barrier = 0;
+        int times = 0;
+        for (int p = 0; p < count; p++) {
+            if ((int)decoder.whole.tasks[p].task != task) continue;
+            times++;
+            long long most = 0;
+            double sum = 0;
+            for (int b = 0; b < blocks; b++) {
+                const long long* c = &clocks[((size_t)p * blocks + b) * 4];
+                first += (double)(c[1] - c[0]) / blocks, work += (double)(c[2] - c[0]) / blocks;
+                most = std::max(most, c[2] - c[0]);
+                if (p + 1 < count) sum += (double)(c[3] - c[2]) / blocks;
+            }
+            slowest += (double)most, barrier += sum;
+        }
+        if (times) printf("  %-14s %5d %12.0f %12.0f %12.0f %12.0f\n", names[task], times, first / times, work / times, slowest / times, barrier / times);
+    }
+    fflush(stdout);
+}
+#endif
 
 // Each operation alone. The graph holds its launch of every layer that has it, so that weights come from memory.
 static void bench_parts(Model& m, const Options& o, int B, double bandwidth) {
@@ -229,6 +291,9 @@ static void run(const Options& o) {
         const auto keep = [](json& list, const json& entry) { if (!entry.is_null()) list.push_back(entry); };
         for (int B : o.batches) {
             if (o.parts) bench_parts(m, o, B, bandwidth);
+#ifndef SAMBA_CPU
+            if (o.probe) bench_probe(m, o, B, 65536, bandwidth);
+#endif
             for (int64_t context : o.contexts) keep(result["decode"], bench_decode(m, o, B, context, bandwidth));
         }
         for (int64_t prompt : o.prompts) keep(result["prefill"], bench_prefill(m, o, prompt));
@@ -249,6 +314,8 @@ int main(int argc, char** argv) {
     app.add_option("--chunk", o.chunk, "Tokens of a prompt at a time");
     app.add_option("--seconds", o.seconds, "Least time of a measurement");
     app.add_flag("--parts", o.parts, "Each operation alone");
+    app.add_flag("--probe", o.probe, "The kernel of a step: without barriers, without work, and a table of its phases");
+    app.add_flag("!--many-kernels", o.one_kernel, "Decode with a kernel for each operation");
     app.add_flag("!--no-graph", o.graph, "Launch each kernel of a step by itself");
 #ifndef SAMBA_CPU
     app.add_flag("!--no-dependent-launch", gpu::decode::gpu().dependent_launch, "A kernel starts when the one before it has ended");

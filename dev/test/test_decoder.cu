@@ -21,6 +21,22 @@ Config decoder_config(const std::string& blocks, bool rope = true, int n_kv_head
     return c;
 }
 
+// Sizes that the kernel of a whole step takes (kernels/decode_step.cuh)
+Config wide_config(const std::string& blocks, bool rope = true, int d = 128, int head_dim = 32) {
+    Config c = decoder_config(blocks, rope);
+    c.d_model = d, c.window = 70, c.vocab_size = 515;
+    if (c.n_head) c.n_head = 4, c.n_kv_head = 2, c.head_dim = head_dim, c.d_ff = 160;
+    validate(c, "test");
+    return c;
+}
+bool has_whole_kernel() {
+#ifdef SAMBA_CPU
+    return false;
+#else
+    return !EXACT && gpu::decode::gpu().major >= 9;
+#endif
+}
+
 struct Writer {
     Model m;
     explicit Writer(const Config& c, int64_t chunk = 16) : m(c) {
@@ -56,34 +72,74 @@ std::vector<double> whole_logits(const Config& c, const std::vector<int>& tokens
 const std::vector<std::string> KINDS = {"MS", "SF", "FMM", "PS", "TT", "mm", "ss"};
 
 // Prompts of unequal length, then token by token, past the window's end
+void expect_steps_equal_forward(const Config& c, const std::vector<int>& lengths, int steps) {
+    const int B = (int)lengths.size(), V = c.vocab_size;
+    Writer w(c);
+    Decoder decoder(w.m, B, {}, 1, V, 4);                  // too little room on purpose: full attention grows
+    std::vector<std::vector<int>> tokens;
+    std::vector<std::vector<double>> expected;
+    for (int b = 0; b < B; b++) {
+        tokens.push_back(some_tokens(lengths[b] + steps, b + 1));
+        expected.push_back(whole_logits(c, tokens[b]));
+        decoder.prefill(b, {tokens[b].begin(), tokens[b].begin() + lengths[b]});
+    }
+    for (int i = 0; i < steps; i++) {
+        std::vector<int> given;
+        for (int b = 0; b < B; b++) given.push_back(tokens[b][lengths[b] + i]);
+        decoder.step_with(given);
+        const auto logits = device_floats(decoder.logits, (int64_t)B * V, w.m.stream);
+        for (int b = 0; b < B; b++) {
+            const std::vector<double> got(logits.begin() + b * V, logits.begin() + (b + 1) * V);
+            const auto row = expected[b].begin() + (lengths[b] + i) * V;
+            // float: sums in another order. bf16: roundings in other places (RMSNorm's factor comes after the product), 2^-9 of a value each
+            ASSERT_LE(rel_l2(got, std::vector<double>(row, row + V)), EXACT ? 1e-5 : 2e-2) << "sequence " << b << " step " << i;
+        }
+    }
+}
+
 TEST(Decoder, StepsEqualTheForwardPass) {
     REQUIRE_DEVICE();
     for (const std::string& kinds : KINDS)
         for (bool rope : {true, false}) {
             SCOPED_TRACE(kinds + (rope ? " rope" : " nope"));
-            const Config c = decoder_config(kinds, rope);
-            const int B = 3, steps = 23, V = c.vocab_size;
+            expect_steps_equal_forward(decoder_config(kinds, rope), {1, 20, 37}, 23);
+            expect_steps_equal_forward(wide_config(kinds, rope), {1, 60, 90}, 23);
+        }
+}
+
+// More than 8 sequences; heads of each size; sizes of Samba-421M, whose blocks have several tiles
+TEST(Decoder, StepsOfLargeModelsEqualTheForwardPass) {
+    REQUIRE_DEVICE();
+    std::vector<int> lengths;
+    for (int b = 0; b < 11; b++) lengths.push_back(1 + 9 * b);
+    for (int head_dim : {24, 64, 128, 256}) expect_steps_equal_forward(wide_config("MSF", true, 384, head_dim), lengths, 5);
+    if (!ON_GPU) return;
+    Config c = config_from_name("samba-421m");
+    c.blocks = "MS", c.vocab_size = 4001, c.window = 100;
+    expect_steps_equal_forward(c, {150}, 4);
+    lengths.resize(9);
+    expect_steps_equal_forward(c, lengths, 4);
+}
+
+// The kernel of a whole step and the kernels of its parts round at the same places: what differs is the order of sums
+TEST(Decoder, OneKernelEqualsMany) {
+    REQUIRE_DEVICE();
+    if (!has_whole_kernel()) GTEST_SKIP() << "the kernel of a whole step is for bf16 from compute capability 9.0 on";
+    for (const std::string& kinds : KINDS)
+        for (int B : {1, 8, 16}) {
+            SCOPED_TRACE(kinds + " batch " + std::to_string(B));
+            const Config c = wide_config(kinds);
             Writer w(c);
-            Decoder decoder(w.m, B, {}, 1, V, 4);          // too little room on purpose: full attention grows
-            std::vector<std::vector<int>> tokens;
-            std::vector<std::vector<double>> expected;
-            const int lengths[B] = {1, 20, 37};
-            for (int b = 0; b < B; b++) {
-                tokens.push_back(some_tokens(lengths[b] + steps, b + 1));
-                expected.push_back(whole_logits(c, tokens[b]));
-                decoder.prefill(b, {tokens[b].begin(), tokens[b].begin() + lengths[b]});
-            }
-            for (int i = 0; i < steps; i++) {
-                std::vector<int> given;
-                for (int b = 0; b < B; b++) given.push_back(tokens[b][lengths[b] + i]);
-                decoder.step_with(given);
-                const auto logits = device_floats(decoder.logits, (int64_t)B * V, w.m.stream);
-                for (int b = 0; b < B; b++) {
-                    const std::vector<double> got(logits.begin() + b * V, logits.begin() + (b + 1) * V);
-                    const auto row = expected[b].begin() + (lengths[b] + i) * V;
-                    // float: sums in another order. bf16: roundings in other places (RMSNorm's factor comes after the product), 2^-9 of a value each
-                    ASSERT_LE(rel_l2(got, std::vector<double>(row, row + V)), EXACT ? 1e-5 : 2e-2) << "sequence " << b << " step " << i;
-                }
+            Decoder one(w.m, B, {}, 1, c.vocab_size, 128), many(w.m, B, {}, 1, c.vocab_size, 128);
+            many.want_one_kernel = false;
+            ASSERT_TRUE(one.one_kernel());
+            for (int b = 0; b < B; b++)
+                for (Decoder* d : {&one, &many}) d->prefill(b, some_tokens(1 + 8 * b, b));
+            for (int i = 0; i < 10; i++) {
+                one.step_with(some_tokens(B, i));
+                many.step_with(some_tokens(B, i));
+                const int64_t n = (int64_t)B * c.vocab_size;
+                ASSERT_LE(rel_l2(device_floats(one.logits, n, w.m.stream), device_floats(many.logits, n, w.m.stream)), 5e-3) << "step " << i;
             }
         }
 }
@@ -110,8 +166,7 @@ const std::vector<SampleOptions> DRAWS = {{0, 0, 1, 1}, {1, 0, 1, 1}, {0.9f, 20,
 TEST(Decoder, TheGraphChangesNoBit) {
     REQUIRE_DEVICE();
     for (const std::string& kinds : KINDS)
-        for (const SampleOptions& o : DRAWS) {
-            const Config c = decoder_config(kinds);
+        for (const auto& [c, o] : {std::pair{decoder_config(kinds), DRAWS[0]}, {decoder_config(kinds), DRAWS[2]}, {wide_config(kinds), DRAWS[0]}, {wide_config(kinds), DRAWS[1]}}) {
             const std::vector<std::vector<int>> prompts = {some_tokens(5, 1), some_tokens(18, 2)};
             std::vector<double> with, without;
             const auto a = written(c, prompts, o, 3, 40, true, 8, &with), b = written(c, prompts, o, 3, 40, false, 1, &without);
@@ -124,8 +179,7 @@ TEST(Decoder, TheGraphChangesNoBit) {
 TEST(Decoder, ABatchWritesWhatEachWritesAlone) {
     REQUIRE_DEVICE();
     for (const std::string& kinds : KINDS)
-        for (const SampleOptions& o : DRAWS) {
-            const Config c = decoder_config(kinds);
+        for (const auto& [c, o] : {std::pair{decoder_config(kinds), DRAWS[0]}, {decoder_config(kinds), DRAWS[2]}, {wide_config(kinds), DRAWS[0]}, {wide_config(kinds), DRAWS[1]}}) {
             std::vector<std::vector<int>> prompts;
             for (int b = 0; b < 11; b++) prompts.push_back(some_tokens(1 + 7 * b % 30, b));
             const auto together = written(c, prompts, o, 3, 20, true, 4);
