@@ -12,6 +12,7 @@
 #pragma once
 #include "device.cuh"
 #include "measure.cuh"
+#include "scan_common.cuh"
 
 namespace gpu {
 
@@ -28,10 +29,6 @@ template <class X> struct ConvInput {
     int e;
 };
 
-template <class X> __device__ inline float conv_sigmoid(float s) {
-    if constexpr (sizeof(X) == 2) return __fdividef(1.f, 1.f + __expf(-s));
-    else return 1.f / (1.f + expf(-s));
-}
 
 // W floats from W elements of X, 16 bytes at a time
 template <int W, class X> __device__ inline void conv_load(float (&to)[W], const X* from) {
@@ -98,7 +95,7 @@ template <int W, class X> __device__ inline void conv_four_rows(X* to, int64_t e
         for (int j = 0; j < W; j++) {
             const float here = to_float(now[i][j]);
             const float s = fmaf(w[3][j], here, fmaf(w[2][j], x[2][j], fmaf(w[1][j], x[1][j], fmaf(w[0][j], x[0][j], b[j]))));
-            y[j] = from_float<X>(s * conv_sigmoid<X>(s));
+            y[j] = from_float<X>(s * scan_sigmoid<X>(s));
             x[0][j] = x[1][j], x[1][j] = x[2][j], x[2][j] = here;
         }
         if (i < rows) store_vec(to + i * e, y);
@@ -172,7 +169,7 @@ __global__ void __launch_bounds__(CONV_THREADS) conv1d_backward_kernel(X* dx, in
                 float s = b[j];
 #pragma unroll
                 for (int k = 0; k < CONV_WIDTH; k++) s = fmaf(w[k][j], x[i + k][j], s);
-                const float gate = conv_sigmoid<X>(s);
+                const float gate = scan_sigmoid<X>(s);
                 ds[i][j] = g[i][j] * gate * (1.f + s * (1.f - gate));
             }
             if (i4 < CONV_BACKWARD_ROWS) {             // otherwise the rows after the block's

@@ -66,10 +66,15 @@ __device__ inline void transpose(uint32_t (&to)[4], const uint32_t (&a)[4]) {
 struct Gate {
     uint64_t barrier;
     __device__ uint32_t address() { return (uint32_t)__cvta_generic_to_shared(&barrier); }
-    __device__ void init(int warps) { asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address()), "r"(warps) : "memory"); }
+#ifdef SCAN_ALL_ARRIVE
+    static constexpr int ARRIVALS = WARP;
+#else
+    static constexpr int ARRIVALS = 1;
+#endif
+    __device__ void init(int warps) { asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address()), "r"(warps * ARRIVALS) : "memory"); }
     __device__ void arrive() {                                        // by all lanes of a warp
-        __syncwarp();
-        if (threadIdx.x % WARP == 0) asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(address()) : "memory");
+        if (ARRIVALS == 1) __syncwarp();
+        if (ARRIVALS > 1 || threadIdx.x % WARP == 0) asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(address()) : "memory");
     }
     __device__ void wait(uint32_t turn) {
         uint32_t open = 0;
@@ -130,6 +135,27 @@ __device__ inline void decay(States& v, float2 dt, const States& A2) {
 #pragma unroll
         for (int k = 0; k < 4; k++) v[j][k] *= scan_ex2((k < 2 ? dt.x : dt.y) * A2[j][k]);
 }
+// a (16 x 8) b (8 x 8)
+__device__ inline void product8(float (&c)[4], const uint32_t (&a)[2], uint32_t b) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%7,%7,%7};"
+        : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(b), "f"(0.f));
+}
+// h = a h + (dt u) B of a step. The product does not wait for h.
+__device__ inline void advance(States& h, float2 dt, const States& A2, const uint32_t (&input)[2], uint2 B) {
+#ifdef SCAN_FMA
+    float added[2][4];
+    product8(added[0], input, B.x);
+    product8(added[1], input, B.y);
+#pragma unroll
+    for (int j = 0; j < 2; j++)
+#pragma unroll
+        for (int k = 0; k < 4; k++) h[j][k] = fmaf(scan_ex2((k < 2 ? dt.x : dt.y) * A2[j][k]), h[j][k], added[j][k]);
+#else
+    decay(h, dt, A2);
+    mma8(h[0], input, B.x);
+    mma8(h[1], input, B.y);
+#endif
+}
 // Saved states of channels 2g and 2g + 1 as bf16: 8 bytes each, 16 states a channel
 __device__ inline void store_saved(bf16* to, const uint32_t (&a)[4], int live) {
     if (live > 0) *(uint2*)to = make_uint2(a[0], a[2]);
@@ -176,8 +202,8 @@ template <int ARRAYS> struct Inputs {
                 else *to = (live && mine.live > k * STRIDE ? __bfloat16_as_ushort(p[0]) : 0u) | (live && mine.live > k * STRIDE + 1 ? (uint32_t)__bfloat16_as_ushort(p[1]) << 16 : 0u);
             }
         if (lane < 16) {
-            if (ALL) copy_async<4>(&bc[slot][mine.row][lane], bc_from + 2 * lane, live);
-            else bc[slot][mine.row][lane] = live ? __bfloat16_as_ushort(bc_from[2 * lane]) | (uint32_t)__bfloat16_as_ushort(bc_from[2 * lane + 1]) << 16 : 0u;
+            if (ALL) copy_async<4>(&bc[slot][mine.row][lane], bc_from, live);
+            else bc[slot][mine.row][lane] = live ? __bfloat16_as_ushort(bc_from[0]) | (uint32_t)__bfloat16_as_ushort(bc_from[1]) << 16 : 0u;
         }
     }
     __device__ uint32_t word(int64_t i, int array, int k) const { return words[i & 3][array][k][threadIdx.x - SCAN_THREADS]; }
@@ -191,7 +217,7 @@ __device__ inline void store_quarters(uint32_t (&row)[16], bf16 v) {
 }
 
 // What the scan warps need of channels c and c + 1 at a step: dt, dt, dt u split, dt u split
-using Pairs = float4[TILE][CH / 2 + 1];
+using Pairs = float4[TILE][CH / 2 + 2];
 __device__ inline float4 make_pair(float2 dt, uint32_t u) { return make_float4(dt.x, dt.y, __uint_as_float(split(dt.x * low(u))), __uint_as_float(split(dt.y * high(u)))); }
 // Past the end there is no decay and no input; before the start of a document there is nothing
 __device__ inline void edge(float4& pair, bool past) {
@@ -232,9 +258,7 @@ __device__ inline void forward_tile(ForwardStage& s, States& h, const States& A2
         const float4 pair = s.pair[t][c / 2];
         const uint2 B = *(const uint2*)&s.b[t][2 * g];
         const uint32_t input[2] = {__float_as_uint(pair.z), __float_as_uint(pair.w)};
-        decay(h, make_float2(pair.x, pair.y), A2);
-        mma8(h[0], input, B.x);
-        mma8(h[1], input, B.y);
+        advance(h, make_float2(pair.x, pair.y), A2, input, B);
         pack_states(packed, h);
         mma16(y, packed, g == t ? C.x : 0u, g == t ? C.y : 0u);
     }
@@ -269,7 +293,7 @@ template <bool ALL> struct RowsForward {
     __device__ RowsForward(Shared<ForwardStage>& s_, bf16* out_, const ScanInput<bf16>& p_, int64_t first_tile_) : s(s_), p(p_), first_tile(first_tile_), mine(p_.e) {
         const int64_t at = blockIdx.y * p.T + step(0);
         from[0] = p.u + at * p.e + mine.channel, from[1] = p.dt_raw + at * p.e + mine.channel, from[2] = p.z + at * p.ldz + mine.channel;
-        bc = p.bc + at * p.ldbc, out = out_ + at * p.e + mine.channel;
+        bc = p.bc + at * p.ldbc + threadIdx.x % 16 * 2, out = out_ + at * p.e + mine.channel;
     }
     __device__ int64_t step(int64_t i) const { return (first_tile + i) * TILE + mine.row; }
     __device__ void fetch(int64_t i, int64_t count) {
@@ -348,14 +372,12 @@ forward_kernel(bf16* out, bf16* saved, float* h_out, const float* h_first, int h
 
 struct BackwardInputs : Inputs<4> {                                   // u, dt_raw, z, dout
     bf16 saved[4][CH][16];                                            // the state before the tile
-    // A row thread's 24 bytes of tile i; `from`: the tile's states of the block's channels, of which `live` are within the array
+    // A row thread's 24 bytes of tile i, 8 of every 2048. `from`: the first of them; of all bytes of the block, `live` are within the array.
     __device__ void fetch_states(int64_t i, const bf16* from, int live) {
         const int thread = threadIdx.x - SCAN_THREADS;
+        bf16* to = &saved[i & 3][0][0] + thread * 4;
 #pragma unroll
-        for (int k = 0; k < CH * 4; k += ROW_THREADS) {
-            const int c = (k + thread) / 4, n = thread % 4 * 4;
-            copy_async<8>(&saved[i & 3][c][n], from + (c < live ? c * 16 + n : 0), c < live);
-        }
+        for (int k = 0; k < CH * 16; k += ROW_THREADS * 4) copy_async<8>(to + k, from + k, k + thread * 4 < live);
     }
 };
 
@@ -367,7 +389,7 @@ struct BackwardStage {
     bf16 b[TILE][16], c[TILE][16];
     float y[TILE][CH + 4], dinput[TILE][CH + 4], ddecay[TILE][CH + 4];
     float db[SCAN_WARPS][TILE][20], dc[SCAN_WARPS][TILE][20];         // of a warp's channels: word 2g + j is state column g of tile j
-    float2 dt[TILE][CH / 2], slope[TILE][CH / 2], gate[TILE][CH / 2]; // the row threads' own: softplus, its derivative, sigmoid(z)
+    float2 dt[TILE][CH / 2 + 2], slope[TILE][CH / 2 + 2], gate[TILE][CH / 2 + 2];   // the row threads' own: softplus, its derivative, sigmoid(z)
 };
 
 // Two bf16 numbers from the lower halves of two words
@@ -387,9 +409,7 @@ __device__ inline void remake_tile(BackwardStage& s, uint32_t (&before)[TILE][4]
         const float4 pair = s.pair[t][c / 2];
         const uint2 B = *(const uint2*)&s.b4[t][2 * g];
         const uint32_t input[2] = {__float_as_uint(pair.z), __float_as_uint(pair.w)};
-        decay(h, make_float2(pair.x, pair.y), A2);
-        mma8(h[0], input, B.x);
-        mma8(h[1], input, B.y);
+        advance(h, make_float2(pair.x, pair.y), A2, input, B);
         uint32_t now[4], turned[4];
         pack_states(now, h);
         mma16(y, now, g == t ? C.x : 0u, g == t ? C.y : 0u);
@@ -487,87 +507,94 @@ template <bool ALL> struct RowsBack {
     Shared<BackwardStage>& s;
     const ScanGradients<bf16>& out;
     const ScanInput<bf16>& p;
-    const int64_t last_tile;                                          // of the segment, which comes first
     const Row mine;
-    const bf16 *from[4], *bc, *saved;                                 // of the tile that `fetch` fetches next
-    int64_t e_at, z_at, row_at;                                       // where the step that `finish` finishes is in (B,T,e), dz and (B,T)
+    const int pair;                                                   // where the thread's first pair of channels is in all arrays of pairs
+    const int first_past;                                             // steps from the thread's step of tile 0 to the end: none, or it is past the end
+    const uint8_t* starts;                                            // the thread's of the tile that `prepare` prepares next, or null
+    const bf16 *bc, *saved;                                           // from here on: of the tile that `fetch` fetches next
+    int64_t e_at, z_at;                                               // in (B,T,e) and z
+    int64_t e_done, z_done;                                           // of the step that `finish` finishes next, in (B,T,e) and dz
+    float* dbc;
     float2 dD[PAIRS] = {}, dbias[PAIRS] = {};
 
-    __device__ RowsBack(Shared<BackwardStage>& s_, const ScanGradients<bf16>& out_, const ScanInput<bf16>& p_, int64_t last_tile_)
-        : s(s_), out(out_), p(p_), last_tile(last_tile_), mine(p_.e) {
-        row_at = blockIdx.y * p.T + step(0), e_at = row_at * p.e + mine.channel, z_at = row_at * out.lddz + mine.channel;
-        from[U] = p.u + e_at, from[DT] = p.dt_raw + e_at, from[Z] = p.z + row_at * p.ldz + mine.channel, from[DOUT] = out.dout + e_at;
-        bc = p.bc + row_at * p.ldbc;
-        saved = out.saved + ((blockIdx.y * ((p.T + TILE - 1) / TILE) + last_tile) * p.e + blockIdx.x * CH) * 16;
+    __device__ RowsBack(Shared<BackwardStage>& s_, const ScanGradients<bf16>& out_, const ScanInput<bf16>& p_, int64_t last_tile)
+        : s(s_), out(out_), p(p_), mine(p_.e), pair(mine.row * (CH / 2 + 2) + mine.column / 2), first_past((int)min(p_.T - last_tile * TILE - mine.row, (int64_t)TILE)) {
+        const int64_t row_at = blockIdx.y * p.T + last_tile * TILE + mine.row;
+        const int w = threadIdx.x % 16, n = w / 4 * 4 + w % 2 * 2 + w / 2 % 2;      // word w of the scan warps' sums of dB and dC is state n
+        starts = p.starts ? p.starts + row_at : nullptr;
+        e_at = e_done = row_at * p.e + mine.channel, z_at = row_at * p.ldz + mine.channel, z_done = row_at * out.lddz + mine.channel;
+        bc = p.bc + row_at * p.ldbc + threadIdx.x % 16 * 2;
+        saved = out.saved + ((blockIdx.y * ((p.T + TILE - 1) / TILE) + last_tile) * p.e + blockIdx.x * CH) * 16 + (threadIdx.x - SCAN_THREADS) * 4;
+        dbc = out.dbc + (blockIdx.x * (int64_t)gridDim.y * p.T + row_at) * 32 + (threadIdx.x % WARP < 16 ? 0 : 16) + n;
     }
-    __device__ int64_t step(int64_t i) const { return (last_tile - i) * TILE + mine.row; }
-    __device__ void fetch(int64_t i, int64_t count) {
+    __device__ bool is_past(int i) const { return i == 0 && first_past <= 0; }
+    __device__ void fetch(int i, int count) {
         if (i < count) {
-            s.inputs.template fetch<ALL>(i, from, bc, mine, step(i) < p.T);
-            from[U] -= TILE * (int64_t)p.e, from[DT] -= TILE * (int64_t)p.e, from[Z] -= TILE * p.ldz, from[DOUT] -= TILE * (int64_t)p.e, bc -= TILE * p.ldbc;
-            s.inputs.fetch_states(i, saved, p.e - (int)blockIdx.x * CH);
-            saved -= (int64_t)p.e * 16;
+            const bf16* const from[4] = {p.u + e_at, p.dt_raw + e_at, p.z + z_at, out.dout + e_at};
+            s.inputs.template fetch<ALL>(i, from, bc, mine, !is_past(i));
+            s.inputs.fetch_states(i, saved, (p.e - (int)blockIdx.x * CH) * 16);
+            e_at -= TILE * (int64_t)p.e, z_at -= TILE * p.ldz, bc -= TILE * p.ldbc, saved -= (int64_t)p.e * 16;
         }
         copy_commit();
     }
-    __device__ void prepare(int64_t i) {
+    __device__ void prepare(int i) {
         BackwardStage& stage = s.stages[i & 1];
 #pragma unroll
         for (int k = 0; k < PAIRS; k++) {
-            const int c = mine.column + k * STRIDE;
+            const int at = pair + k * WARP;
             const uint32_t dts = s.inputs.word(i, DT, k), zs = s.inputs.word(i, Z, k), douts = s.inputs.word(i, DOUT, k);
-            const float2 bias = *(const float2*)&s.bias[c], gate = make_float2(scan_sigmoid<bf16>(low(zs)), scan_sigmoid<bf16>(high(zs)));
-            stage.gate[mine.row][c / 2] = gate;
-            stage.dy[mine.row][c / 2] = make_uint2(split(low(douts) * low(zs) * gate.x), split(high(douts) * high(zs) * gate.y));
+            const float2 bias = *(const float2*)&s.bias[mine.column + k * STRIDE], gate = make_float2(scan_sigmoid<bf16>(low(zs)), scan_sigmoid<bf16>(high(zs)));
+            stage.gate[0][at] = gate;
+            stage.dy[0][at] = make_uint2(split(low(douts) * low(zs) * gate.x), split(high(douts) * high(zs) * gate.y));
             float2 slope, dt;
             dt.x = softplus_slope(low(dts) + bias.x, slope.x), dt.y = softplus_slope(high(dts) + bias.y, slope.y);
-            stage.dt[mine.row][c / 2] = dt, stage.slope[mine.row][c / 2] = slope;
-            stage.pair[mine.row][c / 2] = make_pair(dt, s.inputs.word(i, U, k));
+            stage.dt[0][at] = dt, stage.slope[0][at] = slope;
+            stage.pair[0][at] = make_pair(dt, s.inputs.word(i, U, k));
         }
-        const bool past = step(i) >= p.T;                             // then dout is zeros
-        if (past || p.is_start(blockIdx.y, step(i)))
-            for (int k = 0; k < PAIRS; k++) edge(stage.pair[mine.row][(mine.column + k * STRIDE) / 2], past);
+        if (is_past(i) || (starts && *starts))                        // past the end dout is zeros
+            for (int k = 0; k < PAIRS; k++) edge(stage.pair[0][pair + k * WARP], is_past(i));
+        if (starts) starts -= TILE;
         const bf16 v = s.inputs.state_value(i, mine.row);
         const bool is_B = threadIdx.x % WARP < 16;
         store_quarters((is_B ? stage.b4 : stage.c4)[mine.row], v);
         (is_B ? stage.b : stage.c)[mine.row][threadIdx.x % 16] = v;
         s.full[i & 1].arrive();
     }
-    __device__ void finish(int64_t i) {
+    __device__ void finish(int i) {
         const BackwardStage& stage = s.stages[i & 1];
-        if (step(i) < p.T) {
+        if (!is_past(i)) {
             add_warps(stage);
 #pragma unroll
             for (int k = 0; k < PAIRS; k++) finish_pair(stage, i, k);
         }
-        row_at -= TILE, e_at -= TILE * (int64_t)p.e, z_at -= TILE * out.lddz;
+        dbc -= TILE * 32, e_done -= TILE * (int64_t)p.e, z_done -= TILE * out.lddz;
     }
-    __device__ void finish_pair(const BackwardStage& stage, int64_t i, int k) {
-        const int c = mine.column + k * STRIDE, live = mine.live - k * STRIDE;
+    __device__ void finish_pair(const BackwardStage& stage, int i, int k) {
+        const int at = pair + k * WARP, live = mine.live - k * STRIDE;
+        auto two = [&](const float* array) { return ((const float2*)array)[at]; };
         const uint32_t us = s.inputs.word(i, U, k), zs = s.inputs.word(i, Z, k), douts = s.inputs.word(i, DOUT, k);
-        const float2 gate = stage.gate[mine.row][c / 2], D = *(const float2*)&s.skip_weight[c], u = make_float2(low(us), high(us)), dout = make_float2(low(douts), high(douts));
+        const float2 gate = stage.gate[0][at], D = *(const float2*)&s.skip_weight[mine.column + k * STRIDE], u = make_float2(low(us), high(us)), dout = make_float2(low(douts), high(douts));
         const float2 silu = make_float2(low(zs) * gate.x, high(zs) * gate.y), dy = make_float2(dout.x * silu.x, dout.y * silu.y);
-        float2 y = *(const float2*)&stage.y[mine.row][c];
+        float2 y = two(stage.y[0]);
         y.x = fmaf(D.x, u.x, y.x), y.y = fmaf(D.y, u.y, y.y);
-        store2<ALL>(out.out + e_at + k * STRIDE, live, make_float2(y.x * silu.x, y.y * silu.y));
-        store2<ALL>(out.dz + z_at + k * STRIDE, live, make_float2(dout.x * y.x * fmaf(silu.x, 1.f - gate.x, gate.x), dout.y * y.y * fmaf(silu.y, 1.f - gate.y, gate.y)));
-        const float2 dinput = *(const float2*)&stage.dinput[mine.row][c], dt = stage.dt[mine.row][c / 2];
-        store2<ALL>(out.du + e_at + k * STRIDE, live, make_float2(fmaf(dinput.x, dt.x, D.x * dy.x), fmaf(dinput.y, dt.y, D.y * dy.y)));
-        const float2 ddecay = *(const float2*)&stage.ddecay[mine.row][c], slope = stage.slope[mine.row][c / 2];
+        store2<ALL>(out.out + e_done + k * STRIDE, live, make_float2(y.x * silu.x, y.y * silu.y));
+        store2<ALL>(out.dz + z_done + k * STRIDE, live, make_float2(dout.x * y.x * fmaf(silu.x, 1.f - gate.x, gate.x), dout.y * y.y * fmaf(silu.y, 1.f - gate.y, gate.y)));
+        const float2 dinput = two(stage.dinput[0]), dt = stage.dt[0][at];
+        store2<ALL>(out.du + e_done + k * STRIDE, live, make_float2(fmaf(dinput.x, dt.x, D.x * dy.x), fmaf(dinput.y, dt.y, D.y * dy.y)));
+        const float2 ddecay = two(stage.ddecay[0]), slope = stage.slope[0][at];
         const float2 ddt = make_float2(fmaf(dinput.x, u.x, ddecay.x * SCAN_LN2) * slope.x, fmaf(dinput.y, u.y, ddecay.y * SCAN_LN2) * slope.y);
-        store2<ALL>(out.ddt_raw + e_at + k * STRIDE, live, ddt);
+        store2<ALL>(out.ddt_raw + e_done + k * STRIDE, live, ddt);
         dD[k].x = fmaf(dy.x, u.x, dD[k].x), dD[k].y = fmaf(dy.y, u.y, dD[k].y);
         dbias[k].x += ddt.x, dbias[k].y += ddt.y;
     }
     // dB and dC of the step: word w is the scan warps' sum, in order
     __device__ void add_warps(const BackwardStage& stage) const {
-        const int w = threadIdx.x % 16, n = w / 4 * 4 + w % 2 * 2 + w / 2 % 2;
-        const bool is_B = threadIdx.x % WARP < 16;
-        const float(*from)[TILE][20] = is_B ? stage.db : stage.dc;
+        const int w = threadIdx.x % 16;
+        const float(*from)[TILE][20] = threadIdx.x % WARP < 16 ? stage.db : stage.dc;
         float sum = from[0][mine.row][w];
 #pragma unroll
         for (int warp = 1; warp < SCAN_WARPS; warp++) sum += from[warp][mine.row][w];
-        out.dbc[((int64_t)blockIdx.x * gridDim.y * p.T + row_at) * 32 + (is_B ? 0 : 16) + n] = sum;
+        *dbc = sum;
     }
     // dD and d(dt bias) of the block's channels: the sums of the eight rows, in order. The scan warps are done with the stages.
     __device__ void add_rows(float* to) {
@@ -585,12 +612,12 @@ template <bool ALL> struct RowsBack {
         }
         *(float2*)(to + c * 2) = sum;
     }
-    __device__ void run(int64_t segment, int64_t count) {
+    __device__ void run(int64_t segment, int count) {
         for (int i = 0; i < 3; i++) fetch(i, count);
         copy_wait<2>();
         __syncwarp();
         prepare(0);
-        for (int64_t i = 0; i < count; i++) {
+        for (int i = 0; i < count; i++) {
             copy_wait<1>();                                           // tile i + 1 is here
             __syncwarp();
             if (i + 1 < count) prepare(i + 1);
@@ -602,6 +629,10 @@ template <bool ALL> struct RowsBack {
     }
 };
 
+#ifndef SCAN_REGS_A
+#define SCAN_REGS_A "128"
+#define SCAN_REGS_B "48"
+#endif
 // On Hopper the row warps hand registers to the scan warps.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define SCAN_MMA_REGISTERS(change, count) asm volatile("setmaxnreg." change ".sync.aligned.u32 " count ";")
@@ -617,12 +648,12 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(ScanGradients<bf16
     const int64_t first_tile = blockIdx.z * p.segment_tiles, count = min(p.segment_tiles, tiles - first_tile);
     s.init(p.D, p.dt_bias, p.e);
     if (threadIdx.x < SCAN_THREADS) {
-        SCAN_MMA_REGISTERS("inc", "128");
+        SCAN_MMA_REGISTERS("inc", SCAN_REGS_A);
         scan_back(s, out, p, segment, first_tile, count);
     } else {
-        SCAN_MMA_REGISTERS("dec", "48");
-        if (VEC && (blockIdx.x + 1) * CH <= p.e) RowsBack<true>(s, out, p, first_tile + count - 1).run(segment, count);
-        else RowsBack<false>(s, out, p, first_tile + count - 1).run(segment, count);
+        SCAN_MMA_REGISTERS("dec", SCAN_REGS_B);
+        if (VEC && (blockIdx.x + 1) * CH <= p.e) RowsBack<true>(s, out, p, first_tile + count - 1).run(segment, (int)count);
+        else RowsBack<false>(s, out, p, first_tile + count - 1).run(segment, (int)count);
     }
 }
 
