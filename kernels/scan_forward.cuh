@@ -1,123 +1,118 @@
 // Forward scan on tensor cores with blocks of as many channels as fill the GPU. See scan_mma.cuh for the mathematics of the tiles.
 //
-// A scan warp is 8 channels of all 16 states: rows 0 to 7 of its matrices are the channels with one half of their states, rows 8 to 15 the same
-// channels with the other half. Lane (g = lane / 4, q = lane % 4) keeps channel g and states 4q to 4q + 3.
-//   the input:  a row takes its product from the k places of its half: lanes q < 2 hold dt u for rows g and B of the first half, the others
-//               dt u for rows g + 8 and B of the second. Every number is split in two bf16 and there are two lanes, so B is halved.
-//   the sums:   one mma takes two steps: rows g the first, rows g + 8 the second, k all states.
-// The decays of a group of 8 steps and their inputs do not depend on the state, so they are made while the group before is walked.
+// A scan warp is 8 channels of 8 states, and takes two steps at a time: rows 0 to 7 of its matrices are the channels at the first step, rows 8
+// to 15 the same channels at the second. Lane (g = lane / 4, q = lane % 4) keeps channel g and two states, 2q and 2q + 1 of the eight.
+//   the input:  lanes q < 2 hold the k places of the first step, the others those of the second; each number is split in two bf16 and there
+//               are two lanes, so B is halved. These products do not wait for the state.
+//   the sums:   k is the 8 states; the columns are 8 steps, of which all but the two are masked.
+// The decays of 8 steps and their inputs do not depend on the state, so they are made while the 8 before are walked.
 #pragma once
 #include "scan_mma.cuh"
 
 namespace gpu::scan_mma {
 
-// Shape of a block: CHANNELS, a multiple of 8; STEPS a tile; row warps; stages that they are ahead of and behind the scan warps; tiles on
-// their way from memory; OVERLAP: decays of the next 8 steps beside the walk through 8, at twice the registers
-template <int CHANNELS_, int STEPS_, int ROW_WARPS_, int STAGES_, int SLOTS_, bool OVERLAP_> struct ForwardShape {
-    static constexpr int CHANNELS = CHANNELS_, STEPS = STEPS_, STAGES = STAGES_, SLOTS = SLOTS_;
-    static constexpr bool OVERLAP = OVERLAP_;
-    static constexpr int SCAN_WARPS = CHANNELS / 8, ROW_WARPS = ROW_WARPS_, SCAN_THREADS = SCAN_WARPS * WARP, ROW_THREADS = ROW_WARPS * WARP;
+// Shape of a block: CHANNELS, a multiple of 8; row warps; stages that they are ahead of the scan warps (plus one); tiles of memory's in all
+template <int CHANNELS_, int ROW_WARPS_, int STAGES_, int SLOTS_> struct ForwardShape {
+    static constexpr int CHANNELS = CHANNELS_, STEPS = 16, STAGES = STAGES_, SLOTS = SLOTS_;
+    static constexpr int SCAN_WARPS = CHANNELS / 4, ROW_WARPS = ROW_WARPS_, SCAN_THREADS = SCAN_WARPS * WARP, ROW_THREADS = ROW_WARPS * WARP;
     static constexpr int THREADS = SCAN_THREADS + ROW_THREADS, ITEMS = STEPS * CHANNELS / 2 / ROW_THREADS;
     static constexpr int WORDS = (STEPS * 16 + ROW_THREADS - 1) / ROW_THREADS;
-    static_assert(ITEMS * ROW_THREADS * 2 == STEPS * CHANNELS && STEPS % 8 == 0 && (SLOTS & (SLOTS - 1)) == 0 && SLOTS > STAGES);
+    static_assert(ITEMS * ROW_THREADS * 2 == STEPS * CHANNELS && (SLOTS & (SLOTS - 1)) == 0 && SLOTS > STAGES);
 };
 
 template <class S> struct ForwardBlock {
     struct Stage {
-        float2 pair[S::STEPS][S::CHANNELS + 2];                       // dt; dt u split
-        uint32_t b[S::STEPS][16];                                     // word 8 r + g: half of the value of state 4 (g / 2) + 2 r + g % 2, twice
+        float2 pair[S::STEPS / 2][S::CHANNELS][2];                    // of two steps: dt; dt u split
+        uint32_t b[S::STEPS][16];                                     // halves, twice
         bf16 c[S::STEPS][16];
-        float y[S::STEPS][S::CHANNELS + 4];
+        float y[2][S::STEPS][S::CHANNELS + 4];                        // of the two halves of the states
     } stages[S::STAGES];
     uint32_t words[S::SLOTS][3][S::ITEMS][S::ROW_THREADS], bc[S::SLOTS][S::WORDS][S::ROW_THREADS];   // each row thread's own
     float skip_weight[S::CHANNELS], bias[S::CHANNELS];
     Gate full[S::STAGES], done[S::STAGES];
 };
 
-// 8 steps as a scan warp's lane sees them
-struct Steps {
-    float a[8][4];                                                    // decays
-    uint32_t x[8], b[8];
-    uint2 c;                                                          // C of step g
-    template <class Stage> __device__ void load(const Stage& s, int first, int channel, const float (&A2)[4]) {
-        const int lane = threadIdx.x % WARP, g = lane / 4, q = lane % 4;
-        c = *(const uint2*)&s.c[first + g][4 * q];
+// What a scan warp's lane is: channel c of the block, of the array; its two states n and n + 1
+struct Lane {
+    int c, half, g, q;
+    uint32_t first, second, mine[4];                                  // masks: of lanes that hold the first and second step; of two steps of 8
+    __device__ Lane() {
+        const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+        g = lane / 4, q = lane % 4, c = warp / 2 * 8 + g, half = warp % 2;
+        first = q < 2 ? ~0u : 0u, second = ~first;
 #pragma unroll
-        for (int t = 0; t < 8; t++) {
-            const float2 pair = s.pair[first + t][channel];
-            x[t] = __float_as_uint(pair.y), b[t] = s.b[first + t][q / 2 * 8 + g];
-#pragma unroll
-            for (int k = 0; k < 4; k++) a[t][k] = scan_ex2(pair.x * A2[k]);
+        for (int k = 0; k < 4; k++) {
+            mine[k] = g / 2 == k ? ~0u : 0u;
+            asm volatile("" : "+r"(mine[k]));                         // kept, not made again for every use
         }
     }
-    // h through the 8 steps; y of the lane's channel: of steps 2q and 2q + 1 in y[0] and y[3]
-    __device__ void walk(float (&h)[4], float (&y)[4]) const {
-        const int lane = threadIdx.x % WARP, g = lane / 4, q = lane % 4;
-        const uint32_t low_lanes = q < 2 ? ~0u : 0u, high_lanes = ~low_lanes;
-        uint32_t now[4], mine[4];                                     // mine: of two steps, ones if g is one of them
+};
+
+// 8 steps as a scan warp's lane sees them
+struct Steps {
+    float a[8][2];                                                    // decays
+    uint32_t x[8], b[4], c;                                           // inputs; B of pairs of steps; C of step g
+    template <class Stage> __device__ void load(const Stage& s, int first, const Lane& l, const float (&A2)[2]) {
+        c = *(const uint32_t*)&s.c[first + l.g][8 * l.half + 2 * l.q];
 #pragma unroll
-        for (int k = 0; k < 4; k++) mine[k] = (uint32_t)((int)((g / 2 ^ k) - 1) >> 31);
+        for (int t = 0; t < 8; t += 2) {
+            const float4 two = *(const float4*)s.pair[(first + t) / 2][l.c];
+            x[t] = __float_as_uint(two.y), x[t + 1] = __float_as_uint(two.w);
+            b[t / 2] = s.b[first + t + l.q / 2][8 * l.half + l.g];
 #pragma unroll
-        for (int t = 0; t < 8; t++) {
+            for (int k = 0; k < 2; k++) a[t][k] = scan_ex2(two.x * A2[k]), a[t + 1][k] = scan_ex2(two.z * A2[k]);
+        }
+    }
+    // h through the 8 steps; the lane's channel's sums over the half, of steps 2q and 2q + 1 in y[0] and y[3]
+    __device__ void walk(float (&h)[2], float (&y)[4], const Lane& l) const {
+#pragma unroll
+        for (int t = 0; t < 8; t += 2) {
             float input[4];
-            asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%7,%7,%7};"
-                : "=f"(input[0]), "=f"(input[1]), "=f"(input[2]), "=f"(input[3]) : "r"(x[t] & low_lanes), "r"(x[t] & high_lanes), "r"(b[t]), "f"(0.f));
+            const uint32_t rows[2] = {x[t] & l.first, x[t + 1] & l.second};
+            product8(input, rows, b[t / 2]);
+            uint32_t now[2];
 #pragma unroll
-            for (int k = 0; k < 4; k++) h[k] = fmaf(a[t][k], h[k], input[k]);
-            now[t % 2] = pack(h[0], h[1]), now[2 + t % 2] = pack(h[2], h[3]);
-            if (t % 2) mma16(y, now, c.x & mine[t / 2], c.y & mine[t / 2]);
+            for (int i = 0; i < 2; i++) {
+                h[0] = fmaf(a[t + i][0], h[0], input[2 * i]), h[1] = fmaf(a[t + i][1], h[1], input[2 * i + 1]);
+                now[i] = pack(h[0], h[1]);
+            }
+            mma8(y, now, c & l.mine[t / 2]);
         }
     }
 };
 
 template <class S> struct ScanForward {
     ForwardBlock<S>& s;
-    bf16* saved;
-    const int c, channel, live;
-    const int64_t e, groups;                                          // groups: of 8 steps, to the end of the sequence
-    float h[4] = {}, A2[4];
-    __device__ void walk(const Steps& steps, float (*y)[S::CHANNELS + 4], int64_t group) {
+    bf16* saved;                                                      // the lane's states of the next group of 8 steps, or null
+    const int channel;
+    const bool live;
+    const int64_t next;                                               // from a group's saved states to the next one's
+    int groups;                                                       // of 8 steps, to the end of the sequence
+    Lane l;
+    float h[2] = {}, A2[2];
+    __device__ void walk(const Steps& steps, float (*y)[S::CHANNELS + 4]) {
         if (saved) {
-            if (live && group < groups) *(uint2*)saved = make_uint2(pack(h[0], h[1]), pack(h[2], h[3]));
-            saved += e * 16;
+            if (live && groups > 0) *(uint32_t*)saved = pack(h[0], h[1]);
+            saved += next, groups--;
         }
         float sums[4] = {};
-        steps.walk(h, sums);
-        const int q = threadIdx.x % 4;
-        y[2 * q][c] = sums[0], y[2 * q + 1][c] = sums[3];
+        steps.walk(h, sums, l);
+        y[2 * l.q][l.c] = sums[0], y[2 * l.q + 1][l.c] = sums[3];
     }
-    // Tiles first .. first + count - 1 of the sequence
-    __device__ void run(int64_t first, int count) {
-        constexpr int GROUPS = S::STEPS / 8;
-        int64_t group = first * GROUPS;
-        if constexpr (S::OVERLAP) {
-            static_assert(GROUPS == 2);
-            Steps even, odd;
-            s.full[0].wait(0);
-            even.load(s.stages[0], 0, c, A2);
-            for (int i = 0; i < count; i++, group += 2) {
-                auto& stage = s.stages[i % S::STAGES];
-                odd.load(stage, 8, c, A2);
-                walk(even, stage.y, group);
-                if (i + 1 < count) {
-                    s.full[(i + 1) % S::STAGES].wait((uint32_t)((i + 1) / S::STAGES));
-                    even.load(s.stages[(i + 1) % S::STAGES], 0, c, A2);
-                }
-                walk(odd, stage.y + 8, group + 1);
-                s.done[i % S::STAGES].arrive();
+    __device__ void run(int count) {
+        Steps even, odd;
+        s.full[0].wait(0);
+        even.load(s.stages[0], 0, l, A2);
+        for (int i = 0; i < count; i++) {
+            auto& stage = s.stages[i % S::STAGES];
+            odd.load(stage, 8, l, A2);
+            walk(even, stage.y[l.half]);
+            if (i + 1 < count) {
+                s.full[(i + 1) % S::STAGES].wait((uint32_t)((i + 1) / S::STAGES));
+                even.load(s.stages[(i + 1) % S::STAGES], 0, l, A2);
             }
-        } else {
-            for (int i = 0; i < count; i++) {
-                auto& stage = s.stages[i % S::STAGES];
-                s.full[i % S::STAGES].wait((uint32_t)(i / S::STAGES));
-#pragma unroll
-                for (int k = 0; k < GROUPS; k++, group++) {
-                    Steps steps;
-                    steps.load(stage, 8 * k, c, A2);
-                    walk(steps, stage.y + 8 * k, group);
-                }
-                s.done[i % S::STAGES].arrive();
-            }
+            walk(odd, stage.y[l.half] + 8);
+            s.done[i % S::STAGES].arrive();
         }
     }
 };
@@ -125,19 +120,19 @@ template <class S> struct ScanForward {
 template <class S>
 __device__ inline void scan_forward(ForwardBlock<S>& s, bf16* saved, float* h_out, const float* h_first, int h_stride, const ScanInput<bf16>& p,
                                     int64_t segment, int64_t first_tile, int count) {
-    const int lane = threadIdx.x % WARP, c = threadIdx.x / WARP * 8 + lane / 4, channel = blockIdx.x * S::CHANNELS + c, n = lane % 4 * 4;
+    const Lane l;
+    const int channel = blockIdx.x * S::CHANNELS + l.c, n = 8 * l.half + 2 * l.q;
     const int64_t groups = (p.T + 7) / 8, tiles = (p.T + S::STEPS - 1) / S::STEPS;
     const bool live = channel < p.e;
-    ScanForward<S> scan{s, saved, c, channel, live, p.e, groups, {}, {}};
-    if (saved) scan.saved = saved + ((blockIdx.y * groups + first_tile * (S::STEPS / 8)) * p.e + channel) * 16 + n;
-    scan_load_A(scan.A2, p.A_log, channel, n, p.e, 16);
-    if (h_first && live) {
-        const float4 v = *(const float4*)(h_first + (segment * p.e + channel) * h_stride + n);
-        scan.h[0] = v.x, scan.h[1] = v.y, scan.h[2] = v.z, scan.h[3] = v.w;
+    ScanForward<S> scan{s, nullptr, channel, live, (int64_t)p.e * 16, (int)min(groups - first_tile * 2, (int64_t)1 << 30), l, {}, {}};
+    if (saved) scan.saved = saved + ((blockIdx.y * groups + first_tile * 2) * p.e + channel) * 16 + n;
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+        scan.A2[k] = live ? -expf(p.A_log[(int64_t)channel * 16 + n + k]) * SCAN_LOG2E : 0.f;
+        if (h_first && live) scan.h[k] = h_first[(segment * p.e + channel) * h_stride + n + k];
     }
-    scan.run(first_tile, count);
-    if (h_out && live && first_tile + count == tiles)
-        *(float4*)(h_out + (blockIdx.y * (int64_t)p.e + channel) * 16 + n) = make_float4(scan.h[0], scan.h[1], scan.h[2], scan.h[3]);
+    scan.run(count);
+    if (h_out && live && first_tile + count == tiles) *(float2*)(h_out + (blockIdx.y * (int64_t)p.e + channel) * 16 + n) = make_float2(scan.h[0], scan.h[1]);
 }
 
 // A row thread has ITEMS pairs of channels of steps of every tile, and words of B | C
@@ -203,8 +198,10 @@ template <class S, bool ALL> struct RowsForward2 {
             const float2 bias = *(const float2*)&s.bias[column + k * NEXT];
             const uint32_t raw = s.words[slot][1][k][thread], us = s.words[slot][0][k][thread];
             const float2 dt = make_float2(scan_softplus<bf16>(low(raw) + bias.x), scan_softplus<bf16>(high(raw) + bias.y));
-            *(float4*)&stage.pair[row + k * PASS][column + k * NEXT] =
-                make_float4(dt.x, __uint_as_float(split(dt.x * low(us))), dt.y, __uint_as_float(split(dt.y * high(us))));
+            float2(*pair)[2] = &stage.pair[(row + k * PASS) / 2][column + k * NEXT];
+            const int odd = (row + k * PASS) % 2;
+            pair[0][odd] = make_float2(dt.x, __uint_as_float(split(dt.x * low(us))));
+            pair[1][odd] = make_float2(dt.y, __uint_as_float(split(dt.y * high(us))));
         }
         if (starts || left_prepare < S::STEPS) edges(stage);
         if (starts) starts += S::STEPS;
@@ -215,7 +212,7 @@ template <class S, bool ALL> struct RowsForward2 {
                 const int t = thread / 16 + k * (S::ROW_THREADS / 16), j = thread % 16;
                 const uint32_t v = s.bc[slot][k][thread];             // states 2j, 2j + 1 of B, or of C if j > 7
                 const float x = 0.5f * low(v), y = 0.5f * high(v);
-                if (j < 8) *(uint2*)&stage.b[t][j % 2 * 8 + j / 2 * 2] = make_uint2(pack(x, x), pack(y, y));
+                if (j < 8) *(uint2*)&stage.b[t][2 * j] = make_uint2(pack(x, x), pack(y, y));
                 else *(uint32_t*)&stage.c[t][2 * j - 16] = v;
             }
         s.full[i % S::STAGES].arrive();
@@ -223,9 +220,10 @@ template <class S, bool ALL> struct RowsForward2 {
     // Past the end there is no decay and no input; before the start of a document there is nothing
     template <class Stage> __device__ void edges(Stage& stage) const {
         for (int k = 0; k < S::ITEMS; k++) {
-            float4& pair = *(float4*)&stage.pair[row + k * PASS][column + k * NEXT];
-            if (row + k * PASS >= left_prepare) pair = make_float4(0.f, 0.f, 0.f, 0.f);
-            else if (starts && starts[k * PASS]) pair.x = pair.z = SCAN_CUT;
+            float2(*pair)[2] = &stage.pair[(row + k * PASS) / 2][column + k * NEXT];
+            const int odd = (row + k * PASS) % 2;
+            if (row + k * PASS >= left_prepare) pair[0][odd] = pair[1][odd] = make_float2(0.f, 0.f);
+            else if (starts && starts[k * PASS]) pair[0][odd].x = pair[1][odd].x = SCAN_CUT;
         }
     }
     __device__ void finish(int i) {
@@ -236,7 +234,8 @@ template <class S, bool ALL> struct RowsForward2 {
             if (row + k * PASS < left_finish) {
                 const int c = column + k * NEXT;
                 const uint32_t us = s.words[slot][0][k][thread], zs = s.words[slot][2][k][thread];
-                const float2 y = *(const float2*)&stage.y[row + k * PASS][c], D = *(const float2*)&s.skip_weight[c], z = make_float2(low(zs), high(zs));
+                const float2 y0 = *(const float2*)&stage.y[0][row + k * PASS][c], y1 = *(const float2*)&stage.y[1][row + k * PASS][c];
+                const float2 y = make_float2(y0.x + y1.x, y0.y + y1.y), D = *(const float2*)&s.skip_weight[c], z = make_float2(low(zs), high(zs));
                 store2<ALL>(out + k * (PASS * (int64_t)p.e + NEXT), left_channels - k * NEXT,
                             make_float2(fmaf(D.x, low(us), y.x) * z.x * scan_sigmoid<bf16>(z.x), fmaf(D.y, high(us), y.y) * z.y * scan_sigmoid<bf16>(z.y)));
             }

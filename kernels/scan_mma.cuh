@@ -14,6 +14,9 @@
 #pragma once
 #include "scan_common.cuh"
 
+#ifndef SCAN_FMA
+#define SCAN_FMA false
+#endif
 namespace gpu::scan_mma {
 
 using bf16 = __nv_bfloat16;
@@ -140,21 +143,21 @@ __device__ inline void product8(float (&c)[4], const uint32_t (&a)[2], uint32_t 
     asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%7,%7,%7};"
         : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(b), "f"(0.f));
 }
-// h = a h + (dt u) B of a step. The product does not wait for h.
-__device__ inline void advance(States& h, float2 dt, const States& A2, const uint32_t (&input)[2], uint2 B) {
-#ifdef SCAN_FMA
-    float added[2][4];
-    product8(added[0], input, B.x);
-    product8(added[1], input, B.y);
+// h = a h + (dt u) B of a step
+template <bool FMA> __device__ inline void advance(States& h, float2 dt, const States& A2, const uint32_t (&input)[2], uint2 B) {
+    if (FMA) {                                                        // the product does not wait for h
+        float added[2][4];
+        product8(added[0], input, B.x);
+        product8(added[1], input, B.y);
 #pragma unroll
-    for (int j = 0; j < 2; j++)
+        for (int j = 0; j < 2; j++)
 #pragma unroll
-        for (int k = 0; k < 4; k++) h[j][k] = fmaf(scan_ex2((k < 2 ? dt.x : dt.y) * A2[j][k]), h[j][k], added[j][k]);
-#else
-    decay(h, dt, A2);
-    mma8(h[0], input, B.x);
-    mma8(h[1], input, B.y);
-#endif
+            for (int k = 0; k < 4; k++) h[j][k] = fmaf(scan_ex2((k < 2 ? dt.x : dt.y) * A2[j][k]), h[j][k], added[j][k]);
+    } else {
+        decay(h, dt, A2);
+        mma8(h[0], input, B.x);
+        mma8(h[1], input, B.y);
+    }
 }
 // Saved states of channels 2g and 2g + 1 as bf16: 8 bytes each, 16 states a channel
 __device__ inline void store_saved(bf16* to, const uint32_t (&a)[4], int live) {
@@ -258,7 +261,7 @@ __device__ inline void forward_tile(ForwardStage& s, States& h, const States& A2
         const float4 pair = s.pair[t][c / 2];
         const uint2 B = *(const uint2*)&s.b[t][2 * g];
         const uint32_t input[2] = {__float_as_uint(pair.z), __float_as_uint(pair.w)};
-        advance(h, make_float2(pair.x, pair.y), A2, input, B);
+        advance<true>(h, make_float2(pair.x, pair.y), A2, input, B);
         pack_states(packed, h);
         mma16(y, packed, g == t ? C.x : 0u, g == t ? C.y : 0u);
     }
@@ -385,8 +388,10 @@ struct BackwardStage {
     using Input = BackwardInputs;
     Pairs pair;
     uint2 dy[TILE][CH / 2 + 2];                                       // of channels c and c + 1: dy split
-    uint32_t b4[TILE][16], c4[TILE][16];                              // quarters
-    bf16 b[TILE][16], c[TILE][16];
+    uint32_t b4[TILE][16];                                            // quarters
+    bf16 c[TILE][16];
+    float4 b[TILE][TILE][4];                                          // [t][t]: 16 states of step t; zeros elsewhere, for ever
+    uint32_t cs[TILE][20];                                            // word 4 a + 2 h + j: state 4 a + 2 j + h, twice; the last four zeros
     float y[TILE][CH + 4], dinput[TILE][CH + 4], ddecay[TILE][CH + 4];
     float db[SCAN_WARPS][TILE][20], dc[SCAN_WARPS][TILE][20];         // of a warp's channels: word 2g + j is state column g of tile j
     float2 dt[TILE][CH / 2 + 2], slope[TILE][CH / 2 + 2], gate[TILE][CH / 2 + 2];   // the row threads' own: softplus, its derivative, sigmoid(z)
@@ -409,7 +414,7 @@ __device__ inline void remake_tile(BackwardStage& s, uint32_t (&before)[TILE][4]
         const float4 pair = s.pair[t][c / 2];
         const uint2 B = *(const uint2*)&s.b4[t][2 * g];
         const uint32_t input[2] = {__float_as_uint(pair.z), __float_as_uint(pair.w)};
-        advance(h, make_float2(pair.x, pair.y), A2, input, B);
+        advance<SCAN_FMA>(h, make_float2(pair.x, pair.y), A2, input, B);
         uint32_t now[4], turned[4];
         pack_states(now, h);
         mma16(y, now, g == t ? C.x : 0u, g == t ? C.y : 0u);
@@ -423,11 +428,33 @@ __device__ inline void remake_tile(BackwardStage& s, uint32_t (&before)[TILE][4]
     store_steps(s.dc[warp], dC, 2 * g);
 }
 
-// carry: a lambda of the step after the tile, then of its first step
+// The reverse walk keeps its states with the middle two of four exchanged: v[j][k]: channel 2g + k % 2, state 4q + 2j + k / 2. That is the order of
+// operand A of mma8_tf32 (rows channels 2g and 2g + 1, k the states), so lambda goes from product to product without a move.
+__device__ inline void exchange(States& v) {
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        const float x = v[j][1];
+        v[j][1] = v[j][2], v[j][2] = x;
+    }
+}
+__device__ inline void pack_exchanged(uint32_t (&a)[4], const States& v) {
+    a[0] = pack(v[0][0], v[0][2]), a[1] = pack(v[0][1], v[0][3]), a[2] = pack(v[1][0], v[1][2]), a[3] = pack(v[1][1], v[1][3]);
+}
+// v += dy C'. In that order columns are (states 4a.., channel 2g or 2g + 1) and rows (channels of lane group g, first or second of two states), so the
+// k places of lane q = 2 h + i are for channel 2g + i and state h of the two: dy of that channel in rows g (h = 0) or g + 8 (h = 1), and C in
+// columns of that channel.
+__device__ inline void add_product(States& v, const BackwardStage& s, int t, int c) {
+    const int lane = threadIdx.x % WARP, g = lane / 4, q = lane % 4;
+    const uint32_t dy = ((const uint32_t*)s.dy[t])[c + q % 2], first = q < 2 ? ~0u : 0u;
+    const uint2 C = *(const uint2*)&s.cs[t][q % 2 == g % 2 ? g / 2 * 4 + q / 2 * 2 : 16];
+    const uint32_t rows[2] = {dy & first, dy & ~first};
+    mma8(v[0], rows, C.x);
+    mma8(v[1], rows, C.y);
+}
+
+// carry: a lambda of the step after the tile, then of its first step; carry and dA exchanged
 __device__ inline void reverse_tile(BackwardStage& s, const uint32_t (&before)[TILE][4], States& carry, States& dA, const States& A2) {
     const int lane = threadIdx.x % WARP, g = lane / 4, q = lane % 4, warp = threadIdx.x / WARP, c = warp * GROUP + 2 * g;
-    const uint2 Bs = *(const uint2*)&s.b[g][4 * q];                   // of step g, states 4q .. 4q + 3
-    const float B[4] = {low(Bs.x), high(Bs.x), low(Bs.y), high(Bs.y)};
     const float4* mine = &s.pair[g][(warp * GROUP + 4 * q) / 2];
     const float2 in0 = *(const float2*)&mine[0].z, in1 = *(const float2*)&mine[1].z;
     const uint32_t input[2] = {lower_halves(__float_as_uint(in0.x), __float_as_uint(in1.x)), lower_halves(__float_as_uint(in0.y), __float_as_uint(in1.y))};
@@ -439,29 +466,24 @@ __device__ inline void reverse_tile(BackwardStage& s, const uint32_t (&before)[T
         for (int i = 1; i >= 0; i--) {
             const int t = t2 + i;
             const float2 dt = *(const float2*)&s.pair[t][c / 2];
-            const uint2 dys = s.dy[t][c / 2], C = *(const uint2*)&s.c4[t][2 * g];
-            const uint32_t dy[2] = {dys.x, dys.y};
-            mma8(carry[0], dy, C.x);                                  // lambda
-            mma8(carry[1], dy, C.y);
-            // k places q and q + 4 of tile j are states 4q + 2j and the next. In tf32: with bf16 the sum of d(dt) over time would be off by 2e-3
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                const float lambda[4] = {carry[j][0], carry[j][2], carry[j][1], carry[j][3]};
-                mma8_tf32(dinput, lambda, g == t ? B[2 * j] : 0.f, g == t ? B[2 * j + 1] : 0.f);
-            }
+            const float4 B = s.b[t][g][q];                            // of states 4q .. 4q + 3 if g == t, else zeros
+            add_product(carry, s, t, c);                              // lambda
+            mma8_tf32(dinput, carry[0], B.x, B.y);                    // in tf32: with bf16 the sum of d(dt) over time would be off by 2e-3
+            mma8_tf32(dinput, carry[1], B.z, B.w);
             uint32_t now[4], turned[4];
-            pack_states(now, carry);
+            pack_exchanged(now, carry);
             transpose(turned, now);
             mma16(dB, turned, g == t ? input[0] : 0u, g == t ? input[1] : 0u);
-            decay(carry, dt, A2);
 #pragma unroll
             for (int j = 0; j < 2; j++)
 #pragma unroll
                 for (int k = 0; k < 4; k++) {
-                    const uint32_t pair = before[t][2 * j + k / 2];
-                    const float pull = carry[j][k] * (k % 2 ? high(pair) : low(pair));
-                    dA[j][k] = fmaf(k < 2 ? dt.x : dt.y, pull, dA[j][k]);
-                    sums[2 * i + k / 2] = fmaf(A2[j][k], pull, sums[2 * i + k / 2]);
+                    const int old = k % 2 * 2 + k / 2;                // in A2
+                    const uint32_t pair = before[t][2 * j + k % 2];
+                    carry[j][k] *= scan_ex2((k % 2 ? dt.y : dt.x) * A2[j][old]);
+                    const float pull = carry[j][k] * (k / 2 ? high(pair) : low(pair));
+                    dA[j][k] = fmaf(k % 2 ? dt.y : dt.x, pull, dA[j][k]);
+                    sums[2 * i + k % 2] = fmaf(A2[j][old], pull, sums[2 * i + k % 2]);
                 }
         }
         mma8_tf32(ddecay, sums, g == t2 ? 1.f : 0.f, g == t2 + 1 ? 1.f : 0.f);
@@ -478,6 +500,7 @@ __device__ inline void scan_back(Shared<BackwardStage>& s, const ScanGradients<b
     States carry = {}, dA = {}, A2;
     load_decay_rates(A2, p.A_log + (int64_t)channel * 16 + n, live);
     if (out.carry) load_states(carry, out.carry + state_at, 16, live);   // carry_stride is 16
+    exchange(carry);
     for (int64_t i = 0; i < count; i++) {
         s.full[i & 1].wait(i / 2);
         const bf16(*state)[16] = &s.inputs.saved[i & 3][threadIdx.x / WARP * GROUP + lane / 4 * 2];
@@ -488,6 +511,8 @@ __device__ inline void scan_back(Shared<BackwardStage>& s, const ScanGradients<b
         reverse_tile(s.stages[i & 1], before, carry, dA, A2);
         s.done[i & 1].arrive();
     }
+    exchange(carry);
+    exchange(dA);
     if (out.dh_in && first_tile == 0) store_states(out.dh_in + ((int64_t)blockIdx.y * p.e + channel) * 16 + n, carry, 16, live);
 #pragma unroll
     for (int i = 0; i < 8; i++) dA[i / 4][i % 4] *= A2[i / 4][i % 4] * SCAN_LN2;
@@ -556,8 +581,14 @@ template <bool ALL> struct RowsBack {
         if (starts) starts -= TILE;
         const bf16 v = s.inputs.state_value(i, mine.row);
         const bool is_B = threadIdx.x % WARP < 16;
-        store_quarters((is_B ? stage.b4 : stage.c4)[mine.row], v);
-        (is_B ? stage.b : stage.c)[mine.row][threadIdx.x % 16] = v;
+        const int n = threadIdx.x % 16;
+        if (is_B) {
+            store_quarters(stage.b4[mine.row], v);
+            ((float*)stage.b[mine.row][mine.row])[n] = to_float(v);
+        } else {
+            stage.cs[mine.row][n / 4 * 4 + n % 2 * 2 + n / 2 % 2] = pack(to_float(v), to_float(v));
+            stage.c[mine.row][n] = v;
+        }
         s.full[i & 1].arrive();
     }
     __device__ void finish(int i) {
@@ -646,6 +677,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(ScanGradients<bf16
     Shared<BackwardStage>& s = *(Shared<BackwardStage>*)shared_floats;
     const int64_t segment = (int64_t)blockIdx.y * gridDim.z + blockIdx.z, tiles = (p.T + TILE - 1) / TILE;
     const int64_t first_tile = blockIdx.z * p.segment_tiles, count = min(p.segment_tiles, tiles - first_tile);
+    for (int i = threadIdx.x; i < (int)(sizeof(s.stages) / 16); i += THREADS) ((float4*)s.stages)[i] = make_float4(0.f, 0.f, 0.f, 0.f);
     s.init(p.D, p.dt_bias, p.e);
     if (threadIdx.x < SCAN_THREADS) {
         SCAN_MMA_REGISTERS("inc", SCAN_REGS_A);
