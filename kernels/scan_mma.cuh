@@ -165,13 +165,6 @@ __device__ inline void store_saved(bf16* to, const uint32_t (&a)[4], int live) {
     if (live > 1) *(uint2*)(to + 16) = make_uint2(a[1], a[3]);
 }
 
-// BYTES (4, 8) to shared memory in the background; zeros if not live
-template <int BYTES> __device__ inline void copy_async(void* to, const void* from, bool live) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from), "r"(live ? BYTES : 0), "n"(BYTES) : "memory");
-}
-__device__ inline void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int PENDING> __device__ inline void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
-
 // What a row thread has of every tile: of one step the channels `column` and the next one of the block, and those 64 and 128 further
 struct Row {
     int row, column, channel, live;                                   // channel: of the array; live: channels from it to the array's end
