@@ -229,7 +229,7 @@ template <int STRIDE> __device__ inline void store_steps(float (*to)[STRIDE], co
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Forward. Grid (channel blocks, B, segments). h_first (B,S,e,h_stride), or null for zeros.
+// Forward, of whole sequences. Grid (channel blocks, B). h_in (B,e,16), or null for zeros.
 // Per (t,c): 8 bytes and 4 of saved states; 20 special functions.
 
 struct ForwardStage {                                                 // + 1, + 4: the lanes' words fall in different banks
@@ -261,37 +261,35 @@ __device__ inline void forward_tile(ForwardStage& s, States& h, const States& A2
     store_steps(s.y, y, c);
 }
 
-__device__ inline void scan_forward(Shared<ForwardStage>& s, bf16* saved, float* h_out, const float* h_first, int h_stride, const ScanInput<bf16>& p,
-                                    int64_t segment, int64_t first_tile, int64_t count) {
+__device__ inline void scan_forward(Shared<ForwardStage>& s, bf16* saved, float* h_out, const float* h_in, const ScanInput<bf16>& p, int64_t tiles) {
     const int lane = threadIdx.x % WARP, channel = blockIdx.x * CH + threadIdx.x / WARP * GROUP + lane / 4 * 2, n = lane % 4 * 4, live = p.e - channel;
-    const int64_t tiles = (p.T + TILE - 1) / TILE;
+    const int64_t state_at = (blockIdx.y * (int64_t)p.e + channel) * 16 + n;
     States h = {}, A2;
     load_decay_rates(A2, p.A_log + (int64_t)channel * 16 + n, live);
-    if (h_first) load_states(h, h_first + (segment * p.e + channel) * h_stride + n, h_stride, live);
-    if (saved) saved += ((blockIdx.y * tiles + first_tile) * p.e + channel) * 16 + n;
-    for (int64_t i = 0; i < count; i++) {
+    if (h_in) load_states(h, h_in + state_at, 16, live);
+    if (saved) saved += (blockIdx.y * tiles * p.e + channel) * 16 + n;
+    for (int64_t i = 0; i < tiles; i++) {
         s.full[i & 1].wait(i / 2);
         forward_tile(s.stages[i & 1], h, A2, saved, live);
         s.done[i & 1].arrive();
         if (saved) saved += (int64_t)p.e * 16;
     }
-    if (h_out && first_tile + count == tiles) store_states(h_out + (blockIdx.y * (int64_t)p.e + channel) * 16 + n, h, 16, live);
+    if (h_out) store_states(h_out + state_at, h, 16, live);
 }
 
 template <bool ALL> struct RowsForward {
     Shared<ForwardStage>& s;
     bf16* out;                                                        // from here on: of the thread's channel at the step of the tile in hand
     const ScanInput<bf16>& p;
-    const int64_t first_tile;
     const Row mine;
     const bf16 *from[3], *bc;                                         // of the tile that `fetch` fetches next
 
-    __device__ RowsForward(Shared<ForwardStage>& s_, bf16* out_, const ScanInput<bf16>& p_, int64_t first_tile_) : s(s_), p(p_), first_tile(first_tile_), mine(p_.e) {
-        const int64_t at = blockIdx.y * p.T + step(0);
+    __device__ RowsForward(Shared<ForwardStage>& s_, bf16* out_, const ScanInput<bf16>& p_) : s(s_), p(p_), mine(p_.e) {
+        const int64_t at = blockIdx.y * p.T + mine.row;
         from[0] = p.u + at * p.e + mine.channel, from[1] = p.dt_raw + at * p.e + mine.channel, from[2] = p.z + at * p.ldz + mine.channel;
         bc = p.bc + at * p.ldbc + threadIdx.x % 16 * 2, out = out_ + at * p.e + mine.channel;
     }
-    __device__ int64_t step(int64_t i) const { return (first_tile + i) * TILE + mine.row; }
+    __device__ int64_t step(int64_t i) const { return i * TILE + mine.row; }
     __device__ void fetch(int64_t i, int64_t count) {
         if (i < count) {
             s.inputs.template fetch<ALL>(i, from, bc, mine, step(i) < p.T);
@@ -346,16 +344,14 @@ template <bool ALL> struct RowsForward {
 };
 
 template <bool VEC>
-__global__ void __launch_bounds__(THREADS, 1)
-forward_kernel(bf16* out, bf16* saved, float* h_out, const float* h_first, int h_stride, ScanInput<bf16> p) {
+__global__ void __launch_bounds__(THREADS, 1) forward_kernel(bf16* out, bf16* saved, float* h_out, const float* h_in, ScanInput<bf16> p) {
     extern __shared__ float4 shared_floats[];
     Shared<ForwardStage>& s = *(Shared<ForwardStage>*)shared_floats;
-    const int64_t segment = (int64_t)blockIdx.y * gridDim.z + blockIdx.z, tiles = (p.T + TILE - 1) / TILE;
-    const int64_t first_tile = blockIdx.z * p.segment_tiles, count = min(p.segment_tiles, tiles - first_tile);
+    const int64_t tiles = (p.T + TILE - 1) / TILE;
     s.init(p.D, p.dt_bias, p.e);
-    if (threadIdx.x < SCAN_THREADS) scan_forward(s, saved, h_out, h_first, h_stride, p, segment, first_tile, count);
-    else if (VEC && (blockIdx.x + 1) * CH <= p.e) RowsForward<true>(s, out, p, first_tile).run(count);
-    else RowsForward<false>(s, out, p, first_tile).run(count);
+    if (threadIdx.x < SCAN_THREADS) scan_forward(s, saved, h_out, h_in, p, tiles);
+    else if (VEC && (blockIdx.x + 1) * CH <= p.e) RowsForward<true>(s, out, p).run(tiles);
+    else RowsForward<false>(s, out, p).run(tiles);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
