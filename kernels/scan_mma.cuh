@@ -279,60 +279,65 @@ __device__ inline void scan_forward(Shared<ForwardStage>& s, bf16* saved, float*
 
 template <bool ALL> struct RowsForward {
     Shared<ForwardStage>& s;
-    bf16* out;                                                        // from here on: of the thread's channel at the step of the tile in hand
     const ScanInput<bf16>& p;
     const Row mine;
-    const bf16 *from[3], *bc;                                         // of the tile that `fetch` fetches next
+    const int pair;                                                   // where the thread's first pair of channels is in all arrays of pairs
+    const int tail;                                                   // tiles in which the thread's step is within the sequence
+    const uint8_t* starts;                                            // the thread's of the tile that `prepare` prepares next, or null
+    const bf16* bc;                                                   // from here on: of the tile that `fetch` fetches next
+    int64_t e_at, z_at;                                               // in (B,T,e) and z
+    bf16* out;                                                        // of the tile that `finish` finishes next
 
-    __device__ RowsForward(Shared<ForwardStage>& s_, bf16* out_, const ScanInput<bf16>& p_) : s(s_), p(p_), mine(p_.e) {
-        const int64_t at = blockIdx.y * p.T + mine.row;
-        from[0] = p.u + at * p.e + mine.channel, from[1] = p.dt_raw + at * p.e + mine.channel, from[2] = p.z + at * p.ldz + mine.channel;
-        bc = p.bc + at * p.ldbc + threadIdx.x % 16 * 2, out = out_ + at * p.e + mine.channel;
+    __device__ RowsForward(Shared<ForwardStage>& s_, bf16* out_, const ScanInput<bf16>& p_)
+        : s(s_), p(p_), mine(p_.e), pair(mine.row * (CH / 2 + 2) + mine.column / 2), tail((int)((p_.T - mine.row + TILE - 1) / TILE)) {
+        const int64_t row_at = blockIdx.y * p.T + mine.row;
+        starts = p.starts ? p.starts + row_at : nullptr;
+        bc = p.bc + row_at * p.ldbc + threadIdx.x % 16 * 2;
+        e_at = row_at * p.e + mine.channel, z_at = row_at * p.ldz + mine.channel, out = out_ + e_at;
     }
-    __device__ int64_t step(int64_t i) const { return i * TILE + mine.row; }
-    __device__ void fetch(int64_t i, int64_t count) {
+    __device__ void fetch(int i, int count) {
         if (i < count) {
-            s.inputs.template fetch<ALL>(i, from, bc, mine, step(i) < p.T);
-            from[0] += TILE * (int64_t)p.e, from[1] += TILE * (int64_t)p.e, from[2] += TILE * p.ldz, bc += TILE * p.ldbc;
+            const bf16* const from[3] = {p.u + e_at, p.dt_raw + e_at, p.z + z_at};
+            s.inputs.template fetch<ALL>(i, from, bc, mine, i < tail);
+            e_at += TILE * (int64_t)p.e, z_at += TILE * p.ldz, bc += TILE * p.ldbc;
         }
         copy_commit();
     }
-    __device__ void prepare(int64_t i) {
+    __device__ void prepare(int i) {
         ForwardStage& stage = s.stages[i & 1];
 #pragma unroll
         for (int k = 0; k < PAIRS; k++) {
             const float2 bias = *(const float2*)&s.bias[mine.column + k * STRIDE];
             const uint32_t raw = s.inputs.word(i, 1, k);
-            stage.pair[mine.row][(mine.column + k * STRIDE) / 2] = make_pair(make_float2(scan_softplus<bf16>(low(raw) + bias.x), scan_softplus<bf16>(high(raw) + bias.y)), s.inputs.word(i, 0, k));
+            stage.pair[0][pair + k * WARP] = make_pair(make_float2(scan_softplus<bf16>(low(raw) + bias.x), scan_softplus<bf16>(high(raw) + bias.y)), s.inputs.word(i, 0, k));
         }
-        const bool past = step(i) >= p.T;
-        if (past || p.is_start(blockIdx.y, step(i)))
-            for (int k = 0; k < PAIRS; k++) edge(stage.pair[mine.row][(mine.column + k * STRIDE) / 2], past);
+        if (i >= tail || (starts && *starts))
+            for (int k = 0; k < PAIRS; k++) edge(stage.pair[0][pair + k * WARP], i >= tail);
+        if (starts) starts += TILE;
         const bf16 v = s.inputs.state_value(i, mine.row);
         if (threadIdx.x % WARP < 16) store_quarters(stage.b[mine.row], v);
         else stage.c[mine.row][threadIdx.x % 16] = v;
         s.full[i & 1].arrive();
     }
-    __device__ void finish(int64_t i) {
+    __device__ void finish(int i) {
         const ForwardStage& stage = s.stages[i & 1];
-        if (step(i) < p.T) {
+        if (i < tail) {
 #pragma unroll
             for (int k = 0; k < PAIRS; k++) {
-                const int c = mine.column + k * STRIDE;
                 const uint32_t us = s.inputs.word(i, 0, k), zs = s.inputs.word(i, 2, k);
-                const float2 y = *(const float2*)&stage.y[mine.row][c], D = *(const float2*)&s.skip_weight[c], z = make_float2(low(zs), high(zs));
+                const float2 y = ((const float2*)stage.y)[pair + k * WARP], D = *(const float2*)&s.skip_weight[mine.column + k * STRIDE], z = make_float2(low(zs), high(zs));
                 store2<ALL>(out + k * STRIDE, mine.live - k * STRIDE,
                             make_float2(fmaf(D.x, low(us), y.x) * z.x * scan_sigmoid<bf16>(z.x), fmaf(D.y, high(us), y.y) * z.y * scan_sigmoid<bf16>(z.y)));
             }
         }
         out += TILE * (int64_t)p.e;
     }
-    __device__ void run(int64_t count) {
+    __device__ void run(int count) {
         for (int i = 0; i < 3; i++) fetch(i, count);
         copy_wait<2>();
         __syncwarp();
         prepare(0);
-        for (int64_t i = 0; i < count; i++) {
+        for (int i = 0; i < count; i++) {
             copy_wait<1>();                                           // tile i + 1 is here
             __syncwarp();
             if (i + 1 < count) prepare(i + 1);
@@ -350,8 +355,8 @@ __global__ void __launch_bounds__(THREADS, 1) forward_kernel(bf16* out, bf16* sa
     const int64_t tiles = (p.T + TILE - 1) / TILE;
     s.init(p.D, p.dt_bias, p.e);
     if (threadIdx.x < SCAN_THREADS) scan_forward(s, saved, h_out, h_in, p, tiles);
-    else if (VEC && (blockIdx.x + 1) * CH <= p.e) RowsForward<true>(s, out, p).run(tiles);
-    else RowsForward<false>(s, out, p).run(tiles);
+    else if (VEC && (blockIdx.x + 1) * CH <= p.e) RowsForward<true>(s, out, p).run((int)tiles);
+    else RowsForward<false>(s, out, p).run((int)tiles);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -523,7 +528,7 @@ template <bool ALL> struct RowsBack {
     const ScanInput<bf16>& p;
     const Row mine;
     const int pair;                                                   // where the thread's first pair of channels is in all arrays of pairs
-    const int first_past;                                             // steps from the thread's step of tile 0 to the end: none, or it is past the end
+    const bool past;                                                  // the thread's step of tile 0 is past the end
     const uint8_t* starts;                                            // the thread's of the tile that `prepare` prepares next, or null
     const bf16 *bc, *saved;                                           // from here on: of the tile that `fetch` fetches next
     int64_t e_at, z_at;                                               // in (B,T,e) and z
@@ -532,7 +537,7 @@ template <bool ALL> struct RowsBack {
     float2 dD[PAIRS] = {}, dbias[PAIRS] = {};
 
     __device__ RowsBack(Shared<BackwardStage>& s_, const ScanGradients<bf16>& out_, const ScanInput<bf16>& p_, int64_t last_tile)
-        : s(s_), out(out_), p(p_), mine(p_.e), pair(mine.row * (CH / 2 + 2) + mine.column / 2), first_past((int)min(p_.T - last_tile * TILE - mine.row, (int64_t)TILE)) {
+        : s(s_), out(out_), p(p_), mine(p_.e), pair(mine.row * (CH / 2 + 2) + mine.column / 2), past(last_tile * TILE + mine.row >= p_.T) {
         const int64_t row_at = blockIdx.y * p.T + last_tile * TILE + mine.row;
         const int w = threadIdx.x % 16, n = w / 4 * 4 + w % 2 * 2 + w / 2 % 2;      // word w of the scan warps' sums of dB and dC is state n
         starts = p.starts ? p.starts + row_at : nullptr;
@@ -541,7 +546,7 @@ template <bool ALL> struct RowsBack {
         saved = out.saved + ((blockIdx.y * ((p.T + TILE - 1) / TILE) + last_tile) * p.e + blockIdx.x * CH) * 16 + (threadIdx.x - SCAN_THREADS) * 4;
         dbc = out.dbc + (blockIdx.x * (int64_t)gridDim.y * p.T + row_at) * 32 + (threadIdx.x % WARP < 16 ? 0 : 16) + n;
     }
-    __device__ bool is_past(int i) const { return i == 0 && first_past <= 0; }
+    __device__ bool is_past(int i) const { return i == 0 && past; }
     __device__ void fetch(int i, int count) {
         if (i < count) {
             const bf16* const from[4] = {p.u + e_at, p.dt_raw + e_at, p.z + z_at, out.dout + e_at};
