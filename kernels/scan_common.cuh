@@ -120,6 +120,18 @@ __device__ inline float scan_sum_lanes(const float (&v)[4], int q) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Copies to shared memory in the background
+
+// BYTES (4, 8, 16) of them; zeros if not live. 16 pass the L1 cache by.
+template <int BYTES> __device__ inline void copy_async(void* to, const void* from, bool live) {
+    const uint32_t at = (uint32_t)__cvta_generic_to_shared(to);
+    if constexpr (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(live ? 16 : 0) : "memory");
+    else asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(at), "l"(from), "r"(live ? BYTES : 0), "n"(BYTES) : "memory");
+}
+__device__ inline void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING> __device__ inline void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Segments
 
 struct ScanSegments {
@@ -139,7 +151,8 @@ inline ScanSegments scan_segments(int B, int64_t T, int e, int channels, int res
 }
 
 // The state a segment ends with when it starts from zero, end (B,S,e,Np), and its sum of dt, time (B,S,e).
-// REVERSE: the carry a_t lambda_t of its first step, from a zero carry behind its last. Grid (channel blocks, B, segments * groups).
+// REVERSE: the carry a_t lambda_t of its first step, from a zero carry behind its last. Nobody wants what the last segment ends with (REVERSE: the
+// first), so those are left out. Grid (channel blocks, B, (segments - 1) * groups).
 template <class X, bool VEC, bool REVERSE>
 __global__ void __launch_bounds__(SCAN_CHANNELS * SCAN_LANES)
 scan_segment_kernel(float* end, float* time, const X* dout, ScanInput<X> p, int groups) {
@@ -148,7 +161,7 @@ scan_segment_kernel(float* end, float* time, const X* dout, ScanInput<X> p, int 
     __shared__ __align__(16) float s_bc[SCAN_TILE][2 * SCAN_GROUP];
     const int tid = threadIdx.x, c = tid / SCAN_LANES, q = tid % SCAN_LANES, channel = blockIdx.x * CH + c;
     const int row = tid / (CH / 4), column = tid % (CH / 4) * 4, first_channel = blockIdx.x * CH + column;
-    const int group = blockIdx.z % groups, s = blockIdx.z / groups, segments = gridDim.z / groups;
+    const int group = blockIdx.z % groups, s = blockIdx.z / groups + REVERSE, segments = gridDim.z / groups + 1;
     const int64_t sequence = blockIdx.y, segment = sequence * segments + s;
     const int64_t tiles = (p.T + SCAN_TILE - 1) / SCAN_TILE, first_tile = s * p.segment_tiles;
     const int64_t count = min(p.segment_tiles, tiles - first_tile);
@@ -207,16 +220,16 @@ __global__ void scan_chain_kernel(float* end, const float* time, const float* h_
     float h = h_in && n < N ? h_in[(sequence * e + channel) * N + n] : 0.f;
     for (int64_t k = 0; k < segments; k++) {
         const int64_t at = (sequence * segments + (REVERSE ? segments - 1 - k : k)) * e + channel;
-        const float local = end[at * Np + n];
+        const float local = k + 1 < segments ? end[at * Np + n] : 0.f;
         end[at * Np + n] = h;
-        h = fmaf(scan_ex2(A2 * time[at]), h, local);
+        if (k + 1 < segments) h = fmaf(scan_ex2(A2 * time[at]), h, local);
     }
 }
 
 template <class X, bool VEC, bool REVERSE>
 void scan_chain_segments(float* end, float* time, const float* h_in, const X* dout, const ScanInput<X>& p, int B, const ScanSegments& segments, Stream stream) {
     const int Np = scan_padded(p.N), groups = Np / SCAN_GROUP;
-    const dim3 grid((unsigned)ceil_div(p.e, SCAN_CHANNELS), (unsigned)B, (unsigned)(segments.count * groups));
+    const dim3 grid((unsigned)ceil_div(p.e, SCAN_CHANNELS), (unsigned)B, (unsigned)((segments.count - 1) * groups));
     scan_segment_kernel<X, VEC, REVERSE><<<grid, SCAN_CHANNELS * SCAN_LANES, 0, stream>>>(end, time, dout, p, groups);
     LAUNCH_CHECK();
     scan_chain_kernel<REVERSE><<<(unsigned)ceil_div((int64_t)B * p.e * Np, 256), 256, 0, stream>>>(end, time, h_in, p.A_log, B, segments.count, p.e, p.N, Np);

@@ -2,6 +2,7 @@
 #pragma once
 #include "measure.cuh"
 #include "scan_any.cuh"
+#include "scan_forward.cuh"
 #include "scan_mma.cuh"
 
 namespace gpu {
@@ -23,6 +24,18 @@ inline bool scan_mma_fits() {
 template <class X> bool scan_uses_mma(int N) { return sizeof(X) == 2 && N == 16 && scan_mma_fits(); }
 template <class X> ScanSegments scan_segments(int B, int64_t T, int e, int N) {
     return scan_uses_mma<X>(N) ? scan_segments(B, T, e, scan_mma::CH, 1) : scan_segments(B, T, e, SCAN_CHANNELS, 4);
+}
+
+// The forward pass in bf16: blocks of 192 channels if they fill the GPU with one segment; else narrow ones, which need fewer segments or none.
+using ScanNarrow = scan_mma::ForwardShape<24, 6, 4, 8>;
+struct ScanForwardPlan {
+    bool narrow;
+    ScanSegments segments;
+};
+template <class X> ScanForwardPlan scan_forward_plan(int B, int64_t T, int e, int N) {
+    const ScanSegments wide = scan_segments<X>(B, T, e, N);
+    if (!scan_uses_mma<X>(N) || wide.count == 1) return {false, wide};
+    return {true, scan_segments(B, T, e, ScanNarrow::CHANNELS, 1)};   // no more segments than the wide ones, whose workspace they use
 }
 
 // Where things are in the workspace. All fp32.
@@ -63,16 +76,16 @@ template <class X> bool scan_vectors(std::initializer_list<const X*> pointers, s
     return true;
 }
 
-// Segments are counted in tiles of SCAN_TILE steps.
-template <class Kernel> void scan_launch_mma(Kernel kernel, size_t shared, int64_t count, int B, int e, Stream stream, auto... arguments) {
+template <class Kernel> void scan_launch_mma(Kernel kernel, size_t shared, int threads, int channels, int64_t count, int B, int e, Stream stream, auto... arguments) {
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
-    kernel<<<dim3((unsigned)ceil_div(e, scan_mma::CH), (unsigned)B, (unsigned)count), scan_mma::THREADS, shared, stream>>>(arguments...);
+    kernel<<<dim3((unsigned)ceil_div(e, channels), (unsigned)B, (unsigned)count), threads, shared, stream>>>(arguments...);
     LAUNCH_CHECK();
 }
 
+// Segments are counted in tiles of SCAN_TILE steps.
 template <class X, bool VEC, bool MANY>
 void scan_forward(X* out, X* saved, float* h_out, const float* h_in, ScanInput<X> p, const ScanWorkspace& w, int B, Stream stream) {
-    const ScanSegments segments = scan_segments<X>(B, p.T, p.e, p.N);
+    const auto [narrow, segments] = scan_forward_plan<X>(B, p.T, p.e, p.N);
     p.segment_tiles = segments.tiles;
     if (segments.count > 1) scan_chain_segments<X, VEC, false>(w.end, w.time, h_in, nullptr, p, B, segments, stream);
     const bool split = segments.count > 1;
@@ -80,8 +93,15 @@ void scan_forward(X* out, X* saved, float* h_out, const float* h_in, ScanInput<X
     const float* h_first = split ? w.end : h_in;
     if constexpr (sizeof(X) == 2 && !MANY)
         if (scan_uses_mma<X>(p.N)) {
-            p.segment_tiles *= SCAN_TILE / scan_mma::TILE;
-            scan_launch_mma(scan_mma::forward_kernel<VEC>, sizeof(scan_mma::Shared<scan_mma::ForwardStage>), segments.count, B, p.e, stream, out, saved, h_out, h_first, h_stride, p);
+            using namespace scan_mma;
+            if (narrow) {
+                static_assert(ScanNarrow::STEPS == SCAN_TILE);
+                scan_launch_mma(narrow_forward_kernel<ScanNarrow, VEC>, sizeof(ForwardBlock<ScanNarrow>), ScanNarrow::THREADS, ScanNarrow::CHANNELS, segments.count, B, p.e, stream,
+                                out, saved, h_out, h_first, h_stride, p);
+            } else {
+                p.segment_tiles *= SCAN_TILE / TILE;
+                scan_launch_mma(forward_kernel<VEC>, sizeof(Shared<ForwardStage>), THREADS, CH, 1, B, p.e, stream, out, saved, h_out, h_in, p);
+            }
             return;
         }
     const int threads = SCAN_CHANNELS * SCAN_LANES;
@@ -121,7 +141,8 @@ void scan_backward(ScanGradients<X> out, ScanInput<X> p, const ScanWorkspace& w,
     if constexpr (sizeof(X) == 2 && !MANY)
         if (scan_uses_mma<X>(p.N)) {
             p.segment_tiles *= SCAN_TILE / scan_mma::TILE;
-            scan_launch_mma(scan_mma::backward_kernel<VEC>, sizeof(scan_mma::Shared<scan_mma::BackwardStage>), segments.count, B, p.e, stream, out, p);
+            scan_launch_mma(scan_mma::backward_kernel<VEC>, sizeof(scan_mma::Shared<scan_mma::BackwardStage>), scan_mma::THREADS, scan_mma::CH, segments.count, B, p.e, stream,
+                            out, p);
             return;
         }
     const int threads = CH * SCAN_LANES, groups = scan_padded(p.N) / SCAN_GROUP;

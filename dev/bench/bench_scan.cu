@@ -5,8 +5,9 @@
 //   build/gpu-bf16/bench_scan profile PASS        one call of a pass at the first shape, for a profiler; PASS as in the table
 //
 // The bounds are those of memory (a copy on this GPU, measured), of special functions (16 a clock and multiprocessor) and of instruction issue
-// (128), the last two at the GPU's highest clock. % is the largest of them over the time. dev/ladder/selective_scan has the forms
-// that led to the library's kernels, and times them.
+// (128), the last two at the GPU's highest clock. % is the largest of them over the time; kept is the time an element at the first shape over
+// the time an element. dev/ladder/selective_scan has the forms that led to the library's kernels, and times them.
+#include <map>
 #include "scan_twin.cuh"
 
 using namespace bench;
@@ -40,18 +41,20 @@ static bool check(const Problem& s, const Slice& slice) {
     return good;
 }
 
-static void time_shape(const Problem& s, const Rates& rate) {
+// first: ms an element at the first shape, by pass
+static void time_shape(const Problem& s, const Rates& rate, std::map<std::string, double>& first) {
     const Layer l(s, 2);
-    printf("\nB=%d T=%lld e=%d\n%-30s %8s %8s %8s %8s | %8s %8s %8s %8s\n", s.B, (long long)s.T, s.e, "", "ms", "fastest", "slowest", "GB/s",
-           "memory", "special", "issue", "% bound");
+    printf("\nB=%d T=%lld e=%d\n%-30s %8s %8s %8s %8s | %8s %8s %8s %8s | %6s\n", s.B, (long long)s.T, s.e, "", "ms", "fastest", "slowest", "GB/s",
+           "memory", "special", "issue", "% bound", "kept");
     for (const Pass& pass : passes()) {
         for (int i = 0; i < 2 && pass.before; i++) pass.before(l, i);
         const Time t = time_ms([&](int i) { pass.run(l, i); }, 20, 4);
         const Cost c = pass.cost(l);
         const double per = s.elements() * 1e3, memory = per * c.bytes / rate.bytes, special = per * c.special / rate.special,
                      issue = per * c.slots / rate.slots;
-        printf("%-30s %8.4f %8.4f %8.4f %8.0f | %8.4f %8.4f %8.4f %7.1f%%\n", pass.name, t.median, t.fastest, t.slowest,
-               s.elements() * c.bytes / t.median * 1e-6, memory, special, issue, 100 * std::max({memory, special, issue}) / t.median);
+        const double each = t.median / s.elements(), kept = first.try_emplace(pass.name, each).first->second / each;
+        printf("%-30s %8.4f %8.4f %8.4f %8.0f | %8.4f %8.4f %8.4f %7.1f%% | %5.1f%%\n", pass.name, t.median, t.fastest, t.slowest,
+               s.elements() * c.bytes / t.median * 1e-6, memory, special, issue, 100 * std::max({memory, special, issue}) / t.median, 100 * kept);
         fflush(stdout);
     }
 }
@@ -79,9 +82,10 @@ int main(int argc, char** argv) {
         const Rates rate = rates();
         bool good = check({2, 300, 208}, {0, 2, 0, 208});             // sizes that divide nothing
         good &= check({1, 3001, 72}, {0, 1, 0, 72});                  // segments of time
+        std::map<std::string, double> first;
         for (const Problem& s : SHAPES) {
             good &= check(s, {s.B - 1, 1, s.e - 16, 16});             // the last channels of the last sequence
-            time_shape(s, rate);
+            time_shape(s, rate, first);
             if (mode == "quick") break;
         }
         if (!good) fail("bench_scan: an error is above its bound (TOO LARGE above)");

@@ -269,6 +269,8 @@ const ScanCase SCAN_CASES[] = {
     {2, 70, 33, 5, 3, true, true},
     {1, 3000, 208, 16, 0, true, true},
     {1, 3000, 36, 40, 0, true, true},
+    {1, 600, 1608, 16, 8},       // narrow blocks of channels that fill the GPU, with no segments
+    {1, 601, 1650, 16, 0, true, true},
 };
 
 // bf16 build: besides the rounding of the results, states are kept in bf16 between the passes, and dB and dC are sums of products of bf16
@@ -309,7 +311,7 @@ TEST(ScanGpu, Extremes) {
 // Whole tiles and tails, segments, groups of states
 TEST(ScanGpu, SameBitsEveryTime) {
     REQUIRE_GPU();
-    for (const ScanCase& c : {ScanCase{8, 256, 1056, 16, 8}, ScanCase{2, 300, 200, 16, 8}, ScanCase{1, 5000, 40, 16}, ScanCase{1, 100, 40, 64}}) {
+    for (const ScanCase& c : {ScanCase{8, 256, 1056, 16, 8}, ScanCase{2, 300, 200, 16, 8}, ScanCase{1, 5000, 40, 16}, ScanCase{1, 400, 1608, 16}, ScanCase{1, 100, 40, 64}}) {
         const ScanData d(c, 51);
         GpuScan scan(d);
         scan.run();
