@@ -902,8 +902,7 @@ inline void attention_backward(Pass& p, const Layer& layer, LayerActivations& a,
     const floatX* ring = position > 0 && capacity > 0 ? s->ring : nullptr;
     const int* starts = nullptr;                          // one document a sequence
     ops::attention_backward(a.d_in, a.d_out, a.out, a.qkv, a.lse, ring, capacity, position, starts, m.acts.workspace, B, T, H, G, hd, layer.window,
-                            stream);                                                                                         // (B,T,(H+2G)hd)
-    if (c.rope) ops::rope_backward(a.d_in, m.acts.rope, B, T, H, G, hd, stream);
+                            c.rope ? m.acts.rope : nullptr, stream);                                                         // (B,T,(H+2G)hd)
     ops::matmul_dgrad(m.matmul, a.dn, d, a.d_in, c.qkv_dim(), w(t.qkv), BT, c.qkv_dim(), d, false, stream);                  // (B,T,d)
     ops::matmul_wgrad(m.matmul, w.grad(t.qkv), a.d_in, c.qkv_dim(), a.n, d, BT, c.qkv_dim(), d, p.add, stream);
     ops::rmsnorm_backward(m.acts.dx, m.acts.dy, w.grad(t.norm), a.dn, x, a.rstd, w(t.norm), m.acts.workspace, BT, d, true, stream);  // dx +=

@@ -22,6 +22,7 @@
 #include "attention_common.cuh"
 #include "attention_sm90.cuh"
 #include "device.cuh"
+#include "rope.cuh"
 #include "measure.cuh"
 
 namespace gpu {
@@ -232,8 +233,9 @@ __device__ inline void online_softmax(float (&s)[MT][NT][4], float (&o)[MT][DT][
             for (int n = 0; n < NT; n++) now = fmaxf(now, fmaxf(s[m][n][half * 2], s[m][n][half * 2 + 1]));
             now = fmaxf(now, __shfl_xor_sync(0xffffffffu, now, 1));
             now = fmaxf(now, __shfl_xor_sync(0xffffffffu, now, 2));
-            const float base = now == -INFINITY ? 0.f : now * c;         // no key seen yet: keep -inf - -inf out
-            const float shrink = exp2_fast(top[m][half] * c - base);
+            // Both products rounded: a maximum that stays must give 1 exactly, or a thousand tiles shrink what is there by 1e-4.
+            const float base = now == -INFINITY ? 0.f : __fmul_rn(now, c);       // no key seen yet: keep -inf - -inf out
+            const float shrink = exp2_fast(__fadd_rn(__fmul_rn(top[m][half], c), -base));
             top[m][half] = now;
             float total = sum[m][half] * shrink;
 #pragma unroll
@@ -962,17 +964,7 @@ template <int = 0> inline bool backward_bf16(const Args<bf16>& a, bool hopper, S
     }
     return true;
 }
-template <class X> inline void backward(const Args<X>& a, bool portable, Stream stream) {
-    if (a.starts) {
-        document_ends<0><<<(unsigned)ceil_div((int64_t)a.B * a.T, 256), 256, 0, stream>>>(const_cast<int*>(a.ends), a.starts, a.B, a.T);
-        LAUNCH_CHECK();
-    }
-    if constexpr (std::is_same_v<X, bf16>)
-        if (!portable && sm90::backward_supported(a)) {                  // has statistics of its own, padded
-            sm90::run_statistics(a, stream);
-            backward_bf16(a, true, stream);
-            return;
-        }
+template <class X> inline void backward_portable(const Args<X>& a, Stream stream) {
     backward_statistics<X><<<(unsigned)ceil_div((int64_t)a.B * a.T * a.H * 8, 256), 256, 0, stream>>>(a);
     LAUNCH_CHECK();
     if constexpr (std::is_same_v<X, bf16>)
@@ -980,6 +972,20 @@ template <class X> inline void backward(const Args<X>& a, bool portable, Stream 
     if (a.hd <= 64) launch_backward_plain<X, 64>(a, stream);
     else if (a.hd <= 128) launch_backward_plain<X, 128>(a, stream);
     else launch_backward_plain<X, 256>(a, stream);
+}
+template <class X> inline void backward(const Args<X>& a, bool portable, Stream stream) {
+    if (a.starts) {
+        document_ends<0><<<(unsigned)ceil_div((int64_t)a.B * a.T, 256), 256, 0, stream>>>(const_cast<int*>(a.ends), a.starts, a.B, a.T);
+        LAUNCH_CHECK();
+    }
+    if constexpr (std::is_same_v<X, bf16>)
+        if (!portable && sm90::backward_supported(a)) {                  // has statistics of its own, padded, and turns back by itself
+            sm90::run_statistics(a, stream);
+            backward_bf16(a, true, stream);
+            return;
+        }
+    backward_portable(a, stream);
+    if (a.rope) rope_launch(a.dqkv, a.rope, -1.f, a.B, a.T, a.H, a.G, a.hd, stream);
 }
 
 inline void check(int64_t T, int64_t capacity, int H, int G, int hd) {
@@ -1037,13 +1043,14 @@ inline size_t attention_backward_workspace(int B, int64_t T, int H, int, int hd,
 }
 
 // Gradients of this call's queries, keys and values; those of earlier calls, in the ring, are constants. Every element of dqkv is written.
+// rope (T, hd/2, 2), or null: queries and keys were turned by it (rope_forward), and the gradients are of what they were before.
 template <int = 0>
 inline void attention_backward(floatX* dqkv, const floatX* dout, const floatX* out, const floatX* qkv, const float* lse, const floatX* ring,
                                int64_t capacity, int64_t position, const int* starts, void* workspace, int B, int64_t T, int H, int G, int hd,
-                               int64_t window, Stream stream = {}, bool portable = false) {
+                               int64_t window, const float* rope, Stream stream = {}, bool portable = false) {
     attn::Args<floatX> a = attention_args(qkv, ring, capacity, position, starts, B, T, H, G, hd, window);
     if (B * T == 0) return;
-    a.dqkv = dqkv, a.dout = dout, a.saved_out = out, a.lse = const_cast<float*>(lse);
+    a.dqkv = dqkv, a.dout = dout, a.saved_out = out, a.lse = const_cast<float*>(lse), a.rope = rope;
     attn::Workspace(B, T, H, hd, std::min<int64_t>(a.window, T), sizeof(floatX) == 2).give(a, workspace);
     const Operation op("attention backward", (double)B * T * (4 * H + 4 * G) * hd * sizeof(floatX), 10 * attn::visible_pairs(a) * hd, stream);
     attn::backward(a, portable, stream);

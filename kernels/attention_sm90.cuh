@@ -103,20 +103,39 @@ inline CUtensorMap tensor_map(const bf16* p, int B, int64_t T, int64_t heads, in
 // Item n of the fixed order is one tile of one owner (a batch's head, or group). Owners come in sections of about a quarter of
 // the blocks: inside a section the tiles with the most work come first for all its owners, so four tiles of each owner run
 // at a time and share its keys in L2.
+// n / value for 0 <= n < 2^31 without a division: n (1 + multiplier / 2^32) / 2^shift
+struct Divisor {
+    uint32_t value, multiplier;
+    int shift;
+    Divisor(int d = 1) : value(d), shift(0) {
+        while ((uint64_t)1 << shift < value) shift++;
+        multiplier = (uint32_t)((((((uint64_t)1 << shift) - value) << 32) / value) + 1);
+    }
+#ifdef __CUDACC__
+    __device__ int quotient(int n) const { return (int)((__umulhi((uint32_t)n, multiplier) + (uint32_t)n) >> shift); }
+#endif
+};
 struct Schedule {
-    int tiles, owners, section, items;                                   // items = tiles * owners
+    int tiles, owners, items;                                            // items = tiles * owners
+    Divisor section, last_section, section_items;                        // owners in a section, in the last one; items in a section
     bool last_first;                                                     // the most work: the last tiles (queries) or the first (keys)
 };
 struct Work { int tile, owner; };
 
 #ifdef __CUDACC__
 __device__ inline Work work_item(const Schedule& s, int n) {
-    const int begin = n / (s.section * s.tiles) * s.section, rest = n % (s.section * s.tiles), width = min(s.section, s.owners - begin);
-    const int order = rest / width;
-    return {s.last_first ? s.tiles - 1 - order : order, begin + rest % width};
+    const int begin = s.section_items.quotient(n) * (int)s.section.value, rest = n - begin * s.tiles;
+    const bool whole = begin + (int)s.section.value <= s.owners;
+    const int order = whole ? s.section.quotient(rest) : s.last_section.quotient(rest);
+    return {s.last_first ? s.tiles - 1 - order : order, begin + rest - order * (int)(whole ? s.section.value : s.last_section.value)};
 }
-// The round-th item of this block: there and back again over the blocks, which evens out the falling amounts of work
-__device__ inline int item_of_round(int round) { return round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x); }
+// The round-th item of this block: there and back again over the blocks, which evens out the falling amounts of work. Where a section
+// is a whole number of rounds, the next one begins with the direction in which this one ended: its light tiles meet other blocks.
+__device__ inline int item_of_round(const Schedule& s, int round) {
+    const int first = round * gridDim.x;
+    const bool back = (round + s.section_items.quotient(first)) & 1;
+    return first + (back ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+}
 
 extern __shared__ __align__(1024) unsigned char sm90_shared[];
 
@@ -131,6 +150,7 @@ struct Prefix { int capacity, split; };
 // What every kernel gets besides its tensor maps
 struct Problem : Args<bf16> {
     Schedule schedule;
+    Divisor heads;                                                       // owners of a sequence
     Prefix prefix;
     int padded;                                                          // lse2 and delta are (B, H, padded): infinity and 0 past T
 };
@@ -140,11 +160,12 @@ struct Problem : Args<bf16> {
 // the ring that slot 0 divides comes twice, as its newer and its older part; `newer`: the last visit to the newer side of slot 0.
 // first0, first1: the first key that the first and the second consumer's 64 queries see
 struct QueryWork { int owner, b, h, i0, count, newer, twice, first0, first1; };
-__device__ inline QueryWork query_work(const Schedule& s, int item, const Args<bf16>& a, const Prefix& prefix) {
-    const Work work = work_item(s, item);
-    const int b = work.owner / a.H, i0 = work.tile * ROWS, first = a.first_key(b, i0);
+__device__ inline QueryWork query_work(const Problem& a, int item) {
+    const Work work = work_item(a.schedule, item);
+    const Prefix prefix = a.prefix;
+    const int b = a.heads.quotient(work.owner), i0 = work.tile * ROWS, first = a.first_key(b, i0);
     const int twice = prefix.capacity > 0 && prefix.split % ROWS != 0 && first < -prefix.split;
-    return {work.owner, b, work.owner % a.H, i0, work.tile - (first >> 7) + 1 + twice, work.tile - (-prefix.split >> 7), twice,
+    return {work.owner, b, work.owner - b * a.H, i0, work.tile - (first >> 7) + 1 + twice, work.tile - (-prefix.split >> 7), twice,
             first, a.first_key(b, i0 + 64)};
 }
 // Visit j: keys n0 .. n0 + 127, of which from .. to are there, at row t of the call's keys or of the ring
@@ -324,22 +345,29 @@ template <int K> __device__ inline void pack_operand(uint32_t (&p)[K][4], const 
 
 // Scores of unseen pairs become -infinity, in 64 columns: this lane's first row sees columns from[0] .. to[0], its second from[1] .. to[1].
 __device__ inline void mask(float* s, const int (&from)[2], const int (&to)[2]) {
+    // How many of this lane's 16 columns, 8 n + column + e, lie before column x
     const int column = threadIdx.x % 4 * 2;
+    auto before = [&](int x) {
+        const int y = min(max(x - column, 0), 64);
+        return y / 8 * 2 + min(y % 8, 2);
+    };
 #pragma unroll
-    for (int half = 0; half < 2; half++)
+    for (int half = 0; half < 2; half++) {
+        const uint32_t seen = ((1u << before(min(to[half], 63) + 1)) - 1) & ~((1u << before(from[half])) - 1);   // bit 2 n + e
 #pragma unroll
         for (int n = 0; n < 8; n++)
 #pragma unroll
             for (int e = 0; e < 2; e++)
-                if (column + n * 8 + e < from[half] || column + n * 8 + e > to[half]) s[n * 4 + half * 2 + e] = -INFINITY;
+                if (!(seen >> (2 * n + e) & 1)) s[n * 4 + half * 2 + e] = -INFINITY;
+    }
 }
 // The scores of a consumer's 64 queries, of which `row` is this lane's first, with N keys from n0 on. all: the first key that all 64 see
-template <int N>
-__device__ inline void mask_keys(float* s, const Args<bf16>& a, const QueryWork& work, const KeyTile& tile, int n0, int i, int least, int all) {
+__device__ inline void
+mask_keys(float* s, const Args<bf16>& a, const QueryWork& work, const KeyTile& tile, int n0, int N, int i, int least, int all) {
 #pragma unroll
-    for (int part = 0; part < N; part += 64) {
+    for (int part = 0; part < ROWS; part += 64) {
         const int p = n0 + part;
-        if (p + 63 <= least && p >= all && p >= tile.from && p + 63 <= tile.to) continue;
+        if (part >= N || p + 63 <= least && p >= all && p >= tile.from && p + 63 <= tile.to) continue;
         int from[2], to[2];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -350,20 +378,43 @@ __device__ inline void mask_keys(float* s, const Args<bf16>& a, const QueryWork&
     }
 }
 
+// Gradients of turned queries or keys become those before the turn (kernels/cpu/rope.h): columns j and j + HD / 2 of a row are the same
+// lane's. t: positions of this lane's two rows
+template <int NR> __device__ inline void turn_back(float (&x)[NR], const Args<bf16>& a, const int (&t)[2]) {
+    constexpr int HD = NR * 2, N = HD / 16;                              // column 8 (n + N) is that of n, + HD / 2
+    if (!a.rope) return;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const float* row = a.rope + (int64_t)min(t[half], a.T - 1) * HD + threadIdx.x % 4 * 4;
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            const Vec<float, 4> cos_sin = load_vec<4>(row + n * 16);     // of j = 8 n + lane%4 * 2, and of j + 1
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                float &x1 = x[n * 4 + half * 2 + e], &x2 = x[(n + N) * 4 + half * 2 + e];
+                const float first = x1, second = x2;
+                x1 = fmaf(first, cos_sin[2 * e], second * cos_sin[2 * e + 1]);
+                x2 = fmaf(second, cos_sin[2 * e], -first * cos_sin[2 * e + 1]);
+            }
+        }
+    }
+}
+
 // The warpgroup's 64 rows, rounded, into rows of a tile of TILE_ROWS in the form TMA stores; `rows`: its first row. factor: per half.
 // row_of: where a row of the result belongs
 struct SameRow { __device__ int operator()(int row) const { return row; } };
 template <int TILE_ROWS, class F = SameRow, int NR>
 __device__ inline void stage_rows(unsigned char* rows, const float (&c)[NR], const float (&factor)[2], F row_of = {}) {
-    const int lane = threadIdx.x % WARP;
+    // Four 8 x 8 matrices an instruction: both halves of two 16-byte chunks; each lane names the place of one of their rows
+    const int lane = threadIdx.x % WARP, r = row_of(threadIdx.x / WARP % 4 * 16 + lane % 16);
+    const uint32_t row = shared_address(rows) + r * 128;
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const int r = row_of(threadIdx.x / WARP % 4 * 16 + lane / 4 + half * 8);
-        unsigned char* row = rows + r * 128 + lane % 4 * 4;
-#pragma unroll
-        for (int n = 0; n < NR / 4; n++)
-            *reinterpret_cast<uint32_t*>(row + n / 8 * TILE_ROWS * 128 + (n % 8 ^ r % 8) * 16) =
-                pack(c[n * 4 + half * 2] * factor[half], c[n * 4 + half * 2 + 1] * factor[half]);
+    for (int n = 0; n < NR / 4; n += 2) {
+        const float* x = c + n * 4;
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::
+                     "r"(row + n / 8 * TILE_ROWS * 128 + ((n % 8 + lane / 16) ^ r % 8) * 16),
+                     "r"(pack(x[0] * factor[0], x[1] * factor[0])), "r"(pack(x[2] * factor[1], x[3] * factor[1])),
+                     "r"(pack(x[4] * factor[0], x[5] * factor[0])), "r"(pack(x[6] * factor[1], x[7] * factor[1])) : "memory");
     }
 }
 // Staged rows (a box of the map) to positions t .. of a head, as far as they exist. By one thread; committed by the caller
@@ -388,9 +439,11 @@ template <int STAGES> struct Ring {
         for (int i = 0; i < STAGES; i++) barrier_init(full_bar(i), 1), barrier_init(empty_bar(i), releases);
     }
 };
-// The same stages counted as one goes, for producers, who have few registers
+// The same stages counted as one goes: no remainders of divisions
 template <int STAGES> struct Cursor {
     int stage = 0, parity = 1;
+    __device__ void wait_full(const Ring<STAGES>& ring) const { barrier_wait(full_bar(ring), parity ^ 1); }
+    __device__ void release(const Ring<STAGES>& ring) const { ring.release(stage); }
     __device__ void wait_empty(const Ring<STAGES>& ring) const { barrier_wait(ring.bars + (STAGES + stage) * 8, parity); }
     __device__ uint32_t full_bar(const Ring<STAGES>& ring) const { return ring.bars + stage * 8; }
     __device__ uint32_t tile(const Ring<STAGES>& ring) const { return ring.tiles + stage * ring.bytes; }
@@ -448,29 +501,43 @@ template <int STAGES> __device__ inline void release_staging(const Ring<STAGES>&
 __device__ inline void order_wait(int consumer) { named_sync(1 + consumer, 2 * WARPGROUP); }
 __device__ inline void order_pass(int consumer) { named_arrive(2 - consumer, 2 * WARPGROUP); }
 
-struct Statistics { float top[2] = {-INFINITY, -INFINITY}, sum[2] = {}; };                             // of a lane's two rows; sums are its own part
+// Of a lane's two rows: probabilities so far are exp2(c s - base), `sum` is the lane's own part of their sum
+struct Statistics { float base[2] = {-INFINITY, -INFINITY}, sum[2] = {}; };
 
-// s becomes exp2(c s - c max); returns in `shrink` what earlier sums and outputs must be multiplied with
-template <int NR> __device__ inline void online_softmax(float (&s)[NR], Statistics& stat, float (&shrink)[2], float c) {
+// s becomes exp2(c s - base). A base may be up to SLACK below the row's maximum: terms stay under 2^SLACK, as exact as with the maximum, and
+// hardly a tile after an item's first raises it. If a row of the warp goes beyond, the warp's bases become its maxima; true then, and
+// `shrink` is what earlier sums (done here) and outputs must be multiplied with.
+constexpr float SLACK = 8;
+template <int NR> __device__ inline bool online_softmax(float (&s)[NR], Statistics& stat, float (&shrink)[2], float c) {
+    float top[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        float a = stat.top[half], b = s[half * 2 + 1];
+        float a = s[half * 2], b = s[half * 2 + 1];
 #pragma unroll
-        for (int n = 0; n < NR / 4; n++) a = fmaxf(a, s[n * 4 + half * 2]), b = fmaxf(b, s[n * 4 + half * 2 + 1]);
+        for (int n = 1; n < NR / 4; n++) a = fmaxf(a, s[n * 4 + half * 2]), b = fmaxf(b, s[n * 4 + half * 2 + 1]);
         a = fmaxf(a, b);
         a = fmaxf(a, __shfl_xor_sync(0xffffffffu, a, 1));
-        a = fmaxf(a, __shfl_xor_sync(0xffffffffu, a, 2));
-        const float base = a * c;                                        // finite: the first tile holds every row's own key
-        shrink[half] = exp2_fast(fmaf(stat.top[half], c, -base));
-        stat.top[half] = a;
-        float x = stat.sum[half] * shrink[half], y = 0.f;
+        top[half] = fmaxf(a, __shfl_xor_sync(0xffffffffu, a, 2)) * c;
+    }
+    const bool raise = __any_sync(0xffffffffu, top[0] > stat.base[0] + SLACK || top[1] > stat.base[1] + SLACK);
+    if (raise)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const float base = fmaxf(stat.base[half], top[half]);        // finite: the first tile holds every row's own key
+            shrink[half] = exp2_fast(stat.base[half] - base);
+            stat.base[half] = base, stat.sum[half] *= shrink[half];
+        }
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        float x = 0.f, y = 0.f;
 #pragma unroll
         for (int n = 0; n < NR / 4; n++) {
-            x += s[n * 4 + half * 2] = exp2_fast(fmaf(s[n * 4 + half * 2], c, -base));
-            y += s[n * 4 + half * 2 + 1] = exp2_fast(fmaf(s[n * 4 + half * 2 + 1], c, -base));
+            x += s[n * 4 + half * 2] = exp2_fast(fmaf(s[n * 4 + half * 2], c, -stat.base[half]));
+            y += s[n * 4 + half * 2 + 1] = exp2_fast(fmaf(s[n * 4 + half * 2 + 1], c, -stat.base[half]));
         }
-        stat.sum[half] = x + y;
+        stat.sum[half] += x + y;
     }
+    return raise;
 }
 template <int NR> __device__ inline void rescale(float (&o)[NR], const float (&factor)[2]) {
 #pragma unroll
@@ -505,8 +572,8 @@ forward_produce(const ForwardRings<HD>& rings, const CUtensorMap* qkv_map, const
     QueryWork before{};
     KeyTile tile_before{};
     int n = 0;
-    for (int round = 0, item; (item = item_of_round(round)) < a.schedule.items; round++) {
-        const QueryWork work = query_work(a.schedule, item, a, a.prefix);
+    for (int round = 0, item; (item = item_of_round(a.schedule, round)) < a.schedule.items; round++) {
+        const QueryWork work = query_work(a, item);
         load_stage<HD>(rings.queries, round, qkv_map, work.h / heads * (heads + 2) + work.h % heads, work.i0, work.b);
         for (int j = 0; j < work.count; j++, n++) {                      // the diagonal tile first; keys one ahead of values
             const KeyTile tile = key_tile(work, j, a.prefix);
@@ -520,80 +587,100 @@ forward_produce(const ForwardRings<HD>& rings, const CUtensorMap* qkv_map, const
 
 // One warpgroup's 64 rows. Key tiles of all its items form one sequence: step n issues the scores of tile n and the product with
 // the values of tile n - 1, then does softmax n while the second runs; an item's results are stored in the next one's first step.
+// A consumer is never idle: every instruction between its products counts, hidden are only those between the two issues, where
+// the tensor cores would make it wait anyway. There the step looks ahead.
 template <int HD> struct ForwardConsumer {
     const ForwardRings<HD>& rings;
     const CUtensorMap* out_map;
     const Problem& a;
     const int consumer = which_consumer();
     const int row = consumer * 64 + threadIdx.x / WARP % 4 * 16 + threadIdx.x % WARP / 4;   // of the tile: this lane's first
-    const float scale = rsqrtf((float)HD), c = scale * attn::LOG2E;
+    const float c = rsqrtf((float)HD) * attn::LOG2E;
     float s[ROWS / 2] = {}, o[HD / 2] = {}, shrink[2];
     uint32_t p[ROWS / 16][4] = {};
-    int parts, add = 0;                                                  // of the tile that p comes from; whether o holds earlier ones of its item
+    int n = 0, round = 0, j = 0;                                         // tile n of all, j of item `round`
+    int parts = 0, now, coming;                                          // halves that are multiplied: of tiles n - 1 (p), n (s) and n + 1
     int all;                                                             // the first key that all 64 queries see
-    QueryWork next;                                                      // the item after this one, if there is one
+    QueryWork work, before, next;                                        // this item, the ones before and after it
+    bool more;                                                           // whether there is one after it
     Statistics stat;
 
-    // S of tile n: N columns, of one half or both
-    template <int N> __device__ void issue_scores(int n, int round, int now) {
-        issue_rows<HD, ROWS, ROWS>(part_of<N>(s), rings.queries.tile(round) + consumer * 64 * 128, rings.keys.tile(n) + half_offset(now));
+    template <int N> __device__ void issue_scores() {
+        const uint32_t q_at = rings.queries.tile(round) + consumer * 64 * 128, k_at = rings.keys.tile(n) + half_offset(now);
+        issue_rows<HD, ROWS, ROWS>(part_of<N>(s), q_at, k_at);
     }
-    template <int N> __device__ void issue_output(int n) {
-        rings.values.wait_full(n);
-        issue_columns<ROWS>(o, part_of<N>(p), rings.values.tile(n) + half_offset(parts), add);
+    // The product with the values of tile `of`, first or not of its item
+    __device__ void issue_output(int of, bool first) {
+        const uint32_t v_at = rings.values.tile(of) + half_offset(parts);
+        rings.values.wait_full(of);
+        if (parts == BOTH) issue_columns<ROWS>(o, p, v_at, !first);
+        else issue_columns<ROWS>(o, part_of<64>(p), v_at, !first);
+    }
+    // The halves of visit j that are multiplied: at least one
+    __device__ int visible_parts(const QueryWork& of, int j) const {
+        const int visible = parts_of(consumer, of, key_tile(of, j, a.prefix).n0);
+        return visible ? visible : UPPER;
+    }
+    __device__ void look_ahead() {
+        if (j == 0) {
+            const int item = item_of_round(a.schedule, round + 1);
+            more = item < a.schedule.items;
+            if (more) next = query_work(a, item);
+        }
+        coming = j + 1 < work.count ? visible_parts(work, j + 1) : more ? visible_parts(next, 0) : 0;
     }
     // S is there: its tiles may go, what is unseen becomes -infinity
-    template <int N> __device__ void scores_done(int n, int round, int j, int now, const QueryWork& work) {
+    template <int N> __device__ void scores_done() {
         hold(s);
         rings.keys.release(n);
         if (j == work.count - 1) rings.queries.release(round);
         const KeyTile tile = key_tile(work, j, a.prefix);
-        mask_keys<N>(s, a, work, tile, tile.n0 + (now == UPPER ? 64 : 0), work.i0 + row, work.i0 + consumer * 64, all);
+        mask_keys(s, a, work, tile, tile.n0 + (now == UPPER ? 64 : 0), N, work.i0 + row, work.i0 + consumer * 64, all);
     }
     // The first tile of all: nothing to overlap with
-    template <int N> __device__ void begin(const QueryWork& work) {
+    template <int N> __device__ void begin() {
         rings.queries.wait_full(0);
         rings.keys.wait_full(0);
-        issue_scores<N>(0, 0, parts);
+        issue_scores<N>();
+        look_ahead();
         wgmma_wait<0>();
-        scores_done<N>(0, 0, 0, parts, work);
+        scores_done<N>();
         online_softmax(part_of<N>(s), stat, shrink, c);
         pack_operand(part_of<N>(p), part_of<N>(s));
+        parts = now;
     }
-    // Tile j of item `round`, tile n of all; `before`: the item before this one
-    template <int N, int N_BEFORE> __device__ void step(int n, int round, int j, int now, const QueryWork& work, const QueryWork& before) {
+    template <int N> __device__ void step() {
         if (j == 0) rings.queries.wait_full(round);
         rings.keys.wait_full(n);
         order_wait(consumer);
-        issue_scores<N>(n, round, now);
-        issue_output<N_BEFORE>(n - 1);
+        issue_scores<N>();
+        look_ahead();
+        issue_output(n - 1, j == 0 ? before.count == 1 : j == 1);
         order_pass(consumer);
-        if (j == 0) prepare(round + 1);                                  // divisions, while the products run
         wgmma_wait<1>();
-        scores_done<N>(n, round, j, now, work);
+        scores_done<N>();
         const Statistics old = stat;
         if (j == 0) stat = Statistics{};
-        online_softmax(part_of<N>(s), stat, shrink, c);
+        const bool raised = online_softmax(part_of<N>(s), stat, shrink, c);
         wgmma_wait<0>();
         hold(o), hold(p);
         rings.values.release(n - 1);
         if (j == 0) store(before, old);
-        else rescale(o, shrink);
+        else if (raised) rescale(o, shrink);
         pack_operand(part_of<N>(p), part_of<N>(s));
+        parts = now;
     }
-    __device__ void store(const QueryWork& work, const Statistics& of) {
+    __device__ void store(const QueryWork& of, const Statistics& stat) const {
         unsigned char* staging = sm90_shared + ForwardRings<HD>::STAGING + consumer * TILE_BYTES<HD> / 2;
-        float factor[2];
+        float sum[2], factor[2];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            float sum = of.sum[half];
-            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-            factor[half] = __fdividef(1.f, sum);                              // sum >= 1: its largest term
-            const int i = work.i0 + row + half * 8;
-            if (threadIdx.x % 4 == 0 && i < a.T) a.lse[(int64_t)work.owner * a.T + i] = of.top[half] * scale + logf(sum);
+            sum[half] = stat.sum[half];
+            sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 1);
+            sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 2);
+            factor[half] = __fdividef(1.f, sum[half]);                       // sum >= 1: the term of the key that set the base
         }
-        const int first = threadIdx.x / WARP % 4 * 16, t = work.i0 + consumer * 64 + first;   // a warp stores its own 16 rows
+        const int first = threadIdx.x / WARP % 4 * 16, t = of.i0 + consumer * 64 + first;     // a warp stores its own 16 rows
         const bool leader = threadIdx.x % WARP == 0;
         if (leader) tma_store_wait();                                    // the last item's store has read them
         __syncwarp();
@@ -601,47 +688,40 @@ template <int HD> struct ForwardConsumer {
         fence_async();
         __syncwarp();
         if (leader && t < a.T) {
-            store_tile<HD, 64>(out_map, staging + first * 128, work.h, t, work.b);
+            store_tile<HD, 64>(out_map, staging + first * 128, of.h, t, of.b);
             tma_store_commit();
         }
-    }
-    // The halves of visit j that are multiplied: at least one
-    __device__ int visible_parts(const QueryWork& work, int j) const {
-        const int visible = parts_of(consumer, work, key_tile(work, j, a.prefix).n0);
-        return visible ? visible : UPPER;
-    }
-    __device__ void prepare(int round) {
-        const int item = item_of_round(round);
-        if (item < a.schedule.items) next = query_work(a.schedule, item, a, a.prefix);
-    }
-    __device__ void begin_item(const QueryWork& work) { all = a.first_key(work.b, work.i0 + consumer * 64 + 63); }
-    __device__ void run() {
-        QueryWork work = query_work(a.schedule, item_of_round(0), a, a.prefix), before = work;
-        begin_item(work);
-        parts = visible_parts(work, 0);
-        if (parts == BOTH) begin<128>(work);
-        else begin<64>(work);
-        if (consumer == 1) order_pass(1);
-        prepare(1);
-        int n = 1;
-        for (int round = 0, j = 1;; n++, j++) {
-            if (j == work.count) {
-                if (item_of_round(++round) >= a.schedule.items) break;
-                before = work, work = next, j = 0;
-                begin_item(work);
-            }
-            const int now = visible_parts(work, j);
-            if (now == BOTH && parts == BOTH) step<128, 128>(n, round, j, now, work, before);
-            else if (now == BOTH) step<128, 64>(n, round, j, now, work, before);
-            else if (parts == BOTH) step<64, 128>(n, round, j, now, work, before);
-            else step<64, 64>(n, round, j, now, work, before);
-            parts = now, add = j > 0;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int i = of.i0 + row + half * 8;
+            if (threadIdx.x % 4 == 0 && i < a.T) a.lse[(int64_t)of.owner * a.T + i] = (stat.base[half] + log2f(sum[half])) * (1 / attn::LOG2E);
         }
-        if (parts == BOTH) issue_output<128>(n - 1);
-        else issue_output<64>(n - 1);
+    }
+    __device__ void begin_item(const QueryWork& item) {
+        work = item;
+        all = a.first_key(work.b, work.i0 + consumer * 64 + 63);
+    }
+    // On to the next tile, if there is one
+    __device__ bool advance() {
+        n++, now = coming;
+        if (++j < work.count) return true;
+        before = work, j = 0, round++;
+        if (more) begin_item(next);
+        return more;
+    }
+    __device__ void run() {
+        begin_item(query_work(a, item_of_round(a.schedule, 0)));
+        now = visible_parts(work, 0);
+        if (now == BOTH) begin<128>();
+        else begin<64>();
+        if (consumer == 1) order_pass(1);
+        while (advance())
+            if (now == BOTH) step<128>();
+            else step<64>();
+        issue_output(n - 1, before.count == 1);
         wgmma_wait<0>();
         hold(o), hold(p);
-        store(work, stat);
+        store(before, stat);
         if (consumer == 0) order_wait(0);                                // takes the other's last pass
         if (threadIdx.x % WARP == 0) tma_store_wait();
     }
@@ -721,8 +801,8 @@ template <int HD> struct QueriesRings {
 template <int HD> __device__ inline void
 queries_produce(const QueriesRings<HD>& rings, const KeyMaps& maps, const CUtensorMap* dout_map, const Problem& a) {
     const int heads = a.H / a.G;
-    for (int n = 0, round = 0, item; (item = item_of_round(round)) < a.schedule.items; round++) {
-        const QueryWork work = query_work(a.schedule, item, a, a.prefix);
+    for (int n = 0, round = 0, item; (item = item_of_round(a.schedule, round)) < a.schedule.items; round++) {
+        const QueryWork work = query_work(a, item);
         load_stage<HD>(rings.queries, round, maps.qkv, work.h / heads * (heads + 2) + work.h % heads, work.i0, work.b);
         for (int j = 0; j < work.count; j++, n++) {
             const KeyTile tile = key_tile(work, j, a.prefix);
@@ -771,7 +851,7 @@ template <int HD> struct QueriesConsumer {
         wgmma_wait<1>();
         hold(s);
         const KeyTile tile = key_tile(work, j, a.prefix);
-        mask_keys<N>(s, a, work, tile, tile.n0 + (now == UPPER ? 64 : 0), work.i0 + row, work.i0 + consumer * 64, all);
+        mask_keys(s, a, work, tile, tile.n0 + (now == UPPER ? 64 : 0), N, work.i0 + row, work.i0 + consumer * 64, all);
 #pragma unroll
         for (int i = 0; i < N / 2; i++) st[i] = exp2_fast(fmaf(st[i], c, -lse2[i / 2 % 2]));
         wgmma_wait<0>();
@@ -787,13 +867,17 @@ template <int HD> struct QueriesConsumer {
     __device__ void store(int round, const QueryWork& work) {
         const int t = work.i0 + consumer * 64;
         store_gradients(
-            consumer, t < a.T, [&] { stage_rows<ROWS>(staging(round), dq, {scale, scale}); },
+            consumer, t < a.T,
+            [&] {
+                turn_back(dq, a, {work.i0 + row, work.i0 + row + 8});
+                stage_rows<ROWS>(staging(round), dq, {scale, scale});
+            },
             [&] { store_tile<HD, ROWS>(dqkv_map, staging(round), query_slot(a, work.h), t, work.b); });
     }
     __device__ void run() {
         int n = 0;
-        for (int round = 0, item; (item = item_of_round(round)) < a.schedule.items; round++) {
-            const QueryWork work = query_work(a.schedule, item, a, a.prefix);
+        for (int round = 0, item; (item = item_of_round(a.schedule, round)) < a.schedule.items; round++) {
+            const QueryWork work = query_work(a, item);
             begin_item(work);
             for (int j = 0; j < work.count; j++, n++) {
                 const int visible = parts_of(consumer, work, key_tile(work, j, a.prefix).n0), now = visible ? visible : UPPER;
@@ -846,8 +930,8 @@ using ProductRing = Ring<PRODUCT_STAGES>;
 
 template <int HD> __device__ inline void product_produce(const ProductRing& ring, const CUtensorMap* qkv_map, const Problem& a) {
     const int slots = a.H / a.G + 2;
-    for (int n = 0, round = 0, item; (item = item_of_round(round)) < a.schedule.items; round++) {
-        const QueryWork work = query_work(a.schedule, item, a, a.prefix);
+    for (int n = 0, round = 0, item; (item = item_of_round(a.schedule, round)) < a.schedule.items; round++) {
+        const QueryWork work = query_work(a, item);
         for (int j = 0; j < work.count; j++, n++) {
             const int n0 = work.i0 - j * ROWS;
             int parts[2];
@@ -882,13 +966,18 @@ template <int HD> struct ProductConsumer {
         const int t = work.i0 + consumer * 64;
         if (threadIdx.x % WARPGROUP == 0) tma_store_wait();              // the last item's store has read the staging tile
         store_gradients(
-            consumer, t < a.T, [&] { stage_rows<64>(staging, dq, {scale, scale}, [](int position) { return attn::ds_query(position); }); },
+            consumer, t < a.T,
+            [&] {
+                const int row = threadIdx.x / WARP % 4 * 16 + threadIdx.x % WARP / 4;
+                turn_back(dq, a, {t + attn::ds_query(row), t + attn::ds_query(row + 8)});
+                stage_rows<64>(staging, dq, {scale, scale}, [](int position) { return attn::ds_query(position); });
+            },
             [&] { store_tile<HD, 64>(dqkv_map, staging, query_slot(a, work.h), t, work.b); });
     }
     __device__ void run() {
         int n = 0;
-        for (int round = 0, item; (item = item_of_round(round)) < a.schedule.items; round++) {
-            const QueryWork work = query_work(a.schedule, item, a, a.prefix);
+        for (int round = 0, item; (item = item_of_round(a.schedule, round)) < a.schedule.items; round++) {
+            const QueryWork work = query_work(a, item);
             int add = 0;
             for (int j = 0; j < work.count; j++, n++) {
                 const int parts = work.i0 + consumer * 64 < a.T ? parts_of(consumer, work, work.i0 - j * ROWS) : 0;
@@ -949,8 +1038,8 @@ template <int HD> struct KeysRings {
 struct KeyWork { int b, g, n0, first, last; };
 __device__ inline KeyWork key_work(const Problem& a, int item) {
     const Work work = work_item(a.schedule, item);
-    const int n0 = work.tile * ROWS, b = work.owner / a.G;
-    return {b, work.owner % a.G, n0, n0 / STEP_ROWS, a.last_query(b, n0 + ROWS - 1) / STEP_ROWS};
+    const int n0 = work.tile * ROWS, b = a.heads.quotient(work.owner);
+    return {b, work.owner - b * a.G, n0, n0 / STEP_ROWS, a.last_query(b, n0 + ROWS - 1) / STEP_ROWS};
 }
 
 template <int HD> __device__ inline void
@@ -958,7 +1047,7 @@ keys_produce(const KeysRings<HD>& rings, const CUtensorMap* qkv_map, const CUten
     constexpr int TILE = TILE_BYTES<HD>, STEP = STEP_BYTES<HD>, N = STEP_ROWS;
     Cursor<2> keys;
     Cursor<KEYS_STAGES> steps;
-    for (int round = 0, item; (item = item_of_round(round)) < a.schedule.items; round++, keys.next()) {
+    for (int round = 0, item; (item = item_of_round(a.schedule, round)) < a.schedule.items; round++, keys.next()) {
         const KeyWork work = key_work(a, item);
         const int heads = a.H / a.G, end = (work.last + 1) * N;
         const uint32_t bar = keys.full_bar(rings.keys), tile = keys.tile(rings.keys);
@@ -987,7 +1076,9 @@ template <int HD> struct KeysConsumer {
     const float scale = rsqrtf((float)HD), c = scale * attn::LOG2E;
     float s[N / 2], dp[N / 2], dk[HD / 2] = {}, dv[HD / 2] = {};
     uint32_t p[N / 16][4] = {}, ds[N / 16][4] = {};
-    int unreleased = -1;                                                 // the step whose products may still run
+    Cursor<KEYS_STAGES> at, held;                                        // stages of this step and of the last one,
+    bool running = false;                                                // whose products may still run
+    bf16* kept = nullptr;                                                // where its dS goes
 
     // Rows are keys p0 + row, + 8; columns queries from i0 on. all: the last query that sees all 64 keys
     __device__ void mask_queries(const KeyWork& work, int p0, int i0, int all) {
@@ -1000,33 +1091,45 @@ template <int HD> struct KeysConsumer {
         }
         mask(s, from, to);
     }
-    // dS of these 64 keys and the tile's 64 queries to memory, for dq
-    __device__ void keep(const KeyWork& work, int p0, int h, int tile) const {
-        if (!a.ds || tile * N < p0) return;
-        bf16* block = a.ds + attn::ds_block(work.b * a.H + work.g * (a.H / a.G) + h, tile, p0 / N, a.T, a.window);
+    // Where dS of these 64 keys and the tile's 64 queries goes, for dq; null: nowhere
+    __device__ bf16* place(const KeyWork& work, int p0, int h, int tile) const {
+        const int owner = work.b * a.H + work.g * (a.H / a.G) + h;
+        return a.ds && tile * N >= p0 ? a.ds + attn::ds_block(owner, tile, p0 / N, a.T, a.window) : nullptr;
+    }
+    // The last step's dS goes there, while products run that read the same registers
+    __device__ void keep() {
+        if (!kept) return;
 #pragma unroll
         for (int half = 0; half < 2; half++)
 #pragma unroll
             for (int k = 0; k < 4; k += 2)
-                attn::ds_store(block, row + half * 8, k / 2, ds[k][half], ds[k][2 + half], ds[k + 1][half], ds[k + 1][2 + half]);
+                attn::ds_store(kept, row + half * 8, k / 2, ds[k][half], ds[k][2 + half], ds[k + 1][half], ds[k + 1][2 + half]);
+        kept = nullptr;
     }
     // What the lane has that loaded column 8 i + l%4 * 2
     __device__ static float of_column(float x, int i) { return __shfl_sync(0xffffffffu, x, i * 4 + threadIdx.x % 4); }
-    // One tile of queries, n of all, with the keys of item `round`
-    __device__ void step(int n, int h, int tile, int round, bool first, int all, const KeyWork& work) {
+    // The last step's products are done: its stage may be loaded again
+    __device__ void products_done() {
+        hold(dk), hold(dv), hold(p), hold(ds);
+        if (running) held.release(rings.steps);
+        running = false;
+    }
+    // One tile of queries with the keys of item `round`. What a step does besides, it does while products run.
+    __device__ void step(int h, int tile, int round, bool first, int all, const KeyWork& work) {
         // A lane loads those of queries 2 l and 2 l + 1, and gets from others, by shuffles, those that its scores need
-        const int64_t at = ((int64_t)work.b * a.H + work.g * (a.H / a.G) + h) * a.padded + tile * N + threadIdx.x % WARP * 2;
-        const Vec<float, 2> lse2 = load_vec<2>(a.lse2 + at), delta = load_vec<2>(a.delta + at);
-        const uint32_t k_at = rings.keys.tile(round) + consumer * 64 * 128, q_at = rings.steps.tile(n), do_at = q_at + STEP / 2;
+        const int64_t stat = ((int64_t)work.b * a.H + work.g * (a.H / a.G) + h) * a.padded + tile * N + threadIdx.x % WARP * 2;
+        const Vec<float, 2> lse2 = load_vec<2>(a.lse2 + stat), delta = load_vec<2>(a.delta + stat);
+        const uint32_t k_at = rings.keys.tile(round) + consumer * 64 * 128, q_at = at.tile(rings.steps), do_at = q_at + STEP / 2;
         const int p0 = work.n0 + consumer * 64;
         if (first) rings.keys.wait_full(round);
-        rings.steps.wait_full(n);
+        at.wait_full(rings.steps);
         issue_rows<HD, ROWS, N>(s, k_at, q_at);
-        wgmma_wait<1>();                                                 // the last step's products are done
-        hold(dk), hold(dv), hold(p), hold(ds);
-        if (unreleased >= 0) rings.steps.release(unreleased);
-        unreleased = n;
+        keep();
+        wgmma_wait<1>();
+        products_done();
         issue_rows<HD, ROWS, N>(dp, k_at + TILE, do_at);
+        kept = place(work, p0, h, tile);
+        running = true, held = at, at.next();
         wgmma_wait<1>();
         hold(s);
         mask_queries(work, p0, tile * N, all);
@@ -1048,17 +1151,14 @@ template <int HD> struct KeysConsumer {
         }
         pack_operand(ds, dp);
         issue_columns<N>(dk, ds, q_at, !first);
-        keep(work, p0, h, tile);
     }
-    // The last step's products are done and its stage may be loaded again
     __device__ void finish() {
+        keep();
         wgmma_wait<0>();
-        hold(dk), hold(dv), hold(p), hold(ds);
-        if (unreleased >= 0) rings.steps.release(unreleased);
-        unreleased = -1;
+        products_done();
     }
     // A tile of queries that sees none of our 64 keys. Waiting for tiles while holding one would stop the producer.
-    __device__ void skip(int n) { finish(), rings.steps.wait_full(n), rings.steps.release(n); }
+    __device__ void skip() { finish(), at.wait_full(rings.steps), at.release(rings.steps), at.next(); }
 
     __device__ unsigned char* staging(int round) const { return sm90_shared + round % 2 * 2 * TILE + consumer * 64 * 128; }
     __device__ void store(int round, const KeyWork& work) {
@@ -1066,6 +1166,7 @@ template <int HD> struct KeysConsumer {
         store_gradients(
             consumer, t < a.T,
             [&] {
+                turn_back(dk, a, {t + row, t + row + 8});
                 stage_rows<ROWS>(staging(round), dk, {scale, scale});
                 stage_rows<ROWS>(staging(round) + TILE, dv, {1.f, 1.f});
             },
@@ -1076,21 +1177,20 @@ template <int HD> struct KeysConsumer {
     }
     __device__ void run() {
         const int heads = a.H / a.G;
-        int n = 0;
-        for (int round = 0, item; (item = item_of_round(round)) < a.schedule.items; round++) {
+        for (int round = 0, item; (item = item_of_round(a.schedule, round)) < a.schedule.items; round++) {
             const KeyWork work = key_work(a, item);
             const int p0 = work.n0 + consumer * 64;
             // Tiles of queries before our keys, and behind the last that sees one of them, are skipped; one always stays
             const int mine = min(work.first + consumer, work.last), last = max(mine, a.last_query(work.b, p0 + 63) / N);
             const int all = a.last_query(work.b, p0);
             for (int h = 0; h < heads; h++)
-                for (int tile = work.first; tile <= work.last; tile++, n++) {
+                for (int tile = work.first; tile <= work.last; tile++) {
                     if (tile < mine || tile > last) {
-                        skip(n);
+                        skip();
                         continue;
                     }
                     const bool first = h == 0 && tile == mine;
-                    step(n, h, tile, round, first, all, work);
+                    step(h, tile, round, first, all, work);
                     if (first && round > 0) release_staging(rings.keys, round - 1);
                 }
             finish();
@@ -1128,7 +1228,8 @@ backward_keys(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant
 inline Schedule schedule(int64_t tiles, int64_t owners, int blocks, bool last_first) {
     if (tiles * owners > INT32_MAX / 2)
         fail("attention: %lld tiles of %lld heads: more than 2^30 pieces of work; use a smaller batch", (long long)tiles, (long long)owners);
-    return {(int)tiles, (int)owners, (int)std::min<int64_t>(owners, std::max(1, blocks / 4)), (int)(tiles * owners), last_first};
+    const int section = (int)std::min<int64_t>(owners, std::max(1, blocks / 4)), rest = (int)(owners % section);
+    return {(int)tiles, (int)owners, (int)(tiles * owners), section, rest ? rest : section, (int)(section * tiles), last_first};
 }
 constexpr int SHARED_LIMIT = 227 * 1024;                                  // a block's, on compute capability 9.0
 static_assert(forward_shared<128>() <= SHARED_LIMIT && backward_queries_shared<128>() <= SHARED_LIMIT && backward_keys_shared<128>() <= SHARED_LIMIT);
@@ -1149,12 +1250,13 @@ template <class Kernel, class... Maps>
 inline void launch_resident(Kernel kernel, Problem a, int64_t owners, bool last_first, int shared, Stream stream, const Maps&... maps) {
     const int blocks = multiprocessors();
     a.schedule = schedule(ceil_div(a.T, ROWS), owners, blocks, last_first);
+    a.heads = (int)(owners / a.B);
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
     kernel<<<std::min(blocks, a.schedule.items), BLOCK, shared, stream>>>(maps..., a);
     LAUNCH_CHECK();
 }
 inline Problem problem(const Args<bf16>& a) {
-    return {a, {}, a.ring ? Prefix{(int)a.capacity, (int)(a.position % a.capacity)} : Prefix{0, 0}, (int)padded_length(a.T)};
+    return {a, {}, {}, a.ring ? Prefix{(int)a.capacity, (int)(a.position % a.capacity)} : Prefix{0, 0}, (int)padded_length(a.T)};
 }
 // Keys and queries of the call; of the ring (or, where there is none, anything)
 inline CUtensorMap qkv_map(const Args<bf16>& a, int rows) { return tensor_map(a.qkv, a.B, a.T, a.H + 2 * a.G, a.hd, rows); }
@@ -1168,17 +1270,24 @@ template <int HD> inline void launch_statistics(const Args<bf16>& a, Stream stre
     backward_statistics<HD><<<(unsigned)(ceil_div(a.T, ROWS) * a.B * a.H), 256, 0, stream>>>(problem(a));
     LAUNCH_CHECK();
 }
-// The kernels of dk and dv (which keep dS if a.ds), and of dq
-template <int HD> inline void launch_backward(const Args<bf16>& a, Stream stream) {
-    const CUtensorMap dqkv_map = tensor_map(a.dqkv, a.B, a.T, a.H + 2 * a.G, HD, 64);
+inline CUtensorMap dqkv_map(const Args<bf16>& a) { return tensor_map(a.dqkv, a.B, a.T, a.H + 2 * a.G, a.hd, 64); }
+// dk and dv; dS is kept if a.ds
+template <int HD> inline void launch_keys(const Args<bf16>& a, Stream stream) {
     launch_resident(a.starts ? backward_keys<HD, true> : backward_keys<HD, false>, problem(a), (int64_t)a.B * a.G, false, backward_keys_shared<HD>(),
-                    stream, qkv_map(a, STEP_ROWS), tensor_map(a.dout, a.B, a.T, a.H, HD, STEP_ROWS), dqkv_map);
-    if (HD == 128 && a.ds)                                               // of head_dim 64 dS is not kept: DS_LIMIT in attention.cuh
-        launch_resident(backward_product<128>, problem(a), (int64_t)a.B * a.H, true, backward_product_shared<128>(), stream, qkv_map(a, ROWS),
-                        dqkv_map);
-    else
-        launch_resident(backward_queries<HD>, problem(a), (int64_t)a.B * a.H, true, backward_queries_shared<HD>(), stream, qkv_map(a, ROWS),
-                        ring_map(a), tensor_map(a.dout, a.B, a.T, a.H, HD, ROWS), dqkv_map);
+                    stream, qkv_map(a, STEP_ROWS), tensor_map(a.dout, a.B, a.T, a.H, HD, STEP_ROWS), dqkv_map(a));
+}
+// dq from dS; with S and dP made again
+inline void launch_product(const Args<bf16>& a, Stream stream) {         // of head_dim 64 dS is not kept: DS_LIMIT in attention.cuh
+    launch_resident(backward_product<128>, problem(a), (int64_t)a.B * a.H, true, backward_product_shared<128>(), stream, qkv_map(a, ROWS), dqkv_map(a));
+}
+template <int HD> inline void launch_queries(const Args<bf16>& a, Stream stream) {
+    launch_resident(backward_queries<HD>, problem(a), (int64_t)a.B * a.H, true, backward_queries_shared<HD>(), stream, qkv_map(a, ROWS), ring_map(a),
+                    tensor_map(a.dout, a.B, a.T, a.H, HD, ROWS), dqkv_map(a));
+}
+template <int HD> inline void launch_backward(const Args<bf16>& a, Stream stream) {
+    launch_keys<HD>(a, stream);
+    if (HD == 128 && a.ds) launch_product(a, stream);
+    else launch_queries<HD>(a, stream);
 }
 #endif // __CUDACC__
 
@@ -1188,7 +1297,9 @@ template <int = 0> inline bool forward_if_supported(const Args<bf16>& a, Stream 
     a.hd == 64 ? launch_forward<64>(a, stream) : launch_forward<128>(a, stream);
     return true;
 }
-inline bool backward_supported(const Args<bf16>& a) { return supported(a, a.dqkv) && (uintptr_t)a.dout % 16 == 0 && (uintptr_t)a.lse2 % 16 == 0; }
+inline bool backward_supported(const Args<bf16>& a) {
+    return supported(a, a.dqkv) && ((uintptr_t)a.dout | (uintptr_t)a.saved_out | (uintptr_t)a.lse2 | (uintptr_t)a.rope) % 16 == 0;
+}
 template <int = 0> inline void run_statistics(const Args<bf16>& a, Stream stream) {
     a.hd == 64 ? launch_statistics<64>(a, stream) : launch_statistics<128>(a, stream);
 }

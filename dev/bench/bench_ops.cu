@@ -55,7 +55,8 @@ static void bench_attention(const Shape& s) {
     print_row("attention forward", time_ms([&](int i) { gpu::attention_forward(out[i], lse[0], qkv[i], no_ring, 0, 0, nullptr, s.B, s.T, s.H, s.H, s.hd, s.window, 0); }),
               bytes * 4 / 3, 4 * pairs * s.hd);
     print_row("attention backward", time_ms([&](int i) {
-        gpu::attention_backward(dqkv[i], dout[i], out[i], qkv[i], lse[0], no_ring, 0, 0, nullptr, workspace, s.B, s.T, s.H, s.H, s.hd, s.window, 0);
+        gpu::attention_backward(dqkv[i], dout[i], out[i], qkv[i], lse[0], no_ring, 0, 0, nullptr, workspace, s.B, s.T, s.H, s.H, s.hd, s.window,
+                                nullptr, 0);
     }), bytes * 8 / 3, 10 * pairs * s.hd);
     cudaFree(workspace);
 }

@@ -52,16 +52,21 @@ TEST(AttentionCpu, ForwardIsTheFormula) {
 TEST(AttentionCpu, BackwardIsTheGradient) {
     for (const AttentionCase& c : {AttentionCase{2, 5, 2, 1, 8, 0}, {1, 70, 4, 2, 8, 17}, {1, 100, 2, 2, 4, 70}, {1, 33, 3, 1, 8, 2},
                                    {2, 150, 2, 1, 4, 0, true}, {1, 150, 2, 1, 4, 40, true}, {2, 40, 2, 1, 4, 30, false, 29, 100},
-                                   {1, 60, 2, 2, 4, 50, true, 70, 25}}) {
+                                   {1, 60, 2, 2, 4, 50, true, 70, 25}, {2, 40, 4, 2, 8, 17, false, 0, 0, true}, {1, 40, 2, 1, 4, 30, false, 29, 100, true}}) {
         AttentionData<double> x(c, 2);
+        auto turned = [&] {                                              // what attention is given: the rope forward of x
+            AttentionData<double> y = x;
+            if (c.rope) cpu::rope_forward(y.qkv.data(), y.rope.data(), c.B, c.T, c.H, c.G, c.hd);
+            return y;
+        };
         auto loss = [&] {
-            const AttentionResults y = twin_forward(c, x);
+            const AttentionResults y = twin_forward(c, turned());
             double sum = 0;
             for (size_t i = 0; i < y.out.size(); i++) sum += y.out[i] * x.dout[i];
             return sum;
         };
-        AttentionResults y = twin_forward(c, x);
-        twin_backward(y, c, x);
+        AttentionResults y = twin_forward(c, turned());
+        twin_backward(y, c, turned());
         expect_gradient(loss, x.qkv, y.dqkv, c.name().c_str());
     }
 }
@@ -167,6 +172,13 @@ TEST(AttentionGpu, BackwardMatchesTwin) {
     const AttentionPath kept{true}, again{true, 0};                                          // dS kept, or made again
     for (const AttentionCase& c : GPU_CASES) expect_backward<floatX>(c, {kept, again}), expect_backward<floatX>(c.with_documents(), {kept, again});
     for (const AttentionCase& c : RING_CASES) expect_backward<floatX>(c, {kept});
+}
+
+TEST(AttentionGpu, BackwardTurnsBack) {
+    REQUIRE_GPU();
+    for (const AttentionCase& c : GPU_CASES)
+        if (c.T > 1 && c.window != 1) expect_backward<floatX>(c.with_rope(), {{true}});
+    expect_backward<floatX>(AttentionCase{1, 150, 2, 1, 128, 200, true, 199, 1234}.with_rope(), {{true}});
 }
 
 // Room for the dS of two sequences of five: three parts of the batch

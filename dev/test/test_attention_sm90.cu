@@ -91,6 +91,13 @@ TEST(AttentionHopper, BackwardAfterEarlierKeys) {
     REQUIRE_HOPPER();
     for (const AttentionCase& c : RING_CASES) expect_backward<bf16>(c, {HOPPER});
 }
+TEST(AttentionHopper, BackwardTurnsBack) {
+    REQUIRE_HOPPER();
+    for (const AttentionCase& c : HOPPER_CASES)
+        if (c.T > 1 && c.window != 1) expect_backward<bf16>(c.with_rope(), {HOPPER, HOPPER_AGAIN});
+    for (const AttentionCase& c : RING_CASES) expect_backward<bf16>(c.with_rope(), {HOPPER});
+    expect_backward<bf16>(AttentionCase{2, 1000, 30, 10, 128, 512, true}.with_rope(), {HOPPER, HOPPER_AGAIN});
+}
 TEST(AttentionHopper, BackwardManyRounds) {
     REQUIRE_HOPPER();
     for (const AttentionCase& c : MANY_ROUNDS) expect_backward<bf16>(c, {HOPPER, HOPPER_AGAIN});

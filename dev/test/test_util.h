@@ -16,13 +16,14 @@
 // Uniform in [-scale, scale]; the same values for the same seed on every machine (splitmix64).
 inline std::vector<double> random_values(size_t n, uint64_t seed, double scale = 1.0) {
     std::vector<double> out(n);
-    uint64_t s = seed * 0x9e3779b97f4a7c15ull + 0x2545f4914f6cdd1dull;
-    for (auto& x : out) {
-        uint64_t z = (s += 0x9e3779b97f4a7c15ull);
+    const uint64_t s = seed * 0x9e3779b97f4a7c15ull + 0x2545f4914f6cdd1dull;
+#pragma omp parallel for if (n > 1 << 20)
+    for (size_t i = 0; i < n; i++) {
+        uint64_t z = s + (i + 1) * 0x9e3779b97f4a7c15ull;
         z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
         z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
         z ^= z >> 31;
-        x = scale * ((double)(z >> 11) * 0x1p-52 - 1.0);
+        out[i] = scale * ((double)(z >> 11) * 0x1p-52 - 1.0);
     }
     return out;
 }
@@ -36,11 +37,13 @@ template <class T> double convert_from(T x) { return (double)x; }
 
 template <class T> std::vector<T> to_type(const std::vector<double>& in) {
     std::vector<T> out(in.size());
+#pragma omp parallel for if (in.size() > 1 << 20)
     for (size_t i = 0; i < in.size(); i++) out[i] = convert_to<T>(in[i]);
     return out;
 }
 template <class T> std::vector<double> to_double(const std::vector<T>& in) {
     std::vector<double> out(in.size());
+#pragma omp parallel for if (in.size() > 1 << 20)
     for (size_t i = 0; i < in.size(); i++) out[i] = convert_from(in[i]);
     return out;
 }

@@ -24,6 +24,7 @@
 
 #include "../device.cuh"
 #include "exp.h"
+#include "rope.h"
 
 namespace cpu {
 
@@ -252,7 +253,7 @@ inline void attention_backward_queries(R* dqkv, const R* dout, const AttentionKe
 template <class R>
 inline void attention_backward(R* dqkv, const R* dout, const R* out, const R* qkv, const R* lse, const std::type_identity_t<R>* ring,
                                int64_t capacity, int64_t position, const int* starts, void* workspace, int B, int64_t T, int H, int G, int hd,
-                               int64_t window, Stream = {}) {
+                               int64_t window, const std::type_identity_t<R>* rope, Stream = {}) {
     const AttentionShape shape = attention_shape(T, H, G, hd, window, ring, capacity, position, starts);
     R* delta = (R*)workspace;
 #pragma omp parallel for
@@ -264,6 +265,7 @@ inline void attention_backward(R* dqkv, const R* dout, const R* out, const R* qk
         }
     attention_backward_keys(dqkv, dout, qkv, lse, (const R*)delta, B, shape);
     attention_backward_queries(dqkv, dout, AttentionKeys<R>{qkv, ring, capacity, position}, lse, (const R*)delta, B, shape);
+    if (rope) rope_backward(dqkv, rope, B, T, H, G, hd);
 }
 
 // Stores the chunk's last min(T, capacity) keys and values in the ring, for the calls that follow.

@@ -42,8 +42,7 @@ __global__ void __launch_bounds__(WARPGROUP) forward_kernel(const __grid_constan
             const int from[2] = {p.first_key(i) - j0 - part, p.first_key(i + 8) - j0 - part}, to[2] = {i - j0 - part, i + 8 - j0 - part};
             gpu::sm90::mask(s + part / 2, from, to);
         }
-        online_softmax(s, stat, shrink, rsqrtf((float)HD) * gpu::attn::LOG2E);
-        rescale(o, shrink);
+        if (online_softmax(s, stat, shrink, rsqrtf((float)HD) * gpu::attn::LOG2E)) rescale(o, shrink);
         pack_operand(weights, s);
         issue_columns<KEYS>(o, weights, values);
         wgmma_wait<0>();
