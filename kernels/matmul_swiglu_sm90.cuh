@@ -215,19 +215,20 @@ template <bool BACKWARD, bool MAKE_H> struct GemmConsumer {
         }
     }
     __device__ void backward_columns(const float* dh) const {
+        uint32_t gate[4][4], up[4][4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) load_blocks(gate[i], place(i)), load_blocks(up[i], place(i) + SLAB);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            uint32_t gate[4], up[4], out[4];
-            load_blocks(gate, place(i));
-            load_blocks(up, place(i) + SLAB);
+            uint32_t out[4];
 #pragma unroll
             for (int r = 0; r < 4; r++) {
-                const float2 a = floats(gate[r]), b = floats(up[r]);
+                const float2 a = floats(gate[i][r]), b = floats(up[i][r]);
                 const SwigluGradient x = swiglu_gradient(dh[8 * i + 2 * r], a.x, b.x), y = swiglu_gradient(dh[8 * i + 2 * r + 1], a.y, b.y);
-                gate[r] = pack(x.da, y.da), up[r] = pack(x.db, y.db), out[r] = pack(x.h, y.h);
+                gate[i][r] = pack(x.da, y.da), up[i][r] = pack(x.db, y.db), out[r] = pack(x.h, y.h);
             }
-            store_blocks(place(i), gate);
-            store_blocks(place(i) + SLAB, up);
+            store_blocks(place(i), gate[i]);
+            store_blocks(place(i) + SLAB, up[i]);
             if (MAKE_H) store_blocks(place(i) + 2 * SLAB, out);
         }
     }
