@@ -78,7 +78,7 @@ def cost(model, tokens, gpus):
     """The line at the top of a script"""
     hours = tokens / TOKENS_S[model] / 3600
     time, rate = f"{hours:.0f} GPU hours ({hours / gpus:.1f} hours on {gpus} {GPU})", f"{TOKENS_S[model] / 1e3:.1f}k tokens/s"
-    return f"# Cost: about {time} at the {rate} that one was measured at ({WHERE}); of many: dev/scaling.md"
+    return f"# Cost: {time} at the measured {rate} of one ({WHERE}); of many: dev/scaling.md"
 
 
 def write():
