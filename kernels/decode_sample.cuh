@@ -50,12 +50,14 @@ template <class X> __global__ void norm_kernel(X* xw, float* squares, const floa
     norm_row(xw + b * d, squares + b * ((d + ROWS - 1) / ROWS), norm, d, [&](int i) { return __ldcg(x + b * d + i); });
 }
 
-template <class X> __device__ inline void embed(const EmbedArgs<X>& a, int64_t b, int token, int64_t position) {
+template <class X> __device__ inline void embed_token(const EmbedArgs<X>& a, int64_t b, int token) {
     norm_row(a.xw + b * a.d, a.squares + b * ((a.d + ROWS - 1) / ROWS), a.norm, a.d, [&](int i) {
         const float v = to_float(a.embedding[(int64_t)token * a.d + i]);
         a.x[b * a.d + i] = v;
         return v;
     });
+}
+template <class X> __device__ inline void embed_position(const EmbedArgs<X>& a, int64_t b, int64_t position) {
     for (int j = threadIdx.x; j < a.hd / 2; j += blockDim.x) {
         double sine, cosine;
         sincospi((double)(int64_t)((uint64_t)position * a.turns.turn[j]) * 0x1p-63, &sine, &cosine);      // rope_table_kernel
@@ -66,7 +68,8 @@ template <class X> __device__ inline void embed(const EmbedArgs<X>& a, int64_t b
 
 template <class X> __global__ void __launch_bounds__(SAMPLE_THREADS) embed_kernel(EmbedArgs<X> a, const int* tokens, const int64_t* position) {
     wait_for_input();
-    embed(a, blockIdx.x, tokens[blockIdx.x], position[blockIdx.x]);
+    embed_position(a, blockIdx.x, position[blockIdx.x]);
+    embed_token(a, blockIdx.x, tokens[blockIdx.x]);
 }
 
 template <class T> __device__ inline T block_total(T x) {                       // integers: exact in any order; every thread gets it
@@ -104,6 +107,58 @@ template <class Rank, class Weight> __device__ inline uint64_t cut(uint64_t targ
     return at;
 }
 
+// The draw where nothing is cut: by 4 neighbouring indices a thread, chunk after chunk. First the sum of each chunk, then the draw's
+// place in its chunk. -1 in all threads but the one that has it.
+template <class Value> __device__ inline int draw_from_all(int choices, Value value, float top, float scale, double uniform) {
+    constexpr int EACH = 4, CHUNK = SAMPLE_THREADS * EACH, MOST = 65536 / CHUNK;
+    __shared__ uint64_t sums[MOST][WARP];              // of a chunk's warps
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, chunks = (choices + CHUNK - 1) / CHUNK;
+    const auto mass = [&](int i) { return i < choices ? (uint64_t)(exp2f((value(i) - top) * scale) * (float)SAMPLE_MASS) : 0; };
+    const auto warp_total = [](uint64_t x) {
+#pragma unroll
+        for (int o = WARP / 2; o > 0; o /= 2) x += __shfl_xor_sync(0xffffffffu, x, o);
+        return x;
+    };
+    for (int c = 0; c < chunks; c++) {
+        uint64_t mine = 0;
+#pragma unroll
+        for (int k = 0; k < EACH; k++) mine += mass(c * CHUNK + warp * WARP * EACH + k * WARP + lane);       // in any order; banks differ
+        mine = warp_total(mine);
+        if (lane == 0) sums[c][warp] = mine;
+    }
+    __syncthreads();
+    uint64_t total = 0, until[MOST];                   // of the chunks up to this one; the same in all threads
+#pragma unroll
+    for (int c = 0; c < MOST; c++) {
+        if (c < chunks) total += warp_total(sums[c][lane]);
+        until[c] = total;
+    }
+    const uint64_t drawn = min((uint64_t)(uniform * (double)total), total - 1);
+    int chunk = 0;
+    uint64_t before = 0;
+#pragma unroll
+    for (int c = 0; c < MOST - 1; c++)
+        if (drawn >= until[c]) chunk = c + 1, before = until[c];
+    before += warp_total(lane < warp ? sums[chunk][lane] : 0);
+    uint64_t own[EACH], sum = 0;
+#pragma unroll
+    for (int k = 0; k < EACH; k++) sum += own[k] = mass(chunk * CHUNK + (int)threadIdx.x * EACH + k);
+    uint64_t upto = sum;                               // of the warp's lanes up to this one
+#pragma unroll
+    for (int o = 1; o < WARP; o *= 2) {
+        const uint64_t other = __shfl_up_sync(0xffffffffu, upto, o);
+        if (lane >= o) upto += other;
+    }
+    before += upto - sum;
+    if (drawn < before || drawn >= before + sum) return -1;
+#pragma unroll
+    for (int k = 0; k < EACH; k++) {
+        before += own[k];
+        if (drawn < before) return chunk * CHUNK + (int)threadIdx.x * EACH + k;
+    }
+    return -1;
+}
+
 struct SampleArgs {
     int *tokens, *emitted;
     int64_t *position, *drawn;
@@ -124,6 +179,8 @@ template <class X> __global__ void __launch_bounds__(SAMPLE_THREADS) sample_kern
     const float* logits = a.logits + (int64_t)b * a.V;
     const uint8_t* seen = a.seen + (int64_t)b * a.V;
     const SampleOptions o = a.options;
+    const int64_t position = a.position[b] + 1;
+    embed_position(e, b, position);                    // the draw has no part in it
     const auto penalised = [&](int i) {
         float x = __ldcg(logits + i);
         if (o.penalty != 1.f && seen[i]) x = x > 0 ? x / o.penalty : x * o.penalty;
@@ -131,7 +188,7 @@ template <class X> __global__ void __launch_bounds__(SAMPLE_THREADS) sample_kern
     };
     // The greatest, by all threads side by side
     uint64_t best = 0;
-#pragma unroll 8
+#pragma unroll 16
     for (int i = threadIdx.x; i < a.choices; i += SAMPLE_THREADS) {
         const float x = penalised(i);
         if (a.in_shared) kept_logits[i] = x;
@@ -148,7 +205,11 @@ template <class X> __global__ void __launch_bounds__(SAMPLE_THREADS) sample_kern
     const auto value = [&](int i) { return a.in_shared ? kept_logits[i] : penalised(i); };
     const bool any = (unsigned)(best >> 32) > order_key(-INFINITY);
     if (threadIdx.x == 0) chosen = any ? best_index : -1;
-    if (any && o.temperature > 0) {
+    const bool all_kept = (o.top_k <= 0 || o.top_k >= a.choices) && o.top_p >= 1.f;
+    if (any && o.temperature > 0 && all_kept) {
+        const int drawn = draw_from_all(a.choices, value, value(best_index), 1.44269504f / o.temperature, counter_uniform(a.keys[b], (uint64_t)a.drawn[b]));
+        if (drawn >= 0) chosen = drawn;
+    } else if (any && o.temperature > 0) {
         // A thread has neighbouring indices, an odd number of them so that shared memory's banks differ
         const int share = (a.choices + SAMPLE_THREADS - 1) / SAMPLE_THREADS | 1, begin = min(a.choices, (int)threadIdx.x * share), end = min(a.choices, begin + share);
         const float top = value(best_index), scale = 1.44269504f / o.temperature;
@@ -189,8 +250,6 @@ template <class X> __global__ void __launch_bounds__(SAMPLE_THREADS) sample_kern
     }
     __syncthreads();
     const int id = chosen, token = max(id, 0);
-    const int64_t position = a.position[b] + 1;
-    __syncthreads();
     if (threadIdx.x == 0) {
         a.emitted[a.drawn[b] % EMIT_SLOTS * gridDim.x + b] = id;
         a.tokens[b] = token;
@@ -198,7 +257,7 @@ template <class X> __global__ void __launch_bounds__(SAMPLE_THREADS) sample_kern
         a.position[b] = position;
         a.drawn[b]++;
     }
-    embed(e, b, token, position);
+    embed_token(e, b, token);
 }
 
 } // namespace decode

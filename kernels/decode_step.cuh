@@ -54,6 +54,7 @@ struct Phase {
 
 struct StepArgs {
     const Phase* phases;
+    const int4* shares;                    // (count,blocks) Share
     int count, B, d, e, N, rank, H, G, hd, V, splits;
     bool rope;
     float eps;
@@ -96,16 +97,13 @@ __device__ inline uint4 load_shared(unsigned at) {
 
 __device__ inline bool in_pairs(Task t) { return t == Task::qkv || t == Task::swiglu; }
 __device__ inline int part_of(int n, int i, int parts) { return (int)((unsigned)n * (unsigned)i / (unsigned)parts); }
+__device__ inline int quotient(int x, int by) { return (int)__fdividef((float)x + 0.5f, (float)by); }        // x < 2^20; a fifth of a division's instructions
 
-struct Share {
-    int begin, count, tiles;               // of the results
-    __device__ Share(Task task, int results) {
-        const int most = in_pairs(task) ? TILE / 2 : TILE;
-        begin = part_of(results, blockIdx.x, gridDim.x);
-        count = part_of(results, blockIdx.x + 1, gridDim.x) - begin;
-        tiles = (count + most - 1) / most;
-    }
-    __device__ int tile_begin(int t) const { return begin + part_of(count, t, tiles); }
+struct Share {                             // a block's results of a phase, and the tiles that they are in
+    int begin, count, tiles, base;         // base: results of a tile, rounded down
+    __device__ Share() {}
+    __device__ explicit Share(int4 v) : begin(v.x), count(v.y), tiles(v.z), base(v.w) {}
+    __device__ int tile_begin(int t) const { return begin + t * base + min(t, count - tiles * base); }
 };
 
 // The weight row in a slot of a tile of n results from `first` on
@@ -114,16 +112,18 @@ __device__ inline int weight_row(Task task, int results, int hd, int first, int 
     const int second = slot >= n, i = first + slot - second * n;
     if (task == Task::swiglu) return i + second * results;
     const int half = hd / 2;
-    return i / half * hd + i % half + second * half;
+    const int head = quotient(i, half);
+    return i + (head + second) * half;                     // head hd + i mod half
 }
 
 struct KeyPart {                           // of one sequence and query head
     int b, h, split;
     int64_t begin, end;
     template <class Position> __device__ KeyPart(const StepArgs& a, int part, int64_t capacity, Position position) {
-        split = part % a.splits;
-        h = part / a.splits % a.H;
-        b = part / a.splits / a.H;
+        const int head = quotient(part, a.splits);
+        b = quotient(head, a.H);
+        h = head - b * a.H;
+        split = part - head * a.splits;
         const int64_t seen = min(position(b), capacity), share = (int64_t)(((unsigned)seen + a.splits - 1) / (unsigned)a.splits);       // below 2^31 (possible())
         begin = min(seen, split * share);
         end = min(seen, begin + share);
@@ -184,8 +184,7 @@ struct Producer {
         for (int i = lane * 32; i < n + 31; i += WARP * 32) asm volatile("prefetch.global.L2 [%0];" ::"l"(p + min(i, n - 1)));
     }
 
-    __device__ void linear(const Phase& ph, Task task, int results, int K, const __nv_bfloat16* w) {
-        const Share share(task, results);
+    __device__ void linear(const Phase& ph, Task task, const Share& share, int results, int K, const __nv_bfloat16* w) {
         if (warp == 3 && share.count > 0) {                                        // small operands of the results
             const int c0 = share.begin, n = share.count;
             if (task == Task::residual && ph.norm) prefetch(ph.norm + c0, n);
@@ -216,7 +215,7 @@ struct Producer {
                 const int n = (int)min((int64_t)TOKENS, left);
                 begin_piece();
                 for (int i = warp * WARP + lane; i < n * chunks; i += PRODUCERS) {
-                    const int key = i / chunks, c = i % chunks * 16;
+                    const int key = quotient(i, chunks), c = (i - key * chunks) * 16;
                     const char* src = from + key * token + c;
                     copy_16_to(ring.stage() + key * row + c, src);
                     copy_16_to(ring.stage() + (TOKENS + key) * row + c, src + a.G * row);
@@ -235,10 +234,12 @@ struct Producer {
         Task task = a.phases->task;
         int results = a.phases->results, K = a.phases->K;
         const __nv_bfloat16* w = a.phases->w;
+        int4 share = a.shares[blockIdx.x];
         for (int p = 0; p < a.count; p++) {
             const Phase &ph = a.phases[p], &next = a.phases[min(p + 1, a.count - 1)];
             const Task next_task = next.task;                                      // before they are needed
             const int next_results = next.results, next_K = next.K;
+            const int4 next_share = a.shares[min(p + 1, a.count - 1) * gridDim.x + blockIdx.x];
             const __nv_bfloat16* next_w = next.w;
             if (task == Task::attend) {
                 if (!waited) {                                                     // the position is the sampler's
@@ -248,9 +249,9 @@ struct Producer {
                 }
                 keys<LANES>(ph, position);
             } else if (task != Task::combine) {
-                linear(ph, task, results, K, w);
+                linear(ph, task, Share(share), results, K, w);
             }
-            task = next_task, results = next_results, K = next_K, w = next_w;
+            task = next_task, results = next_results, K = next_K, w = next_w, share = next_share;
         }
     }
 };
@@ -259,6 +260,21 @@ __device__ inline float quick_sigmoid(float x) { return __fdividef(1.f, 1.f + ex
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Linear layers
+
+// A zero that the compiler does not know to be one, so that it is made once, and a load over it where i < n, past L1
+__device__ inline unsigned zero() {
+    unsigned v;
+    asm volatile("mov.u32 %0, 0;" : "=r"(v));
+    return v;
+}
+__device__ inline uint4 zeros() { return make_uint4(zero(), zero(), zero(), zero()); }
+__device__ inline void load_if(uint4& v, const void* p, int i, int n) {
+    asm volatile("{\n.reg .pred yes;\nsetp.lt.s32 yes, %5, %6;\n@yes ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];\n}"
+                 : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w) : "l"(p), "r"(i), "r"(n));
+}
+__device__ inline void load_if(float& v, const void* p, int i, int n) {
+    asm volatile("{\n.reg .pred yes;\nsetp.lt.s32 yes, %2, %3;\n@yes ld.global.cg.f32 %0, [%1];\n}" : "+f"(v) : "l"(p), "r"(i), "r"(n));
+}
 
 struct Scratch {                           // shared memory of the consumers
     float *partial;                        // 2 buffers of (WARPS,TILE,8 NT), or of (teams,2+hd)
@@ -277,6 +293,7 @@ template <int NT> struct Linear {
     using X = __nv_bfloat16;
     const StepArgs& a;
     const Phase& ph;
+    Share share;
     Scratch s;
 
     // For the tile of n results from `first` on
@@ -303,14 +320,13 @@ template <int NT> struct Linear {
             o.v[0] = ph.norm[j];
         } else if (ph.task == Task::qkv && a.rope) {
             const int half = a.hd / 2;
-            const float2 turn = __ldcg((const float2*)(a.cos_sin + (int64_t)b * a.hd) + j % half);
+            const float2 turn = __ldcg((const float2*)(a.cos_sin + (int64_t)b * a.hd) + j - quotient(j, half) * half);
             o.v[0] = turn.x, o.v[1] = turn.y;
         }
         return o;
     }
     __device__ Operands early_first() const {
-        const Share share(ph.task, ph.results);
-        return share.tiles ? early(share.begin, share.tile_begin(1) - share.begin) : Operands{};
+        return early(share.begin, share.tiles ? share.tile_begin(1) - share.begin : 0);
     }
 
     // Result j of sequence b, from the sums of its row, or of its two rows
@@ -331,13 +347,13 @@ template <int NT> struct Linear {
             if (ph.out) ph.out[(int64_t)b * a.d + j] = from_float<X>(x * o.v[0]);
             square = x * x;
         } else if (ph.task == Task::qkv) {
-            const int half = a.hd / 2, head = j / half, per_group = a.H / a.G;
+            const int half = a.hd / 2, head = quotient(j, half), per_group = quotient(a.H, a.G);
             float x1 = round_to<X>(sum), x2 = round_to<X>(second);
-            if (a.rope && head % (per_group + 2) <= per_group) {
+            if (a.rope && head - quotient(head, per_group + 2) * (per_group + 2) <= per_group) {
                 const float c = o.v[0], sn = o.v[1], turned = x1 * c - x2 * sn;
                 x2 = x1 * sn + x2 * c, x1 = turned;
             }
-            X* to = ph.out + ((int64_t)b * (a.H + 2 * a.G) + head) * a.hd + j % half;
+            X* to = ph.out + ((int64_t)b * (a.H + 2 * a.G) + head) * a.hd + j - head * half;
             to[0] = from_float<X>(x1), to[half] = from_float<X>(x2);
         } else if (ph.task == Task::swiglu) {
             const float gate = round_to<X>(sum), up = round_to<X>(second);
@@ -375,20 +391,42 @@ template <int NT> struct Linear {
         }
     }
 
-    // scale: 1/rms of each sequence's input. The sums of squares: 8 a lane under way at a time
-    struct Squares { float v[NT][8]; };
-    __device__ Squares load_squares() const {
-        Squares q{};
+    // What a phase reads of what the phase before it wrote. prepare() does all that can be done before the blocks have met: addresses,
+    // zeros where nothing will be loaded. The instructions between the meeting and the first product are few.
+    struct Input {
+        uint4 in[MOST][NT];                // lane (g,t): sequences g, g + 8; 8 columns of every 256
+        float squares[NT][8];              // of sequences warp, warp + 8
+        const X* from[NT];
+        const float* squares_from[NT];
+        int columns[NT], left[NT];         // loads are for indices below these
+    };
+    __device__ void prepare(Input& v) const {
+        const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, k0 = warp * 32 + lane % 4 * 8;
+#pragma unroll
+        for (int i = 0; i < NT; i++) {
+            const int b = lane / 4 + 8 * i, of = warp + WARPS * i;
+            v.columns[i] = b < a.B ? ph.K - k0 : 0;
+            v.from[i] = ph.in + b * ph.in_stride + k0;
+            v.left[i] = of < a.B ? ph.squares_n - lane : 0;
+            v.squares_from[i] = ph.squares + of * ph.squares_n + lane;
+#pragma unroll
+            for (int u = 0; u < MOST; u++) v.in[u][i] = zeros();
+#pragma unroll
+            for (int k = 0; k < 8; k++) v.squares[i][k] = __uint_as_float(zero());
+        }
+    }
+    __device__ void load(Input& v) const {
+#pragma unroll
+        for (int u = 0; u < MOST; u++)
+#pragma unroll
+            for (int i = 0; i < NT; i++) load_if(v.in[u][i], v.from[i] + u * WARPS * 32, u * WARPS * 32, v.columns[i]);
 #pragma unroll
         for (int i = 0; i < NT; i++)
 #pragma unroll
-            for (int k = 0; k < 8; k++) {
-                const int b = threadIdx.x / WARP + i * WARPS, at = threadIdx.x % WARP + k * WARP;
-                if (b < a.B && at < ph.squares_n) q.v[i][k] = __ldcg(ph.squares + (int64_t)b * ph.squares_n + at);
-            }
-        return q;
+            for (int k = 0; k < 8; k++) load_if(v.squares[i][k], v.squares_from[i] + k * WARP, k * WARP, v.left[i]);
     }
-    __device__ void store_scale(const Squares& q) const {
+    // scale: 1/rms of each sequence's input, or 1
+    __device__ void store_scale(const Input& v, int K) const {
         const int lane = threadIdx.x % WARP;
 #pragma unroll
         for (int i = 0; i < NT; i++) {
@@ -398,61 +436,56 @@ template <int NT> struct Linear {
             if (ph.squares_n) {
                 float sum = 0;
 #pragma unroll
-                for (int k = 0; k < 8; k++) sum += q.v[i][k];
-                for (int at = lane + 8 * WARP; at < ph.squares_n; at += WARP) sum += __ldcg(ph.squares + (int64_t)b * ph.squares_n + at);
-                r = rsqrtf(__fdividef(warp_sum(sum), (float)ph.K) + a.eps);
+                for (int k = 0; k < 8; k++) sum += v.squares[i][k];
+                for (int at = 8 * WARP; at < v.left[i]; at += WARP) sum += __ldcg(v.squares_from[i] + at);
+                r = rsqrtf(__fdividef(warp_sum(sum), (float)K) + a.eps);
             }
             if (lane == 0) s.scale[b] = r;
         }
     }
 
-    // o: early_first()
-    __device__ void run(Ring& ring, Operands o, long long* trace) const {
-        const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
-        const Squares q = load_squares();
-        uint4 in[MOST][NT];
-#pragma unroll
-        for (int u = 0; u < MOST; u++)
-#pragma unroll
-            for (int i = 0; i < NT; i++) {
-                const int k = (u * WARPS + warp) * 32 + t * 8, b = g + 8 * i;
-                in[u][i] = make_uint4(0, 0, 0, 0);
-                if (u * WARPS * 32 < ph.K && k < ph.K && b < a.B) in[u][i] = __ldcg((const uint4*)(ph.in + (int64_t)b * ph.in_stride + k));
+    // v: prepared; o: early_first()
+    __device__ void run(Ring& ring, Input& v, Operands o, long long* trace) const {
+        const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4, K = ph.K;
+        const Task task = ph.task;
+        load(v);
+        if (task == Task::scan)
+            for (int i = threadIdx.x; i < a.B * 2 * a.N; i += THREADS) {
+                const int b = quotient(i, 2 * a.N);
+                s.BC[i] = load_fresh(ph.in + b * ph.in_stride + a.rank + i - b * 2 * a.N);
             }
-        if (ph.task == Task::scan)
-            for (int i = threadIdx.x; i < a.B * 2 * a.N; i += THREADS) s.BC[i] = load_fresh(ph.in + (int64_t)(i / (2 * a.N)) * ph.in_stride + a.rank + i % (2 * a.N));
-        store_scale(q);
-        const Share share(ph.task, ph.results);
-        const bool pairs = in_pairs(ph.task);
+        const bool pairs = in_pairs(task);
         const int r = threadIdx.x % TILE, b = threadIdx.x / TILE;                  // of this thread's result
         float squares = 0;
         for (int tile = 0; tile < share.tiles; tile++) {
             const int first = share.tile_begin(tile), n = share.tile_begin(tile + 1) - first, slots = pairs ? 2 * n : n;
+            const int columns = K - warp * 32 - t * 8, low_columns = g < slots ? columns : 0, high_columns = g + 8 < slots ? columns : 0;
             const bool live = r < n && b < a.B;
-            const Operands next = tile + 1 < share.tiles ? early(first + n, share.tile_begin(tile + 2) - first - n) : Operands{};
+            if (tile > 0) o = early(first, n);
             float acc[2][NT][4] = {};
 #pragma unroll
             for (int p = 0; p < MOST / 2; p++) {
-                if (p * PIECE >= ph.K) break;
+                if (p * PIECE >= K) break;
                 const unsigned at = ring.wait_for_piece() + g * PITCH + warp * 64 + t * 16;
                 if (trace && p == 0 && tile == 0) trace[1] = clock64();
                 uint4 low[2], high[2];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    const bool inside = p * PIECE + (i * WARPS + warp) * 32 + t * 8 < ph.K;
-                    low[i] = inside && g < slots ? load_shared(at + i * WARPS * 64) : make_uint4(0, 0, 0, 0);
-                    high[i] = inside && g + 8 < slots ? load_shared(at + i * WARPS * 64 + 8 * PITCH) : make_uint4(0, 0, 0, 0);
+                    const int k = p * PIECE + i * WARPS * 32;
+                    low[i] = k < low_columns ? load_shared(at + i * WARPS * 64) : make_uint4(0, 0, 0, 0);
+                    high[i] = k < high_columns ? load_shared(at + i * WARPS * 64 + 8 * PITCH) : make_uint4(0, 0, 0, 0);
                 }
                 ring.release();
 #pragma unroll
                 for (int i = 0; i < 2; i++)
 #pragma unroll
                     for (int m = 0; m < NT; m++) {
-                        const uint4 v = in[2 * p + i][m];
-                        mma(acc[0][m], low[i].x, high[i].x, low[i].y, high[i].y, v.x, v.y);
-                        mma(acc[1][m], low[i].z, high[i].z, low[i].w, high[i].w, v.z, v.w);
+                        const uint4 x = v.in[2 * p + i][m];
+                        mma(acc[0][m], low[i].x, high[i].x, low[i].y, high[i].y, x.x, x.y);
+                        mma(acc[1][m], low[i].z, high[i].z, low[i].w, high[i].w, x.z, x.w);
                     }
             }
+            if (tile == 0) store_scale(v, K);
             float* buffer = s.partial + tile % 2 * (WARPS * TILE * 8 * NT);
 #pragma unroll
             for (int m = 0; m < NT; m++)
@@ -466,22 +499,20 @@ template <int NT> struct Linear {
                 for (int w = 0; w < WARPS; w++) total += buffer[(w * TILE + slot) * 8 * NT + seq];
                 return total * s.scale[seq];
             };
-            if (ph.task == Task::scan) {
+            if (task == Task::scan) {
                 scan(ring.wait_for_piece(), first, n, o, sum);
                 ring.release();
-                o = next;
                 continue;
             }
             float square = 0;
             if (live) finish(first + r, b, o, sum(r, b), pairs ? sum(n + r, b) : 0.f, share.begin, square);
-            if (ph.task == Task::residual) {
+            if (task == Task::residual) {
 #pragma unroll
                 for (int k = TILE / 2; k > 0; k /= 2) square += __shfl_xor_sync(0xffffffffu, square, k);
                 squares += square;
             }
-            o = next;
         }
-        if (ph.task == Task::residual && ph.out && r == 0 && b < a.B) a.sums[(int64_t)b * gridDim.x + blockIdx.x] = squares;
+        if (task == Task::residual && ph.out && r == 0 && b < a.B) a.sums[(int64_t)b * gridDim.x + blockIdx.x] = squares;
     }
 };
 
@@ -498,11 +529,11 @@ template <int LANES> struct Attend {
 
     struct Heads { RawEight<X> q, key, value; };            // of a part; its own token's key and value belong to the first split
     __device__ Heads load(int part) const {
-        const int per_group = a.H / a.G, split = part % a.splits, h = part / a.splits % a.H, b = part / a.splits / a.H, hd = a.hd;
+        const int per_group = quotient(a.H, a.G), head = quotient(part, a.splits), b = quotient(head, a.H), h = head - b * a.H, group = quotient(h, per_group), hd = a.hd;
         const bool live = part < a.B * a.H * a.splits && sub * 8 < hd;
-        const X* heads = ph.qkv + ((int64_t)b * a.G + h / per_group) * (per_group + 2) * hd + sub * 8;
-        const bool own = live && split == 0 && warp == 0;
-        return {load_eight(heads + h % per_group * hd, live), load_eight(heads + per_group * hd, own), load_eight(heads + (per_group + 1) * hd, own)};
+        const X* heads = ph.qkv + (b * a.G + group) * (per_group + 2) * hd + sub * 8;
+        const bool own = live && part == head * a.splits && warp == 0;
+        return {load_eight(heads + (h - group * per_group) * hd, live), load_eight(heads + per_group * hd, own), load_eight(heads + (per_group + 1) * hd, own)};
     }
     __device__ static float dot(const Eight& x, const Eight& y) {
         float even = 0, odd = 0;
@@ -613,12 +644,15 @@ __device__ inline float sum_of_parts(const float* part, int splits, int width, i
 
 __device__ inline void combine(const StepArgs& a, const Phase& ph, const int64_t* position) {
     using X = __nv_bfloat16;
-    const int hd = a.hd, width = 2 + hd, per_group = a.H / a.G, lane = threadIdx.x % WARP, first = ((int)(threadIdx.x / WARP) * gridDim.x + blockIdx.x) * WARP + lane, stride = gridDim.x * THREADS;
+    const int hd = a.hd, width = 2 + hd, per_group = quotient(a.H, a.G), lane = threadIdx.x % WARP, first = ((int)(threadIdx.x / WARP) * gridDim.x + blockIdx.x) * WARP + lane, stride = gridDim.x * THREADS;
     for (int item = first; item < a.B * a.H * hd; item += stride)
-        ph.out[item] = from_float<X>(sum_of_parts(a.parts + (int64_t)(item / hd) * a.splits * width, a.splits, width, item % hd));
+        {
+        const int head = quotient(item, hd);
+        ph.out[item] = from_float<X>(sum_of_parts(a.parts + (int64_t)head * a.splits * width, a.splits, width, item - head * hd));
+    }
     const int chunks = hd / 8;
     for (int item = first; ph.capacity > 0 && item < a.B * 2 * a.G * chunks; item += stride) {       // 8 values each of (B,2,G,hd)
-        const int c = item % chunks * 8, g = item / chunks % a.G, value = item / chunks / a.G % 2, b = item / chunks / a.G / 2;
+        const int row = quotient(item, chunks), c = (item - row * chunks) * 8, half = quotient(row, a.G), g = row - half * a.G, value = half % 2, b = half / 2;
         int64_t slot = position[b];                                                // modulo capacity
         slot -= (int64_t)((double)slot * ph.per_capacity) * ph.capacity;
         if (slot < 0) slot += ph.capacity;
@@ -632,9 +666,9 @@ __device__ inline void combine(const StepArgs& a, const Phase& ph, const int64_t
 // The kernel
 
 // Pieces of a phase that this block gets: for the measurement that only streams
-template <int LANES> __device__ inline int pieces(const StepArgs& a, const Phase& ph) {
+template <int LANES> __device__ inline int pieces(const StepArgs& a, const Phase& ph, int p) {
     if (ph.task == Task::combine) return 0;
-    if (ph.task != Task::attend) return Share(ph.task, ph.results).tiles * ((ph.K + PIECE - 1) / PIECE + (ph.task == Task::scan));
+    if (ph.task != Task::attend) return Share(a.shares[p * gridDim.x + blockIdx.x]).tiles * ((ph.K + PIECE - 1) / PIECE + (ph.task == Task::scan));
     int n = 0;
     for (int part = blockIdx.x; part < a.B * a.H * a.splits; part += gridDim.x) {
         const KeyPart k(a, part, ph.capacity, [&](int b) { return a.position[b]; });
@@ -643,49 +677,60 @@ template <int LANES> __device__ inline int pieces(const StepArgs& a, const Phase
     return n;
 }
 
-template <int NT, int LANES> __device__ inline void consume(const StepArgs& a, Ring ring, const Scratch& s, Phase* phases /*shared, 2*/) {
+template <int NT, int LANES> __device__ inline void consume(const StepArgs& a, Ring ring, const Scratch& s, Phase* phases /*shared, 2*/, int4* shares /*shared, 2*/) {
     constexpr int WORDS = sizeof(Phase) / 4;
     asm volatile("griddepcontrol.wait;" ::: "memory");
     unsigned target = threadIdx.x == 0 ? __ldcg(a.counter + 1) : 0;
-    if (threadIdx.x < WORDS) ((unsigned*)phases)[threadIdx.x] = ((const unsigned*)a.phases)[threadIdx.x];
+    // A phase's description comes one phase ahead: a word a thread
+    const auto word_of = [&](int p) -> unsigned {
+        if (threadIdx.x < WORDS) return ((const unsigned*)(a.phases + p))[threadIdx.x];
+        return threadIdx.x < WORDS + 4 ? ((const unsigned*)(a.shares + p * gridDim.x + blockIdx.x))[threadIdx.x - WORDS] : 0;
+    };
+    const auto keep_word = [&](int p, unsigned word) {
+        if (threadIdx.x < WORDS) ((unsigned*)(phases + p % 2))[threadIdx.x] = word;
+        else if (threadIdx.x < WORDS + 4) ((unsigned*)(shares + p % 2))[threadIdx.x - WORDS] = word;
+    };
+    keep_word(0, word_of(0));
     if (threadIdx.x < a.B) s.position[threadIdx.x] = __ldcg((const long long*)a.position + threadIdx.x);
     const int own = part_of(a.d, blockIdx.x, gridDim.x), owned = part_of(a.d, blockIdx.x + 1, gridDim.x) - own;
     for (int i = threadIdx.x; i < a.B * owned; i += THREADS) s.own[i / owned * MAX_OWN + i % owned] = __ldcg(a.x + (int64_t)(i / owned) * a.d + own + i % owned);
     consumers_meet();
-    Operands early = Linear<NT>{a, phases[0], s}.early_first();
     for (int p = 0; p < a.count; p++) {
         const Phase& ph = phases[p % 2];
-        const bool more = p + 1 < a.count;
-        const unsigned word = more && threadIdx.x < WORDS ? ((const unsigned*)(a.phases + p + 1))[threadIdx.x] : 0;
+        const Linear<NT> linear{a, ph, Share(shares[p % 2]), s};
+        const Operands early = linear.early_first();
+        typename Linear<NT>::Input input;
+        linear.prepare(input);
         long long* trace = a.trace && threadIdx.x == 0 ? a.trace + ((int64_t)p * gridDim.x + blockIdx.x) * 4 : nullptr;
+        if (p > 0) {                                                               // all blocks have done what was before
+            if (threadIdx.x == 0 && !a.probe) {
+                target += gridDim.x;
+                unsigned seen;
+                for (unsigned polls = 0;; polls++) {
+                    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(a.counter) : "memory");
+                    if ((int)(seen - target) >= 0) break;
+                    // Blocks are missing: not all are resident. No trap: with one ptxas gives no more registers than a block starts with
+                    if (polls > 1u << 24) asm volatile("st.global.u32 [%0], %1;" ::"l"(0ll), "r"(polls) : "memory");
+                }
+            }
+            consumers_meet();
+        }
+        const bool more = p + 1 < a.count;
+        const unsigned word = more ? word_of(p + 1) : 0;
         if (trace) trace[0] = trace[1] = clock64();
         if (a.probe == 2) {
-            for (int n = pieces<LANES>(a, ph); n > 0; n--) ring.wait_for_piece(), ring.release();
+            for (int n = pieces<LANES>(a, ph, p); n > 0; n--) ring.wait_for_piece(), ring.release();
         } else if (ph.task == Task::attend) {
             Attend<LANES>{a, ph, s}.run(ring);
         } else if (ph.task == Task::combine) {
             combine(a, ph, s.position);
         } else {
-            Linear<NT>{a, ph, s}.run(ring, early, trace);
+            linear.run(ring, input, early, trace);
         }
-        if (more && threadIdx.x < WORDS) ((unsigned*)(phases + (p + 1) % 2))[threadIdx.x] = word;
+        if (more) keep_word(p + 1, word);
         consumers_meet();
+        if (threadIdx.x == 0 && more && !a.probe) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(a.counter) : "memory");
         if (trace) trace[2] = clock64();
-        if (!more) break;
-        if (threadIdx.x == 0 && !a.probe) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(a.counter) : "memory");
-        early = Linear<NT>{a, phases[(p + 1) % 2], s}.early_first();
-        if (threadIdx.x == 0 && !a.probe) {
-            target += gridDim.x;
-            unsigned seen;
-            for (unsigned polls = 0;; polls++) {
-                asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(a.counter) : "memory");
-                if ((int)(seen - target) >= 0) break;
-                // Blocks are missing: not all are resident. No trap: with one ptxas gives no more registers than a block starts with
-                if (polls > 1u << 24) asm volatile("st.global.u32 [%0], %1;" ::"l"(0ll), "r"(polls) : "memory");
-            }
-        }
-        consumers_meet();
-        if (trace) trace[3] = clock64();
     }
     if (threadIdx.x == 0 && blockIdx.x == 0 && !a.probe) a.counter[1] = target;    // all blocks have read it: they have been through a barrier
 }
@@ -696,10 +741,12 @@ template <int NT, int LANES> __global__ void __launch_bounds__(STEP_THREADS, 1) 
     extern __shared__ __align__(128) unsigned char step_memory[];
     __shared__ __align__(8) uint64_t bars[2 * STAGES];
     __shared__ __align__(16) Phase phases[2];
+    __shared__ int4 shares[2];
     __shared__ float own[MAX_BATCH * MAX_OWN], scale[MAX_BATCH], BC[2 * MAX_STATES];
     __shared__ int64_t position[MAX_BATCH];
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-    const Ring ring{shared_address(step_memory), shared_address(bars), shared_address(bars + STAGES), {}};
+    Ring ring{shared_address(step_memory), shared_address(bars), shared_address(bars + STAGES), {}};
+    asm volatile("" : "+r"(ring.data), "+r"(ring.full), "+r"(ring.empty));         // kept in registers, not computed again at each use
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) mbarrier_init(ring.full + i * 8, PRODUCERS / WARP), mbarrier_init(ring.empty + i * 8, WARPS);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -710,7 +757,7 @@ template <int NT, int LANES> __global__ void __launch_bounds__(STEP_THREADS, 1) 
         Producer{a, ring}.template run<LANES>();
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
-        consume<NT, LANES>(a, ring, Scratch{(float*)(step_memory + STAGES * STAGE), own, scale, BC, position}, phases);
+        consume<NT, LANES>(a, ring, Scratch{(float*)(step_memory + STAGES * STAGE), own, scale, BC, position}, phases, shares);
     }
 #endif
 }
@@ -750,13 +797,13 @@ public:
         int64_t bytes = 0;
         const auto place = [&](int64_t n) { const int64_t at = bytes; bytes += round_up(n, 256); return at; };
         const int64_t width = m.rank + 2 * m.N, count = 4 * (int64_t)m.layers.size() + 1;
-        const int64_t table = place(count * sizeof(Phase)), counter = place(8), sums = place(4ll * m.B * gpu().sms), parts = place(4ll * m.B * m.H * splits * (2 + m.hd)), u = place(2ll * m.B * m.e),
+        const int64_t table = place(count * sizeof(Phase)), share = place(count * gpu().sms * sizeof(int4)), counter = place(8), sums = place(4ll * m.B * gpu().sms), parts = place(4ll * m.B * m.H * splits * (2 + m.hd)), u = place(2ll * m.B * m.e),
                       z = place(2ll * m.B * m.e), x_dbl = place(2 * m.B * width), out = place(2ll * m.B * std::max<int64_t>({(int64_t)m.e, F, (int64_t)m.H * m.hd})), qkv = place(2ll * m.B * (m.H + 2 * m.G) * m.hd);
         if (memory) CUDA_CHECK(cudaFree(memory));
         memory = (char*)device_alloc((size_t)bytes, "the buffers of a decode step");
         device_zero(memory, (size_t)bytes, stream);
         const auto X = [&](int64_t at) { return (Phase::X*)(memory + at); };
-        args = {(const Phase*)(memory + table), 0, m.B, m.d, m.e, m.N, m.rank, m.H, m.G, m.hd, m.V, splits, m.rope, m.eps, m.x, m.cos_sin, m.position, m.logits, (float*)(memory + parts), (float*)(memory + sums),
+        args = {(const Phase*)(memory + table), (const int4*)(memory + share), 0, m.B, m.d, m.e, m.N, m.rank, m.H, m.G, m.hd, m.V, splits, m.rope, m.eps, m.x, m.cos_sin, m.position, m.logits, (float*)(memory + parts), (float*)(memory + sums),
                 (unsigned*)(memory + counter), 0, 4, nullptr};
         tasks.clear();
         // What the next norm's reader reads: at first as the sampler left it
@@ -809,6 +856,14 @@ public:
         tasks.push_back(normed(Task::head, m.V, m.head));
         args.count = (int)tasks.size();
         copy_to_device(memory + table, tasks.data(), tasks.size() * sizeof(Phase), stream);
+        std::vector<int4> shares;
+        for (const Phase& p : tasks)
+            for (int64_t i = 0; i < gpu().sms; i++) {
+                const int most = p.task == Task::qkv || p.task == Task::swiglu ? TILE / 2 : TILE, begin = (int)(p.results * i / gpu().sms), n = (int)(p.results * (i + 1) / gpu().sms) - begin;
+                const int tiles = (int)ceil_div(n, most);
+                shares.push_back({begin, n, tiles, tiles ? n / tiles : 0});
+            }
+        copy_to_device(memory + share, shares.data(), shares.size() * sizeof(int4), stream);
         stream_sync(stream);
     }
     bool ready() const { return memory; }
