@@ -917,8 +917,7 @@ inline void mlp_inner(Pass& p, const Layer& layer, LayerActivations& a, const fl
     const int d = m.config().d_model, F = layer.d_ff;
     const int64_t BT = p.BT();
     if (make.cheap) ops::rmsnorm_forward(a.n, a.rstd, x, m.w(t.norm), BT, d, m.config().norm_eps, m.stream);                 // (B,T,d)
-    if (make.dear) ops::matmul_forward(m.matmul, a.gate_up, 2 * F, a.n, d, m.w(t.w1), BT, 2 * F, d, m.stream);               // (B,T,2F) w1|w2 stacked
-    if (make.cheap) ops::swiglu_forward(a.out, a.gate_up, BT, F, m.stream);                                                  // (B,T,F)
+    if (make.dear) ops::matmul_swiglu_forward(m.matmul, a.out, a.gate_up, a.n, m.w(t.w1), BT, F, d, m.stream);               // (B,T,F), (B,T,2F) w1|w2 stacked
 }
 
 // x_norm: what the norm reads; x itself, but in a parallel block what the attention before it read.
@@ -939,10 +938,11 @@ inline void mlp_backward(Pass& p, const Layer& layer, LayerActivations& a, const
     // In a parallel block the attention, next in backward, must still see the gradient of the block's output in dy.
     floatX* dy_next = layer.parallel ? nullptr : m.acts.dy;
 
-    mlp_inner(p, layer, a, x_norm, make_missing(m.acts.recompute));
-    ops::matmul_dgrad(m.matmul, a.d_out, F, dy, d, w(t.w3), BT, d, F, false, stream);                                        // (B,T,F)
+    const Make missing = make_missing(m.acts.recompute);
+    mlp_inner(p, layer, a, x_norm, missing);
+    floatX* missing_out = missing.cheap && !missing.dear ? a.out : nullptr;
+    ops::matmul_swiglu_backward(m.matmul, a.d_in, missing_out, a.d_out, dy, w(t.w3), a.gate_up, BT, F, d, stream);           // (B,T,2F)
     ops::matmul_wgrad(m.matmul, w.grad(t.w3), dy, d, a.out, F, BT, d, F, p.add, stream);
-    ops::swiglu_backward(a.d_in, a.d_out, a.gate_up, BT, F, stream);                                                         // (B,T,2F)
     ops::matmul_dgrad(m.matmul, a.dn, d, a.d_in, 2 * F, w(t.w1), BT, 2 * F, d, false, stream);                               // (B,T,d)
     ops::matmul_wgrad(m.matmul, w.grad(t.w1), a.d_in, 2 * F, a.n, d, BT, 2 * F, d, p.add, stream);
     ops::rmsnorm_backward(m.acts.dx, dy_next, w.grad(t.norm), a.dn, x_norm, a.rstd, w(t.norm), m.acts.workspace, BT, d, true, stream);  // dx +=

@@ -184,22 +184,28 @@ inline double time_matmul(const Matmul& matmul, const MatmulPlan& plan, const Ma
     return ms / repeats;
 }
 
-// Every candidate three times; then the best five and the heuristic's first in turns, so that a clock that drifts is fair to all.
-// Another than the first must gain a hundredth.
+// Every candidate three times; then the best three and the heuristic's first in turns, so that a clock that drifts is fair to all, and each for
+// long enough that the GPU's power limit has its say, as in a step: there the frugal one wins. Another than the first must gain half a hundredth.
 inline MatmulChoice fastest_matmul(const Matmul& matmul, const MatmulPlan& plan, bool accumulate, const std::vector<MatmulChoice>& candidates,
                                    const MatmulOperands& o) {
-    constexpr size_t FINALISTS = 6;
-    constexpr int ROUNDS = 3, CALLS = 6;
+    constexpr size_t FINALISTS = 4;
+    constexpr int ROUNDS = 3, MOST_CALLS = 40;               // of a product so short, power is no matter
+    constexpr double TURN_MS = 8;
     std::vector<std::pair<double, size_t>> order;            // ms, candidate
     for (size_t i = 0; i < candidates.size(); i++) order.push_back({i == 0 ? 0 : time_matmul(matmul, plan, candidates[i], accumulate, o, 3), i});
     std::sort(order.begin(), order.end());
     order.resize(std::min(order.size(), FINALISTS));
-    for (auto& [ms, i] : order) ms = INFINITY;
+    order[0].first = time_matmul(matmul, plan, candidates[0], accumulate, o, 3);
+    std::vector<double> means(order.size());
     for (int round = 0; round < ROUNDS; round++)
-        for (auto& [ms, i] : order) ms = std::min(ms, time_matmul(matmul, plan, candidates[i], accumulate, o, CALLS));
+        for (size_t j = 0; j < order.size(); j++) {
+            const auto [ms, i] = order[j];                   // infinity: refused
+            means[j] += std::isfinite(ms) ? time_matmul(matmul, plan, candidates[i], accumulate, o, std::clamp((int)(TURN_MS / ms), 4, MOST_CALLS)) / ROUNDS : ms;
+        }
+    for (size_t j = 0; j < order.size(); j++) order[j].first = means[j];
     const double first_ms = order[0].first;                  // of candidate 0
     const auto best = std::min_element(order.begin(), order.end());
-    const auto& chosen = best->first < 0.99 * first_ms ? *best : order[0];
+    const auto& chosen = best->first < 0.995 * first_ms ? *best : order[0];
     MatmulChoice choice = candidates[chosen.second];
     choice.ms = chosen.first;
     choice.first_ms = first_ms;

@@ -197,8 +197,8 @@ def parity(o):
     with tempfile.TemporaryDirectory() as folder:
         start = start_checkpoint(o, folder + "/start")
         T = o.seq_len or json.loads(run_program([o.program, "info", "--model", o.model, "--json"], capture_output=True).stdout)["block_size"]
-        # The rate rises from step to step: at full rate from the start, fresh weights blow up, and then roundings decide
-        schedule = ["--lr", str(o.lr), "--schedule", "constant", "--warmup-steps", str(o.steps), "--seed", "3407"]
+        # The rate rises as in the reference's recipe. With more, fresh weights on batches this small blow up now and then, and after that roundings decide
+        schedule = ["--lr", str(o.lr), "--schedule", "constant", "--warmup-steps", str(o.warmup), "--seed", "3407"]
         run_program([o.program, "--model", o.model, "--data", o.data, "--init-from", start, "--out", folder + "/run", "--micro-batch", str(o.micro_batch), "--seq-len", str(T),
                      "--steps", str(o.steps), "--log-every", "10", "--checkpoint-every", "0", *schedule])  # fmt: skip
         log = [json.loads(line) for line in open(folder + "/run/log.jsonl", encoding="utf-8")]
@@ -213,7 +213,7 @@ def train_twin(model, o, T):
     history = []
     for step in range(o.steps):
         for group in adamw.param_groups:
-            group["lr"] = o.lr * (step + 1) / o.steps
+            group["lr"] = o.lr * min(1, (step + 1) / o.warmup)
         adamw.zero_grad(set_to_none=True)
         loss = forward_backward(model, *batches.batch(step * o.micro_batch, o.micro_batch), rope)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -252,7 +252,8 @@ def main():
             p.add_argument("--data", required=True)
             p.add_argument("--steps", type=int, default=50)
             p.add_argument("--seq-len", type=int, default=0)
-            p.add_argument("--lr", type=float, default=4e-4, help="of the last step: it rises linearly from 0")
+            p.add_argument("--lr", type=float, default=4e-4, help="after the warm-up")
+            p.add_argument("--warmup", type=int, default=762, help="steps in which the rate rises from 0; the reference's 20B recipe: 762 micro-batches of this size")
             p.add_argument("--tolerance", type=float, default=0.005)
     o = parser.parse_args()
     sys.exit(o.function(o))
