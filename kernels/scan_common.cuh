@@ -7,12 +7,14 @@
 //
 // Past-the-end steps have dt = 0, so a = 1 and no input; past-the-end channels and states are zeros and are not stored. Where a document
 // starts (starts = 1) the state before it is dropped.
-// Two pairs of kernels: scan_mma.cuh for bf16 and 16 states, on tensor cores, which training uses; scan_any.cuh for the rest. Both save h before
+// Two pairs of kernels: scan_mma.cuh for bf16 and 16 states, on tensor cores, which training uses; scan_any.cuh for the rest. scan_forward.cuh is the
+// first pair's forward pass for short batches: narrow blocks, each of whole sequences, fill the GPU there. All save h before
 // every tile of steps, as X, for the backward pass, which goes from the last tile to the first, remakes the states of a tile and goes back through
 // them with lambda. dB and dC are sums over channels: inside a block, then over the blocks by a second kernel in a fixed order. Nothing is
 // atomic: the same inputs give the same bits.
 // When B*e is too small to fill the GPU, T is split into segments: (a) every segment from a zero state, (b) the segments chained with
-// their decay exp(A sum dt), (c) the main kernel from the right state. The same goes for lambda, backwards.
+// their decay exp(A sum dt), (c) the main kernel from the right state. The same goes for lambda, backwards. (a) makes every decay but the last
+// segment's a second time.
 //
 // This file: what both pairs share.
 #pragma once

@@ -2,8 +2,8 @@
 //
 // A scan warp is 8 channels of 8 states, and takes two steps at a time: rows 0 to 7 of its matrices are the channels at the first step, rows 8
 // to 15 the same channels at the second. Lane (g = lane / 4, q = lane % 4) keeps channel g and two states, 2q and 2q + 1 of the eight.
-//   the input:  lanes q < 2 hold the k places of the first step, the others those of the second; each number is split in two bf16 and there
-//               are two lanes, so B is halved. These products do not wait for the state.
+//   the input:  lanes q < 2 hold the k places of the first step, the others those of the second; dt u is split in two bf16 numbers, and halved
+//               as there are two lanes. These products do not wait for the state.
 //   the sums:   k is the 8 states; the columns are 8 steps, of which all but the two are masked.
 // The decays of 8 steps and their inputs do not depend on the state, so they are made while the 8 before are walked.
 #pragma once
@@ -11,25 +11,24 @@
 
 namespace gpu::scan_mma {
 
-// Shape of a block: CHANNELS, a multiple of 8; row warps; stages that they are ahead of the scan warps (plus one); tiles of memory's in all
-template <int CHANNELS_, int ROW_WARPS_, int STAGES_, int SLOTS_> struct ForwardShape {
-    static constexpr int CHANNELS = CHANNELS_, STEPS = 16, STAGES = STAGES_, SLOTS = SLOTS_;
-    static constexpr int SCAN_WARPS = CHANNELS / 4, ROW_WARPS = ROW_WARPS_, SCAN_THREADS = SCAN_WARPS * WARP, ROW_THREADS = ROW_WARPS * WARP;
-    static constexpr int THREADS = SCAN_THREADS + ROW_THREADS, ITEMS = STEPS * CHANNELS / 2 / ROW_THREADS;
-    static constexpr int WORDS = (STEPS * 16 + ROW_THREADS - 1) / ROW_THREADS;
-    static_assert(ITEMS * ROW_THREADS * 2 == STEPS * CHANNELS && (SLOTS & (SLOTS - 1)) == 0 && SLOTS > STAGES);
+// Shape of a block. CHANNELS: a multiple of 8. ROW_WARPS take the tiles of 16 steps in turns of GROUPS; each group has STAGES for its tiles between
+// it and the scan warps, and SLOTS for those on their way from memory and these. Warps are dealt to the four schedulers in turn; IDLE ones after the
+// first 16 do nothing, so that row warps are where fewer scan warps are.
+template <int CHANNELS_, int ROW_WARPS_, int GROUPS_, int STAGES_, int SLOTS_, int IDLE_> struct ForwardShape {
+    static constexpr int CHANNELS = CHANNELS_, STEPS = 16, GROUPS = GROUPS_, STAGES = STAGES_, SLOTS = SLOTS_, IDLE = IDLE_;
+    static constexpr int SCAN_WARPS = CHANNELS / 4, ROW_WARPS = ROW_WARPS_, ROW_THREADS = ROW_WARPS * WARP, ALL_STAGES = GROUPS * STAGES;
+    static constexpr int THREADS = (SCAN_WARPS + GROUPS * ROW_WARPS + IDLE) * WARP, ITEMS = STEPS * CHANNELS / 2 / ROW_THREADS;
+    static_assert(ITEMS * ROW_THREADS * 2 == STEPS * CHANNELS && ROW_THREADS % (CHANNELS / 2) == 0 && (SLOTS & (SLOTS - 1)) == 0 && SLOTS > STAGES);
 };
 
 template <class S> struct ForwardBlock {
     struct Stage {
-        float2 pair[S::STEPS / 2][S::CHANNELS][2];                    // of two steps: dt; dt u split
-        uint32_t b[S::STEPS][16];                                     // halves, twice
-        bf16 c[S::STEPS][16];
+        float2 pair[S::STEPS / 2][S::CHANNELS][2];                    // of two steps: dt; half of dt u split
         float y[2][S::STEPS][S::CHANNELS + 4];                        // of the two halves of the states
-    } stages[S::STAGES];
-    uint32_t words[S::SLOTS][3][S::ITEMS][S::ROW_THREADS], bc[S::SLOTS][S::WORDS][S::ROW_THREADS];   // each row thread's own
-    float skip_weight[S::CHANNELS], bias[S::CHANNELS];
-    Gate full[S::STAGES], done[S::STAGES];
+    } stages[S::ALL_STAGES];
+    uint32_t words[S::GROUPS][S::SLOTS][3][S::ITEMS][S::ROW_THREADS];  // each row thread's own
+    bf16 bc[S::GROUPS][S::SLOTS][S::STEPS][32];                       // B | C
+    Gate full[S::ALL_STAGES], done[S::ALL_STAGES];
 };
 
 // What a scan warp's lane is: channel c of the block, of the array; its two states n and n + 1
@@ -48,17 +47,22 @@ struct Lane {
     }
 };
 
+// a (16 x 8) b (8 x 8)
+__device__ inline void product8(float (&c)[4], const uint32_t (&a)[2], uint32_t b) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%7,%7,%7};"
+        : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(b), "f"(0.f));
+}
 // 8 steps as a scan warp's lane sees them
 struct Steps {
     float a[8][2];                                                    // decays
     uint32_t x[8], b[4], c;                                           // inputs; B of pairs of steps; C of step g
-    template <class Stage> __device__ void load(const Stage& s, int first, const Lane& l, const float (&A2)[2]) {
-        c = *(const uint32_t*)&s.c[first + l.g][8 * l.half + 2 * l.q];
+    template <class Stage> __device__ void load(const Stage& s, const bf16 (*bc)[32], int first, const Lane& l, const float (&A2)[2]) {
+        c = *(const uint32_t*)&bc[first + l.g][16 + 8 * l.half + 2 * l.q];
 #pragma unroll
         for (int t = 0; t < 8; t += 2) {
             const float4 two = *(const float4*)s.pair[(first + t) / 2][l.c];
             x[t] = __float_as_uint(two.y), x[t + 1] = __float_as_uint(two.w);
-            b[t / 2] = s.b[first + t + l.q / 2][8 * l.half + l.g];
+            b[t / 2] = __bfloat16_as_ushort(bc[first + t + l.q / 2][8 * l.half + l.g]) * 0x10001u;
 #pragma unroll
             for (int k = 0; k < 2; k++) a[t][k] = scan_ex2(two.x * A2[k]), a[t + 1][k] = scan_ex2(two.z * A2[k]);
         }
@@ -99,20 +103,31 @@ template <class S> struct ScanForward {
         steps.walk(h, sums, l);
         y[2 * l.q][l.c] = sums[0], y[2 * l.q + 1][l.c] = sums[3];
     }
+    // Where a tile is in the rings
+    struct Place {
+        int stage = 0, turn = 0, group = 0, slot = 0;
+        __device__ void next() {
+            if (++stage == S::ALL_STAGES) stage = 0, turn ^= 1;
+            if (++group == S::GROUPS) group = 0, slot = (slot + 1) % S::SLOTS;
+        }
+    };
+    __device__ void load(Steps& steps, const Place& at, int first) const { steps.load(s.stages[at.stage], s.bc[at.group][at.slot], first, l, A2); }
     __device__ void run(int count) {
         Steps even, odd;
+        Place now, next;
         s.full[0].wait(0);
-        even.load(s.stages[0], 0, l, A2);
-        for (int i = 0; i < count; i++) {
-            auto& stage = s.stages[i % S::STAGES];
-            odd.load(stage, 8, l, A2);
-            walk(even, stage.y[l.half]);
-            if (i + 1 < count) {
-                s.full[(i + 1) % S::STAGES].wait((uint32_t)((i + 1) / S::STAGES));
-                even.load(s.stages[(i + 1) % S::STAGES], 0, l, A2);
+        load(even, now, 0);
+        for (; count > 0; count--, now = next) {
+            auto& y = s.stages[now.stage].y[l.half];
+            load(odd, now, 8);
+            walk(even, y);
+            next.next();
+            if (count > 1) {
+                s.full[next.stage].wait(next.turn);
+                load(even, next, 0);
             }
-            walk(odd, stage.y[l.half] + 8);
-            s.done[i % S::STAGES].arrive();
+            walk(odd, y + 8);
+            s.done[now.stage].arrive();
         }
     }
 };
@@ -135,32 +150,31 @@ __device__ inline void scan_forward(ForwardBlock<S>& s, bf16* saved, float* h_ou
     if (h_out && live && first_tile + count == tiles) *(float2*)(h_out + (blockIdx.y * (int64_t)p.e + channel) * 16 + n) = make_float2(scan.h[0], scan.h[1]);
 }
 
-// A row thread has ITEMS pairs of channels of steps of every tile, and words of B | C
-template <class S, bool ALL> struct RowsForward2 {
-    // Either all items of one pair of channels, PASS steps apart, or all of one step, 64 channels apart
-    static constexpr bool ONE_PAIR = S::ROW_THREADS % (S::CHANNELS / 2) == 0;
-    static constexpr int PASS = ONE_PAIR ? S::ROW_THREADS / (S::CHANNELS / 2) : 0, NEXT = ONE_PAIR ? 0 : 2 * WARP;
-    static_assert(ONE_PAIR || (S::ROW_WARPS == S::STEPS && S::CHANNELS % (2 * WARP) == 0));
+// A row thread has one pair of neighbouring channels at ITEMS steps of every GROUPS-th tile, and copies words of B | C. i: the group's i-th tile.
+template <class S, bool ALL> struct NarrowRows {
+    static constexpr int PASS = S::ROW_THREADS / (S::CHANNELS / 2), NEXT = S::GROUPS * S::STEPS;   // steps from item to item, from tile to tile
     ForwardBlock<S>& s;
     const ScanInput<bf16>& p;
-    const int thread, row, column;                                    // of item 0
-    const int left_channels;
+    const int group, thread, row, column, live;                       // live: channels from the thread's to the array's end
     int left_fetch, left_prepare, left_finish;                        // steps from the tile that is fetched (prepared, finished) next to the end
-    const bf16 *from[3], *bc;                                         // of item 0 of the tile that `fetch` fetches next
-    bf16* out;                                                        // of item 0 of the tile that `finish` finishes next
-    const uint8_t* starts;                                            // of the tile that `prepare` prepares next
+    const bf16 *from[3], *bc;                                         // of the tile that `fetch` fetches next
+    bf16* out;                                                        // of the tile that `finish` finishes next
+    const uint8_t* starts;                                            // of the tile that `prepare` prepares next, or null
+    float2 bias = {}, D = {};
 
-    __device__ RowsForward2(ForwardBlock<S>& s_, bf16* out_, const ScanInput<bf16>& p_, int64_t first_tile)
-        : s(s_), p(p_), thread(threadIdx.x - S::SCAN_THREADS), row(ONE_PAIR ? thread / (S::CHANNELS / 2) : thread / WARP),
-          column(ONE_PAIR ? thread % (S::CHANNELS / 2) * 2 : thread % WARP * 2), left_channels(p_.e - (int)blockIdx.x * S::CHANNELS - column) {
-        const int64_t tile = blockIdx.y * p.T + first_tile * S::STEPS, at = tile + row;
+    __device__ NarrowRows(ForwardBlock<S>& s_, bf16* out_, const ScanInput<bf16>& p_, int row_warp, int64_t first_tile)
+        : s(s_), p(p_), group(row_warp / S::ROW_WARPS), thread(row_warp % S::ROW_WARPS * WARP + threadIdx.x % WARP), row(thread / (S::CHANNELS / 2)),
+          column(thread % (S::CHANNELS / 2) * 2), live(p_.e - (int)blockIdx.x * S::CHANNELS - column) {
+        const int64_t first = (first_tile + group) * S::STEPS, tile = blockIdx.y * p.T + first, at = tile + row;
         const int channel = blockIdx.x * S::CHANNELS + column;
         from[0] = p.u + at * p.e + channel, from[1] = p.dt_raw + at * p.e + channel, from[2] = p.z + at * p.ldz + channel;
         bc = p.bc + (tile + thread / 16) * p.ldbc + thread % 16 * 2, out = out_ + at * p.e + channel;
         starts = p.starts ? p.starts + at : nullptr;
-        left_fetch = left_prepare = left_finish = (int)min(p.T - first_tile * S::STEPS, (int64_t)1 << 30);
+        left_fetch = left_prepare = left_finish = (int)min(p.T - first, (int64_t)1 << 30);
+        if (live > 0) bias.x = p.dt_bias[channel], D.x = p.D[channel];
+        if (live > 1) bias.y = p.dt_bias[channel + 1], D.y = p.D[channel + 1];
     }
-    __device__ bool word_is_mine(int k) const { return (k + 1) * S::ROW_THREADS <= S::STEPS * 16 || thread + k * S::ROW_THREADS < S::STEPS * 16; }
+    __device__ int stage(int i) const { return i % S::STAGES * S::GROUPS + group; }
     __device__ void fetch(int i, int count) {
         const int slot = i & (S::SLOTS - 1);
         if (i < count) {
@@ -169,81 +183,71 @@ template <class S, bool ALL> struct RowsForward2 {
                 const int64_t ld = a == 2 ? p.ldz : p.e;
 #pragma unroll
                 for (int k = 0; k < S::ITEMS; k++) {
-                    const bool live = row + k * PASS < left_fetch;
-                    const bf16* at = from[a] + k * (PASS * ld + NEXT);
-                    uint32_t* to = &s.words[slot][a][k][thread];
-                    if (ALL) copy_async<4>(to, at, live);
-                    else *to = (live && left_channels > k * NEXT ? __bfloat16_as_ushort(at[0]) : 0u) |
-                               (live && left_channels > k * NEXT + 1 ? (uint32_t)__bfloat16_as_ushort(at[1]) << 16 : 0u);
+                    const bool here = row + k * PASS < left_fetch;
+                    const bf16* at = from[a] + k * PASS * ld;
+                    uint32_t* to = &s.words[group][slot][a][k][thread];
+                    if (ALL) copy_async<4>(to, at, here);
+                    else *to = (here && live > 0 ? __bfloat16_as_ushort(at[0]) : 0u) | (here && live > 1 ? (uint32_t)__bfloat16_as_ushort(at[1]) << 16 : 0u);
                 }
-                from[a] += S::STEPS * ld;
+                from[a] += NEXT * ld;
             }
-#pragma unroll
-            for (int k = 0; k < S::WORDS; k++)
-                if (word_is_mine(k)) {
-                    const bool live = thread / 16 + k * (S::ROW_THREADS / 16) < left_fetch;
-                    const bf16* at = bc + k * (S::ROW_THREADS / 16) * p.ldbc;
-                    if (ALL) copy_async<4>(&s.bc[slot][k][thread], at, live);
-                    else s.bc[slot][k][thread] = live ? __bfloat16_as_ushort(at[0]) | (uint32_t)__bfloat16_as_ushort(at[1]) << 16 : 0u;
-                }
-            bc += S::STEPS * p.ldbc, left_fetch -= S::STEPS;
+            fetch_bc(slot);
+            bc += NEXT * p.ldbc, left_fetch -= NEXT;
         }
         copy_commit();
     }
+    __device__ void fetch_bc(int slot) {
+#pragma unroll
+        for (int w = 0; w < S::STEPS * 16; w += S::ROW_THREADS) {
+            if (w + S::ROW_THREADS > S::STEPS * 16 && w + thread >= S::STEPS * 16) continue;
+            const bool here = (w + thread) / 16 < left_fetch;
+            const bf16* at = bc + w / 16 * p.ldbc;
+            uint32_t* to = (uint32_t*)s.bc[group][slot] + w + thread;
+            if (ALL) copy_async<4>(to, at, here);
+            else *to = here ? __bfloat16_as_ushort(at[0]) | (uint32_t)__bfloat16_as_ushort(at[1]) << 16 : 0u;
+        }
+    }
     __device__ void prepare(int i) {
-        auto& stage = s.stages[i % S::STAGES];
+        auto& pair = s.stages[stage(i)].pair;
         const int slot = i & (S::SLOTS - 1);
 #pragma unroll
         for (int k = 0; k < S::ITEMS; k++) {
-            const float2 bias = *(const float2*)&s.bias[column + k * NEXT];
-            const uint32_t raw = s.words[slot][1][k][thread], us = s.words[slot][0][k][thread];
+            const uint32_t raw = s.words[group][slot][1][k][thread], us = s.words[group][slot][0][k][thread];
             const float2 dt = make_float2(scan_softplus<bf16>(low(raw) + bias.x), scan_softplus<bf16>(high(raw) + bias.y));
-            float2(*pair)[2] = &stage.pair[(row + k * PASS) / 2][column + k * NEXT];
-            const int odd = (row + k * PASS) % 2;
-            pair[0][odd] = make_float2(dt.x, __uint_as_float(split(dt.x * low(us))));
-            pair[1][odd] = make_float2(dt.y, __uint_as_float(split(dt.y * high(us))));
+            const int t = row + k * PASS;
+            pair[t / 2][column][t % 2] = make_float2(dt.x, __uint_as_float(split(0.5f * low(us) * dt.x)));
+            pair[t / 2][column + 1][t % 2] = make_float2(dt.y, __uint_as_float(split(0.5f * high(us) * dt.y)));
         }
-        if (starts || left_prepare < S::STEPS) edges(stage);
-        if (starts) starts += S::STEPS;
-        left_prepare -= S::STEPS;
-#pragma unroll
-        for (int k = 0; k < S::WORDS; k++)
-            if (word_is_mine(k)) {
-                const int t = thread / 16 + k * (S::ROW_THREADS / 16), j = thread % 16;
-                const uint32_t v = s.bc[slot][k][thread];             // states 2j, 2j + 1 of B, or of C if j > 7
-                const float x = 0.5f * low(v), y = 0.5f * high(v);
-                if (j < 8) *(uint2*)&stage.b[t][2 * j] = make_uint2(pack(x, x), pack(y, y));
-                else *(uint32_t*)&stage.c[t][2 * j - 16] = v;
-            }
-        s.full[i % S::STAGES].arrive();
+        if (starts || left_prepare < S::STEPS) edges(pair);
+        if (starts) starts += NEXT;
+        left_prepare -= NEXT;
+        s.full[stage(i)].arrive();
     }
     // Past the end there is no decay and no input; before the start of a document there is nothing
-    template <class Stage> __device__ void edges(Stage& stage) const {
+    template <class Pairs> __device__ void edges(Pairs& pair) const {
         for (int k = 0; k < S::ITEMS; k++) {
-            float2(*pair)[2] = &stage.pair[(row + k * PASS) / 2][column + k * NEXT];
-            const int odd = (row + k * PASS) % 2;
-            if (row + k * PASS >= left_prepare) pair[0][odd] = pair[1][odd] = make_float2(0.f, 0.f);
-            else if (starts && starts[k * PASS]) pair[0][odd].x = pair[1][odd].x = SCAN_CUT;
+            const int t = row + k * PASS;
+            float2 &x = pair[t / 2][column][t % 2], &y = pair[t / 2][column + 1][t % 2];
+            if (t >= left_prepare) x = y = make_float2(0.f, 0.f);
+            else if (starts && starts[k * PASS]) x.x = y.x = SCAN_CUT;
         }
     }
     __device__ void finish(int i) {
-        const auto& stage = s.stages[i % S::STAGES];
+        const auto& sums = s.stages[stage(i)].y;
         const int slot = i & (S::SLOTS - 1);
 #pragma unroll
         for (int k = 0; k < S::ITEMS; k++)
             if (row + k * PASS < left_finish) {
-                const int c = column + k * NEXT;
-                const uint32_t us = s.words[slot][0][k][thread], zs = s.words[slot][2][k][thread];
-                const float2 y0 = *(const float2*)&stage.y[0][row + k * PASS][c], y1 = *(const float2*)&stage.y[1][row + k * PASS][c];
-                const float2 y = make_float2(y0.x + y1.x, y0.y + y1.y), D = *(const float2*)&s.skip_weight[c], z = make_float2(low(zs), high(zs));
-                store2<ALL>(out + k * (PASS * (int64_t)p.e + NEXT), left_channels - k * NEXT,
-                            make_float2(fmaf(D.x, low(us), y.x) * z.x * scan_sigmoid<bf16>(z.x), fmaf(D.y, high(us), y.y) * z.y * scan_sigmoid<bf16>(z.y)));
+                const uint32_t us = s.words[group][slot][0][k][thread], zs = s.words[group][slot][2][k][thread];
+                const float2 y0 = *(const float2*)&sums[0][row + k * PASS][column], y1 = *(const float2*)&sums[1][row + k * PASS][column];
+                const float2 y = make_float2(fmaf(D.x, low(us), y0.x + y1.x), fmaf(D.y, high(us), y0.y + y1.y)), z = make_float2(low(zs), high(zs));
+                store2<ALL>(out + k * PASS * (int64_t)p.e, live, make_float2(y.x * z.x * scan_sigmoid<bf16>(z.x), y.y * z.y * scan_sigmoid<bf16>(z.y)));
             }
-        out += S::STEPS * (int64_t)p.e, left_finish -= S::STEPS;
+        out += NEXT * (int64_t)p.e, left_finish -= NEXT;
     }
-    // Prepared: STAGES - 1 tiles ahead of the scan warps; on their way: the SLOTS - STAGES tiles after them
-    __device__ void run(int count) {
-        static_assert(S::STAGES <= 4 && S::ROW_THREADS % 16 == 0);
+    // Of `tiles` of the block. Prepared: STAGES - 1 of the group's tiles ahead of the scan warps; on their way: SLOTS - STAGES after them.
+    __device__ void run(int tiles) {
+        const int count = (tiles - group + S::GROUPS - 1) / S::GROUPS;
         for (int i = 0; i < S::SLOTS - 1; i++) fetch(i, count);
         copy_wait<S::SLOTS - S::STAGES>();                            // tiles 0 to STAGES - 2 are here
         for (int i = 0; i < S::STAGES - 1; i++)
@@ -252,7 +256,7 @@ template <class S, bool ALL> struct RowsForward2 {
             copy_wait<S::SLOTS - S::STAGES - 1>();                    // tile i + STAGES - 1 is here
             if (i + S::STAGES - 1 < count) prepare(i + S::STAGES - 1);
             fetch(i + S::SLOTS - 1, count);
-            s.done[i % S::STAGES].wait((uint32_t)(i / S::STAGES));
+            s.done[stage(i)].wait((uint32_t)(i / S::STAGES));
             finish(i);
         }
     }
@@ -262,19 +266,15 @@ template <class S, bool VEC>
 __global__ void __launch_bounds__(S::THREADS, 1) narrow_forward_kernel(bf16* out, bf16* saved, float* h_out, const float* h_first, int h_stride, ScanInput<bf16> p) {
     extern __shared__ float4 shared_floats[];
     ForwardBlock<S>& s = *(ForwardBlock<S>*)shared_floats;
-    const int64_t segment = (int64_t)blockIdx.y * gridDim.z + blockIdx.z, tiles = (p.T + S::STEPS - 1) / S::STEPS;
-    const int64_t first_tile = blockIdx.z * p.segment_tiles;
-    const int count = (int)min(p.segment_tiles, tiles - first_tile);
-    for (int c = threadIdx.x; c < S::CHANNELS; c += S::THREADS) {
-        const int channel = blockIdx.x * S::CHANNELS + c;
-        s.skip_weight[c] = channel < p.e ? p.D[channel] : 0.f;
-        s.bias[c] = channel < p.e ? p.dt_bias[channel] : 0.f;
-    }
-    if (threadIdx.x < S::STAGES) s.full[threadIdx.x].init(S::ROW_WARPS), s.done[threadIdx.x].init(S::SCAN_WARPS);
+    const int64_t segment = (int64_t)blockIdx.y * gridDim.z + blockIdx.z, tiles = (p.T + S::STEPS - 1) / S::STEPS, first_tile = blockIdx.z * p.segment_tiles;
+    const int count = (int)min(p.segment_tiles, tiles - first_tile), warp = threadIdx.x / WARP;
+    if (threadIdx.x < S::ALL_STAGES) s.full[threadIdx.x].init(S::ROW_WARPS), s.done[threadIdx.x].init(S::SCAN_WARPS);
     __syncthreads();
-    if (threadIdx.x < S::SCAN_THREADS) scan_forward(s, saved, h_out, h_first, h_stride, p, segment, first_tile, count);
-    else if (VEC && (blockIdx.x + 1) * S::CHANNELS <= p.e) RowsForward2<S, true>(s, out, p, first_tile).run(count);
-    else RowsForward2<S, false>(s, out, p, first_tile).run(count);
+    if (warp < S::SCAN_WARPS) return scan_forward(s, saved, h_out, h_first, h_stride, p, segment, first_tile, count);
+    if (S::IDLE && warp >= 16 && warp < 16 + S::IDLE) return;
+    const int row_warp = warp - S::SCAN_WARPS - (warp < 16 ? 0 : S::IDLE);
+    if (VEC && (blockIdx.x + 1) * S::CHANNELS <= p.e) NarrowRows<S, true>(s, out, p, row_warp, first_tile).run(count);
+    else NarrowRows<S, false>(s, out, p, row_warp, first_tile).run(count);
 }
 
 } // namespace gpu::scan_mma

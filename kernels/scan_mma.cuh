@@ -14,9 +14,6 @@
 #pragma once
 #include "scan_common.cuh"
 
-#ifndef SCAN_FMA
-#define SCAN_FMA false
-#endif
 namespace gpu::scan_mma {
 
 using bf16 = __nv_bfloat16;
@@ -65,19 +62,18 @@ __device__ inline uint32_t transpose(uint32_t m) {                   // of an 8 
 __device__ inline void transpose(uint32_t (&to)[4], const uint32_t (&a)[4]) {
     to[0] = transpose(a[0]), to[1] = transpose(a[2]), to[2] = transpose(a[1]), to[3] = transpose(a[3]);
 }
-// Where one kind of warps waits for all warps of the other kind. Turn k of a gate opens when `warps` have arrived k + 1 times.
+#ifndef GATE_ARRIVALS
+#define GATE_ARRIVALS 32
+#endif
+// Where one kind of warps waits for all warps of the other kind. Turn k of a gate opens when `warps` have arrived k + 1 times. Each lane arrives
+// for itself: one for its warp after __syncwarp() would do, but compute-sanitizer's racecheck sees the order of the arriving lane only.
 struct Gate {
     uint64_t barrier;
     __device__ uint32_t address() { return (uint32_t)__cvta_generic_to_shared(&barrier); }
-#ifdef SCAN_ALL_ARRIVE
-    static constexpr int ARRIVALS = WARP;
-#else
-    static constexpr int ARRIVALS = 1;
-#endif
-    __device__ void init(int warps) { asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address()), "r"(warps * ARRIVALS) : "memory"); }
-    __device__ void arrive() {                                        // by all lanes of a warp
-        if (ARRIVALS == 1) __syncwarp();
-        if (ARRIVALS > 1 || threadIdx.x % WARP == 0) asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(address()) : "memory");
+    __device__ void init(int warps) { asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address()), "r"(warps * GATE_ARRIVALS) : "memory"); }
+    __device__ void arrive() {
+        if (GATE_ARRIVALS == 1) __syncwarp();
+        if (GATE_ARRIVALS > 1 || threadIdx.x % WARP == 0) asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(address()) : "memory");
     }
     __device__ void wait(uint32_t turn) {
         uint32_t open = 0;
@@ -96,12 +92,13 @@ template <class Stage> struct Shared {
     Gate full[2], done[2];                                            // of the stages
     // By all threads, before anything else
     __device__ void init(const float* D, const float* dt_bias, int e) {
+        if (threadIdx.x < 2) full[threadIdx.x].init(ROW_WARPS), done[threadIdx.x].init(SCAN_WARPS);
+        __syncthreads();                                              // for racecheck, which takes a barrier's first write for one to any word
         for (int c = threadIdx.x; c < CH; c += THREADS) {
             const int channel = blockIdx.x * CH + c;
             skip_weight[c] = channel < e ? D[channel] : 0.f;
             bias[c] = channel < e ? dt_bias[channel] : 0.f;
         }
-        if (threadIdx.x < 2) full[threadIdx.x].init(ROW_WARPS), done[threadIdx.x].init(SCAN_WARPS);
         __syncthreads();
     }
 };
@@ -137,27 +134,6 @@ __device__ inline void decay(States& v, float2 dt, const States& A2) {
     for (int j = 0; j < 2; j++)
 #pragma unroll
         for (int k = 0; k < 4; k++) v[j][k] *= scan_ex2((k < 2 ? dt.x : dt.y) * A2[j][k]);
-}
-// a (16 x 8) b (8 x 8)
-__device__ inline void product8(float (&c)[4], const uint32_t (&a)[2], uint32_t b) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%7,%7,%7};"
-        : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(b), "f"(0.f));
-}
-// h = a h + (dt u) B of a step
-template <bool FMA> __device__ inline void advance(States& h, float2 dt, const States& A2, const uint32_t (&input)[2], uint2 B) {
-    if (FMA) {                                                        // the product does not wait for h
-        float added[2][4];
-        product8(added[0], input, B.x);
-        product8(added[1], input, B.y);
-#pragma unroll
-        for (int j = 0; j < 2; j++)
-#pragma unroll
-            for (int k = 0; k < 4; k++) h[j][k] = fmaf(scan_ex2((k < 2 ? dt.x : dt.y) * A2[j][k]), h[j][k], added[j][k]);
-    } else {
-        decay(h, dt, A2);
-        mma8(h[0], input, B.x);
-        mma8(h[1], input, B.y);
-    }
 }
 // Saved states of channels 2g and 2g + 1 as bf16: 8 bytes each, 16 states a channel
 __device__ inline void store_saved(bf16* to, const uint32_t (&a)[4], int live) {
@@ -198,8 +174,8 @@ template <int ARRAYS> struct Inputs {
                 else *to = (live && mine.live > k * STRIDE ? __bfloat16_as_ushort(p[0]) : 0u) | (live && mine.live > k * STRIDE + 1 ? (uint32_t)__bfloat16_as_ushort(p[1]) << 16 : 0u);
             }
         if (lane < 16) {
-            if (ALL) copy_async<4>(&bc[slot][mine.row][lane], bc_from, live);
-            else bc[slot][mine.row][lane] = live ? __bfloat16_as_ushort(bc_from[0]) | (uint32_t)__bfloat16_as_ushort(bc_from[1]) << 16 : 0u;
+            if (ALL) copy_async<4>(&bc[slot][mine.row][lane], bc_from + 2 * lane, live);
+            else bc[slot][mine.row][lane] = live ? __bfloat16_as_ushort(bc_from[2 * lane]) | (uint32_t)__bfloat16_as_ushort(bc_from[2 * lane + 1]) << 16 : 0u;
         }
     }
     __device__ uint32_t word(int64_t i, int array, int k) const { return words[i & 3][array][k][threadIdx.x - SCAN_THREADS]; }
@@ -213,7 +189,7 @@ __device__ inline void store_quarters(uint32_t (&row)[16], bf16 v) {
 }
 
 // What the scan warps need of channels c and c + 1 at a step: dt, dt, dt u split, dt u split
-using Pairs = float4[TILE][CH / 2 + 2];
+using Pairs = float4[TILE][CH / 2 + 1];
 __device__ inline float4 make_pair(float2 dt, uint32_t u) { return make_float4(dt.x, dt.y, __uint_as_float(split(dt.x * low(u))), __uint_as_float(split(dt.y * high(u)))); }
 // Past the end there is no decay and no input; before the start of a document there is nothing
 __device__ inline void edge(float4& pair, bool past) {
@@ -229,7 +205,7 @@ template <int STRIDE> __device__ inline void store_steps(float (*to)[STRIDE], co
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Forward, of whole sequences. Grid (channel blocks, B). h_in (B,e,16), or null for zeros.
+// Forward. Grid (channel blocks, B, segments). h_first (B,S,e,h_stride), or null for zeros.
 // Per (t,c): 8 bytes and 4 of saved states; 20 special functions.
 
 struct ForwardStage {                                                 // + 1, + 4: the lanes' words fall in different banks
@@ -254,90 +230,89 @@ __device__ inline void forward_tile(ForwardStage& s, States& h, const States& A2
         const float4 pair = s.pair[t][c / 2];
         const uint2 B = *(const uint2*)&s.b[t][2 * g];
         const uint32_t input[2] = {__float_as_uint(pair.z), __float_as_uint(pair.w)};
-        advance<true>(h, make_float2(pair.x, pair.y), A2, input, B);
+        decay(h, make_float2(pair.x, pair.y), A2);
+        mma8(h[0], input, B.x);
+        mma8(h[1], input, B.y);
         pack_states(packed, h);
         mma16(y, packed, g == t ? C.x : 0u, g == t ? C.y : 0u);
     }
     store_steps(s.y, y, c);
 }
 
-__device__ inline void scan_forward(Shared<ForwardStage>& s, bf16* saved, float* h_out, const float* h_in, const ScanInput<bf16>& p, int64_t tiles) {
+__device__ inline void scan_forward(Shared<ForwardStage>& s, bf16* saved, float* h_out, const float* h_first, int h_stride, const ScanInput<bf16>& p,
+                                    int64_t segment, int64_t first_tile, int64_t count) {
     const int lane = threadIdx.x % WARP, channel = blockIdx.x * CH + threadIdx.x / WARP * GROUP + lane / 4 * 2, n = lane % 4 * 4, live = p.e - channel;
-    const int64_t state_at = (blockIdx.y * (int64_t)p.e + channel) * 16 + n;
+    const int64_t tiles = (p.T + TILE - 1) / TILE;
     States h = {}, A2;
     load_decay_rates(A2, p.A_log + (int64_t)channel * 16 + n, live);
-    if (h_in) load_states(h, h_in + state_at, 16, live);
-    if (saved) saved += (blockIdx.y * tiles * p.e + channel) * 16 + n;
-    for (int64_t i = 0; i < tiles; i++) {
+    if (h_first) load_states(h, h_first + (segment * p.e + channel) * h_stride + n, h_stride, live);
+    if (saved) saved += ((blockIdx.y * tiles + first_tile) * p.e + channel) * 16 + n;
+    for (int64_t i = 0; i < count; i++) {
         s.full[i & 1].wait(i / 2);
         forward_tile(s.stages[i & 1], h, A2, saved, live);
         s.done[i & 1].arrive();
         if (saved) saved += (int64_t)p.e * 16;
     }
-    if (h_out) store_states(h_out + state_at, h, 16, live);
+    if (h_out && first_tile + count == tiles) store_states(h_out + (blockIdx.y * (int64_t)p.e + channel) * 16 + n, h, 16, live);
 }
 
 template <bool ALL> struct RowsForward {
     Shared<ForwardStage>& s;
+    bf16* out;                                                        // from here on: of the thread's channel at the step of the tile in hand
     const ScanInput<bf16>& p;
+    const int64_t first_tile;
     const Row mine;
-    const int pair;                                                   // where the thread's first pair of channels is in all arrays of pairs
-    const int tail;                                                   // tiles in which the thread's step is within the sequence
-    const uint8_t* starts;                                            // the thread's of the tile that `prepare` prepares next, or null
-    const bf16* bc;                                                   // from here on: of the tile that `fetch` fetches next
-    int64_t e_at, z_at;                                               // in (B,T,e) and z
-    bf16* out;                                                        // of the tile that `finish` finishes next
+    const bf16 *from[3], *bc;                                         // of the tile that `fetch` fetches next
 
-    __device__ RowsForward(Shared<ForwardStage>& s_, bf16* out_, const ScanInput<bf16>& p_)
-        : s(s_), p(p_), mine(p_.e), pair(mine.row * (CH / 2 + 2) + mine.column / 2), tail((int)((p_.T - mine.row + TILE - 1) / TILE)) {
-        const int64_t row_at = blockIdx.y * p.T + mine.row;
-        starts = p.starts ? p.starts + row_at : nullptr;
-        bc = p.bc + row_at * p.ldbc + threadIdx.x % 16 * 2;
-        e_at = row_at * p.e + mine.channel, z_at = row_at * p.ldz + mine.channel, out = out_ + e_at;
+    __device__ RowsForward(Shared<ForwardStage>& s_, bf16* out_, const ScanInput<bf16>& p_, int64_t first_tile_) : s(s_), p(p_), first_tile(first_tile_), mine(p_.e) {
+        const int64_t at = blockIdx.y * p.T + step(0);
+        from[0] = p.u + at * p.e + mine.channel, from[1] = p.dt_raw + at * p.e + mine.channel, from[2] = p.z + at * p.ldz + mine.channel;
+        bc = p.bc + at * p.ldbc, out = out_ + at * p.e + mine.channel;
     }
-    __device__ void fetch(int i, int count) {
+    __device__ int64_t step(int64_t i) const { return (first_tile + i) * TILE + mine.row; }
+    __device__ void fetch(int64_t i, int64_t count) {
         if (i < count) {
-            const bf16* const from[3] = {p.u + e_at, p.dt_raw + e_at, p.z + z_at};
-            s.inputs.template fetch<ALL>(i, from, bc, mine, i < tail);
-            e_at += TILE * (int64_t)p.e, z_at += TILE * p.ldz, bc += TILE * p.ldbc;
+            s.inputs.template fetch<ALL>(i, from, bc, mine, step(i) < p.T);
+            from[0] += TILE * (int64_t)p.e, from[1] += TILE * (int64_t)p.e, from[2] += TILE * p.ldz, bc += TILE * p.ldbc;
         }
         copy_commit();
     }
-    __device__ void prepare(int i) {
+    __device__ void prepare(int64_t i) {
         ForwardStage& stage = s.stages[i & 1];
 #pragma unroll
         for (int k = 0; k < PAIRS; k++) {
             const float2 bias = *(const float2*)&s.bias[mine.column + k * STRIDE];
             const uint32_t raw = s.inputs.word(i, 1, k);
-            stage.pair[0][pair + k * WARP] = make_pair(make_float2(scan_softplus<bf16>(low(raw) + bias.x), scan_softplus<bf16>(high(raw) + bias.y)), s.inputs.word(i, 0, k));
+            stage.pair[mine.row][(mine.column + k * STRIDE) / 2] = make_pair(make_float2(scan_softplus<bf16>(low(raw) + bias.x), scan_softplus<bf16>(high(raw) + bias.y)), s.inputs.word(i, 0, k));
         }
-        if (i >= tail || (starts && *starts))
-            for (int k = 0; k < PAIRS; k++) edge(stage.pair[0][pair + k * WARP], i >= tail);
-        if (starts) starts += TILE;
+        const bool past = step(i) >= p.T;
+        if (past || p.is_start(blockIdx.y, step(i)))
+            for (int k = 0; k < PAIRS; k++) edge(stage.pair[mine.row][(mine.column + k * STRIDE) / 2], past);
         const bf16 v = s.inputs.state_value(i, mine.row);
         if (threadIdx.x % WARP < 16) store_quarters(stage.b[mine.row], v);
         else stage.c[mine.row][threadIdx.x % 16] = v;
         s.full[i & 1].arrive();
     }
-    __device__ void finish(int i) {
+    __device__ void finish(int64_t i) {
         const ForwardStage& stage = s.stages[i & 1];
-        if (i < tail) {
+        if (step(i) < p.T) {
 #pragma unroll
             for (int k = 0; k < PAIRS; k++) {
+                const int c = mine.column + k * STRIDE;
                 const uint32_t us = s.inputs.word(i, 0, k), zs = s.inputs.word(i, 2, k);
-                const float2 y = ((const float2*)stage.y)[pair + k * WARP], D = *(const float2*)&s.skip_weight[mine.column + k * STRIDE], z = make_float2(low(zs), high(zs));
+                const float2 y = *(const float2*)&stage.y[mine.row][c], D = *(const float2*)&s.skip_weight[c], z = make_float2(low(zs), high(zs));
                 store2<ALL>(out + k * STRIDE, mine.live - k * STRIDE,
                             make_float2(fmaf(D.x, low(us), y.x) * z.x * scan_sigmoid<bf16>(z.x), fmaf(D.y, high(us), y.y) * z.y * scan_sigmoid<bf16>(z.y)));
             }
         }
         out += TILE * (int64_t)p.e;
     }
-    __device__ void run(int count) {
+    __device__ void run(int64_t count) {
         for (int i = 0; i < 3; i++) fetch(i, count);
         copy_wait<2>();
         __syncwarp();
         prepare(0);
-        for (int i = 0; i < count; i++) {
+        for (int64_t i = 0; i < count; i++) {
             copy_wait<1>();                                           // tile i + 1 is here
             __syncwarp();
             if (i + 1 < count) prepare(i + 1);
@@ -349,14 +324,16 @@ template <bool ALL> struct RowsForward {
 };
 
 template <bool VEC>
-__global__ void __launch_bounds__(THREADS, 1) forward_kernel(bf16* out, bf16* saved, float* h_out, const float* h_in, ScanInput<bf16> p) {
+__global__ void __launch_bounds__(THREADS, 1)
+forward_kernel(bf16* out, bf16* saved, float* h_out, const float* h_first, int h_stride, ScanInput<bf16> p) {
     extern __shared__ float4 shared_floats[];
     Shared<ForwardStage>& s = *(Shared<ForwardStage>*)shared_floats;
-    const int64_t tiles = (p.T + TILE - 1) / TILE;
+    const int64_t segment = (int64_t)blockIdx.y * gridDim.z + blockIdx.z, tiles = (p.T + TILE - 1) / TILE;
+    const int64_t first_tile = blockIdx.z * p.segment_tiles, count = min(p.segment_tiles, tiles - first_tile);
     s.init(p.D, p.dt_bias, p.e);
-    if (threadIdx.x < SCAN_THREADS) scan_forward(s, saved, h_out, h_in, p, tiles);
-    else if (VEC && (blockIdx.x + 1) * CH <= p.e) RowsForward<true>(s, out, p).run((int)tiles);
-    else RowsForward<false>(s, out, p).run((int)tiles);
+    if (threadIdx.x < SCAN_THREADS) scan_forward(s, saved, h_out, h_first, h_stride, p, segment, first_tile, count);
+    else if (VEC && (blockIdx.x + 1) * CH <= p.e) RowsForward<true>(s, out, p, first_tile).run(count);
+    else RowsForward<false>(s, out, p, first_tile).run(count);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -369,12 +346,14 @@ __global__ void __launch_bounds__(THREADS, 1) forward_kernel(bf16* out, bf16* sa
 
 struct BackwardInputs : Inputs<4> {                                   // u, dt_raw, z, dout
     bf16 saved[4][CH][16];                                            // the state before the tile
-    // A row thread's 24 bytes of tile i, 8 of every 2048. `from`: the first of them; of all bytes of the block, `live` are within the array.
+    // A row thread's 24 bytes of tile i; `from`: the tile's states of the block's channels, of which `live` are within the array
     __device__ void fetch_states(int64_t i, const bf16* from, int live) {
         const int thread = threadIdx.x - SCAN_THREADS;
-        bf16* to = &saved[i & 3][0][0] + thread * 4;
 #pragma unroll
-        for (int k = 0; k < CH * 16; k += ROW_THREADS * 4) copy_async<8>(to + k, from + k, k + thread * 4 < live);
+        for (int k = 0; k < CH * 4; k += ROW_THREADS) {
+            const int c = (k + thread) / 4, n = thread % 4 * 4;
+            copy_async<8>(&saved[i & 3][c][n], from + (c < live ? c * 16 + n : 0), c < live);
+        }
     }
 };
 
@@ -382,13 +361,11 @@ struct BackwardStage {
     using Input = BackwardInputs;
     Pairs pair;
     uint2 dy[TILE][CH / 2 + 2];                                       // of channels c and c + 1: dy split
-    uint32_t b4[TILE][16];                                            // quarters
-    bf16 c[TILE][16];
-    float4 b[TILE][TILE][4];                                          // [t][t]: 16 states of step t; zeros elsewhere, for ever
-    uint32_t cs[TILE][20];                                            // word 4 a + 2 h + j: state 4 a + 2 j + h, twice; the last four zeros
+    uint32_t b4[TILE][16], c4[TILE][16];                              // quarters
+    bf16 b[TILE][16], c[TILE][16];
     float y[TILE][CH + 4], dinput[TILE][CH + 4], ddecay[TILE][CH + 4];
     float db[SCAN_WARPS][TILE][20], dc[SCAN_WARPS][TILE][20];         // of a warp's channels: word 2g + j is state column g of tile j
-    float2 dt[TILE][CH / 2 + 2], slope[TILE][CH / 2 + 2], gate[TILE][CH / 2 + 2];   // the row threads' own: softplus, its derivative, sigmoid(z)
+    float2 dt[TILE][CH / 2], slope[TILE][CH / 2], gate[TILE][CH / 2]; // the row threads' own: softplus, its derivative, sigmoid(z)
 };
 
 // Two bf16 numbers from the lower halves of two words
@@ -408,7 +385,9 @@ __device__ inline void remake_tile(BackwardStage& s, uint32_t (&before)[TILE][4]
         const float4 pair = s.pair[t][c / 2];
         const uint2 B = *(const uint2*)&s.b4[t][2 * g];
         const uint32_t input[2] = {__float_as_uint(pair.z), __float_as_uint(pair.w)};
-        advance<SCAN_FMA>(h, make_float2(pair.x, pair.y), A2, input, B);
+        decay(h, make_float2(pair.x, pair.y), A2);
+        mma8(h[0], input, B.x);
+        mma8(h[1], input, B.y);
         uint32_t now[4], turned[4];
         pack_states(now, h);
         mma16(y, now, g == t ? C.x : 0u, g == t ? C.y : 0u);
@@ -422,33 +401,11 @@ __device__ inline void remake_tile(BackwardStage& s, uint32_t (&before)[TILE][4]
     store_steps(s.dc[warp], dC, 2 * g);
 }
 
-// The reverse walk keeps its states with the middle two of four exchanged: v[j][k]: channel 2g + k % 2, state 4q + 2j + k / 2. That is the order of
-// operand A of mma8_tf32 (rows channels 2g and 2g + 1, k the states), so lambda goes from product to product without a move.
-__device__ inline void exchange(States& v) {
-#pragma unroll
-    for (int j = 0; j < 2; j++) {
-        const float x = v[j][1];
-        v[j][1] = v[j][2], v[j][2] = x;
-    }
-}
-__device__ inline void pack_exchanged(uint32_t (&a)[4], const States& v) {
-    a[0] = pack(v[0][0], v[0][2]), a[1] = pack(v[0][1], v[0][3]), a[2] = pack(v[1][0], v[1][2]), a[3] = pack(v[1][1], v[1][3]);
-}
-// v += dy C'. In that order columns are (states 4a.., channel 2g or 2g + 1) and rows (channels of lane group g, first or second of two states), so the
-// k places of lane q = 2 h + i are for channel 2g + i and state h of the two: dy of that channel in rows g (h = 0) or g + 8 (h = 1), and C in
-// columns of that channel.
-__device__ inline void add_product(States& v, const BackwardStage& s, int t, int c) {
-    const int lane = threadIdx.x % WARP, g = lane / 4, q = lane % 4;
-    const uint32_t dy = ((const uint32_t*)s.dy[t])[c + q % 2], first = q < 2 ? ~0u : 0u;
-    const uint2 C = *(const uint2*)&s.cs[t][q % 2 == g % 2 ? g / 2 * 4 + q / 2 * 2 : 16];
-    const uint32_t rows[2] = {dy & first, dy & ~first};
-    mma8(v[0], rows, C.x);
-    mma8(v[1], rows, C.y);
-}
-
-// carry: a lambda of the step after the tile, then of its first step; carry and dA exchanged
+// carry: a lambda of the step after the tile, then of its first step
 __device__ inline void reverse_tile(BackwardStage& s, const uint32_t (&before)[TILE][4], States& carry, States& dA, const States& A2) {
     const int lane = threadIdx.x % WARP, g = lane / 4, q = lane % 4, warp = threadIdx.x / WARP, c = warp * GROUP + 2 * g;
+    const uint2 Bs = *(const uint2*)&s.b[g][4 * q];                   // of step g, states 4q .. 4q + 3
+    const float B[4] = {low(Bs.x), high(Bs.x), low(Bs.y), high(Bs.y)};
     const float4* mine = &s.pair[g][(warp * GROUP + 4 * q) / 2];
     const float2 in0 = *(const float2*)&mine[0].z, in1 = *(const float2*)&mine[1].z;
     const uint32_t input[2] = {lower_halves(__float_as_uint(in0.x), __float_as_uint(in1.x)), lower_halves(__float_as_uint(in0.y), __float_as_uint(in1.y))};
@@ -460,24 +417,29 @@ __device__ inline void reverse_tile(BackwardStage& s, const uint32_t (&before)[T
         for (int i = 1; i >= 0; i--) {
             const int t = t2 + i;
             const float2 dt = *(const float2*)&s.pair[t][c / 2];
-            const float4 B = s.b[t][g][q];                            // of states 4q .. 4q + 3 if g == t, else zeros
-            add_product(carry, s, t, c);                              // lambda
-            mma8_tf32(dinput, carry[0], B.x, B.y);                    // in tf32: with bf16 the sum of d(dt) over time would be off by 2e-3
-            mma8_tf32(dinput, carry[1], B.z, B.w);
+            const uint2 dys = s.dy[t][c / 2], C = *(const uint2*)&s.c4[t][2 * g];
+            const uint32_t dy[2] = {dys.x, dys.y};
+            mma8(carry[0], dy, C.x);                                  // lambda
+            mma8(carry[1], dy, C.y);
+            // k places q and q + 4 of tile j are states 4q + 2j and the next. In tf32: with bf16 the sum of d(dt) over time would be off by 2e-3
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                const float lambda[4] = {carry[j][0], carry[j][2], carry[j][1], carry[j][3]};
+                mma8_tf32(dinput, lambda, g == t ? B[2 * j] : 0.f, g == t ? B[2 * j + 1] : 0.f);
+            }
             uint32_t now[4], turned[4];
-            pack_exchanged(now, carry);
+            pack_states(now, carry);
             transpose(turned, now);
             mma16(dB, turned, g == t ? input[0] : 0u, g == t ? input[1] : 0u);
+            decay(carry, dt, A2);
 #pragma unroll
             for (int j = 0; j < 2; j++)
 #pragma unroll
                 for (int k = 0; k < 4; k++) {
-                    const int old = k % 2 * 2 + k / 2;                // in A2
-                    const uint32_t pair = before[t][2 * j + k % 2];
-                    carry[j][k] *= scan_ex2((k % 2 ? dt.y : dt.x) * A2[j][old]);
-                    const float pull = carry[j][k] * (k / 2 ? high(pair) : low(pair));
-                    dA[j][k] = fmaf(k % 2 ? dt.y : dt.x, pull, dA[j][k]);
-                    sums[2 * i + k % 2] = fmaf(A2[j][old], pull, sums[2 * i + k % 2]);
+                    const uint32_t pair = before[t][2 * j + k / 2];
+                    const float pull = carry[j][k] * (k % 2 ? high(pair) : low(pair));
+                    dA[j][k] = fmaf(k < 2 ? dt.x : dt.y, pull, dA[j][k]);
+                    sums[2 * i + k / 2] = fmaf(A2[j][k], pull, sums[2 * i + k / 2]);
                 }
         }
         mma8_tf32(ddecay, sums, g == t2 ? 1.f : 0.f, g == t2 + 1 ? 1.f : 0.f);
@@ -494,7 +456,6 @@ __device__ inline void scan_back(Shared<BackwardStage>& s, const ScanGradients<b
     States carry = {}, dA = {}, A2;
     load_decay_rates(A2, p.A_log + (int64_t)channel * 16 + n, live);
     if (out.carry) load_states(carry, out.carry + state_at, 16, live);   // carry_stride is 16
-    exchange(carry);
     for (int64_t i = 0; i < count; i++) {
         s.full[i & 1].wait(i / 2);
         const bf16(*state)[16] = &s.inputs.saved[i & 3][threadIdx.x / WARP * GROUP + lane / 4 * 2];
@@ -505,8 +466,6 @@ __device__ inline void scan_back(Shared<BackwardStage>& s, const ScanGradients<b
         reverse_tile(s.stages[i & 1], before, carry, dA, A2);
         s.done[i & 1].arrive();
     }
-    exchange(carry);
-    exchange(dA);
     if (out.dh_in && first_tile == 0) store_states(out.dh_in + ((int64_t)blockIdx.y * p.e + channel) * 16 + n, carry, 16, live);
 #pragma unroll
     for (int i = 0; i < 8; i++) dA[i / 4][i % 4] *= A2[i / 4][i % 4] * SCAN_LN2;
@@ -526,100 +485,87 @@ template <bool ALL> struct RowsBack {
     Shared<BackwardStage>& s;
     const ScanGradients<bf16>& out;
     const ScanInput<bf16>& p;
+    const int64_t last_tile;                                          // of the segment, which comes first
     const Row mine;
-    const int pair;                                                   // where the thread's first pair of channels is in all arrays of pairs
-    const bool past;                                                  // the thread's step of tile 0 is past the end
-    const uint8_t* starts;                                            // the thread's of the tile that `prepare` prepares next, or null
-    const bf16 *bc, *saved;                                           // from here on: of the tile that `fetch` fetches next
-    int64_t e_at, z_at;                                               // in (B,T,e) and z
-    int64_t e_done, z_done;                                           // of the step that `finish` finishes next, in (B,T,e) and dz
-    float* dbc;
+    const bf16 *from[4], *bc, *saved;                                 // of the tile that `fetch` fetches next
+    int64_t e_at, z_at, row_at;                                       // where the step that `finish` finishes is in (B,T,e), dz and (B,T)
     float2 dD[PAIRS] = {}, dbias[PAIRS] = {};
 
-    __device__ RowsBack(Shared<BackwardStage>& s_, const ScanGradients<bf16>& out_, const ScanInput<bf16>& p_, int64_t last_tile)
-        : s(s_), out(out_), p(p_), mine(p_.e), pair(mine.row * (CH / 2 + 2) + mine.column / 2), past(last_tile * TILE + mine.row >= p_.T) {
-        const int64_t row_at = blockIdx.y * p.T + last_tile * TILE + mine.row;
-        const int w = threadIdx.x % 16, n = w / 4 * 4 + w % 2 * 2 + w / 2 % 2;      // word w of the scan warps' sums of dB and dC is state n
-        starts = p.starts ? p.starts + row_at : nullptr;
-        e_at = e_done = row_at * p.e + mine.channel, z_at = row_at * p.ldz + mine.channel, z_done = row_at * out.lddz + mine.channel;
-        bc = p.bc + row_at * p.ldbc + threadIdx.x % 16 * 2;
-        saved = out.saved + ((blockIdx.y * ((p.T + TILE - 1) / TILE) + last_tile) * p.e + blockIdx.x * CH) * 16 + (threadIdx.x - SCAN_THREADS) * 4;
-        dbc = out.dbc + (blockIdx.x * (int64_t)gridDim.y * p.T + row_at) * 32 + (threadIdx.x % WARP < 16 ? 0 : 16) + n;
+    __device__ RowsBack(Shared<BackwardStage>& s_, const ScanGradients<bf16>& out_, const ScanInput<bf16>& p_, int64_t last_tile_)
+        : s(s_), out(out_), p(p_), last_tile(last_tile_), mine(p_.e) {
+        row_at = blockIdx.y * p.T + step(0), e_at = row_at * p.e + mine.channel, z_at = row_at * out.lddz + mine.channel;
+        from[U] = p.u + e_at, from[DT] = p.dt_raw + e_at, from[Z] = p.z + row_at * p.ldz + mine.channel, from[DOUT] = out.dout + e_at;
+        bc = p.bc + row_at * p.ldbc;
+        saved = out.saved + ((blockIdx.y * ((p.T + TILE - 1) / TILE) + last_tile) * p.e + blockIdx.x * CH) * 16;
     }
-    __device__ bool is_past(int i) const { return i == 0 && past; }
-    __device__ void fetch(int i, int count) {
+    __device__ int64_t step(int64_t i) const { return (last_tile - i) * TILE + mine.row; }
+    __device__ void fetch(int64_t i, int64_t count) {
         if (i < count) {
-            const bf16* const from[4] = {p.u + e_at, p.dt_raw + e_at, p.z + z_at, out.dout + e_at};
-            s.inputs.template fetch<ALL>(i, from, bc, mine, !is_past(i));
-            s.inputs.fetch_states(i, saved, (p.e - (int)blockIdx.x * CH) * 16);
-            e_at -= TILE * (int64_t)p.e, z_at -= TILE * p.ldz, bc -= TILE * p.ldbc, saved -= (int64_t)p.e * 16;
+            s.inputs.template fetch<ALL>(i, from, bc, mine, step(i) < p.T);
+            from[U] -= TILE * (int64_t)p.e, from[DT] -= TILE * (int64_t)p.e, from[Z] -= TILE * p.ldz, from[DOUT] -= TILE * (int64_t)p.e, bc -= TILE * p.ldbc;
+            s.inputs.fetch_states(i, saved, p.e - (int)blockIdx.x * CH);
+            saved -= (int64_t)p.e * 16;
         }
         copy_commit();
     }
-    __device__ void prepare(int i) {
+    __device__ void prepare(int64_t i) {
         BackwardStage& stage = s.stages[i & 1];
 #pragma unroll
         for (int k = 0; k < PAIRS; k++) {
-            const int at = pair + k * WARP;
+            const int c = mine.column + k * STRIDE;
             const uint32_t dts = s.inputs.word(i, DT, k), zs = s.inputs.word(i, Z, k), douts = s.inputs.word(i, DOUT, k);
-            const float2 bias = *(const float2*)&s.bias[mine.column + k * STRIDE], gate = make_float2(scan_sigmoid<bf16>(low(zs)), scan_sigmoid<bf16>(high(zs)));
-            stage.gate[0][at] = gate;
-            stage.dy[0][at] = make_uint2(split(low(douts) * low(zs) * gate.x), split(high(douts) * high(zs) * gate.y));
+            const float2 bias = *(const float2*)&s.bias[c], gate = make_float2(scan_sigmoid<bf16>(low(zs)), scan_sigmoid<bf16>(high(zs)));
+            stage.gate[mine.row][c / 2] = gate;
+            stage.dy[mine.row][c / 2] = make_uint2(split(low(douts) * low(zs) * gate.x), split(high(douts) * high(zs) * gate.y));
             float2 slope, dt;
             dt.x = softplus_slope(low(dts) + bias.x, slope.x), dt.y = softplus_slope(high(dts) + bias.y, slope.y);
-            stage.dt[0][at] = dt, stage.slope[0][at] = slope;
-            stage.pair[0][at] = make_pair(dt, s.inputs.word(i, U, k));
+            stage.dt[mine.row][c / 2] = dt, stage.slope[mine.row][c / 2] = slope;
+            stage.pair[mine.row][c / 2] = make_pair(dt, s.inputs.word(i, U, k));
         }
-        if (is_past(i) || (starts && *starts))                        // past the end dout is zeros
-            for (int k = 0; k < PAIRS; k++) edge(stage.pair[0][pair + k * WARP], is_past(i));
-        if (starts) starts -= TILE;
+        const bool past = step(i) >= p.T;                             // then dout is zeros
+        if (past || p.is_start(blockIdx.y, step(i)))
+            for (int k = 0; k < PAIRS; k++) edge(stage.pair[mine.row][(mine.column + k * STRIDE) / 2], past);
         const bf16 v = s.inputs.state_value(i, mine.row);
         const bool is_B = threadIdx.x % WARP < 16;
-        const int n = threadIdx.x % 16;
-        if (is_B) {
-            store_quarters(stage.b4[mine.row], v);
-            ((float*)stage.b[mine.row][mine.row])[n] = to_float(v);
-        } else {
-            stage.cs[mine.row][n / 4 * 4 + n % 2 * 2 + n / 2 % 2] = pack(to_float(v), to_float(v));
-            stage.c[mine.row][n] = v;
-        }
+        store_quarters((is_B ? stage.b4 : stage.c4)[mine.row], v);
+        (is_B ? stage.b : stage.c)[mine.row][threadIdx.x % 16] = v;
         s.full[i & 1].arrive();
     }
-    __device__ void finish(int i) {
+    __device__ void finish(int64_t i) {
         const BackwardStage& stage = s.stages[i & 1];
-        if (!is_past(i)) {
+        if (step(i) < p.T) {
             add_warps(stage);
 #pragma unroll
             for (int k = 0; k < PAIRS; k++) finish_pair(stage, i, k);
         }
-        dbc -= TILE * 32, e_done -= TILE * (int64_t)p.e, z_done -= TILE * out.lddz;
+        row_at -= TILE, e_at -= TILE * (int64_t)p.e, z_at -= TILE * out.lddz;
     }
-    __device__ void finish_pair(const BackwardStage& stage, int i, int k) {
-        const int at = pair + k * WARP, live = mine.live - k * STRIDE;
-        auto two = [&](const float* array) { return ((const float2*)array)[at]; };
+    __device__ void finish_pair(const BackwardStage& stage, int64_t i, int k) {
+        const int c = mine.column + k * STRIDE, live = mine.live - k * STRIDE;
         const uint32_t us = s.inputs.word(i, U, k), zs = s.inputs.word(i, Z, k), douts = s.inputs.word(i, DOUT, k);
-        const float2 gate = stage.gate[0][at], D = *(const float2*)&s.skip_weight[mine.column + k * STRIDE], u = make_float2(low(us), high(us)), dout = make_float2(low(douts), high(douts));
+        const float2 gate = stage.gate[mine.row][c / 2], D = *(const float2*)&s.skip_weight[c], u = make_float2(low(us), high(us)), dout = make_float2(low(douts), high(douts));
         const float2 silu = make_float2(low(zs) * gate.x, high(zs) * gate.y), dy = make_float2(dout.x * silu.x, dout.y * silu.y);
-        float2 y = two(stage.y[0]);
+        float2 y = *(const float2*)&stage.y[mine.row][c];
         y.x = fmaf(D.x, u.x, y.x), y.y = fmaf(D.y, u.y, y.y);
-        store2<ALL>(out.out + e_done + k * STRIDE, live, make_float2(y.x * silu.x, y.y * silu.y));
-        store2<ALL>(out.dz + z_done + k * STRIDE, live, make_float2(dout.x * y.x * fmaf(silu.x, 1.f - gate.x, gate.x), dout.y * y.y * fmaf(silu.y, 1.f - gate.y, gate.y)));
-        const float2 dinput = two(stage.dinput[0]), dt = stage.dt[0][at];
-        store2<ALL>(out.du + e_done + k * STRIDE, live, make_float2(fmaf(dinput.x, dt.x, D.x * dy.x), fmaf(dinput.y, dt.y, D.y * dy.y)));
-        const float2 ddecay = two(stage.ddecay[0]), slope = stage.slope[0][at];
+        store2<ALL>(out.out + e_at + k * STRIDE, live, make_float2(y.x * silu.x, y.y * silu.y));
+        store2<ALL>(out.dz + z_at + k * STRIDE, live, make_float2(dout.x * y.x * fmaf(silu.x, 1.f - gate.x, gate.x), dout.y * y.y * fmaf(silu.y, 1.f - gate.y, gate.y)));
+        const float2 dinput = *(const float2*)&stage.dinput[mine.row][c], dt = stage.dt[mine.row][c / 2];
+        store2<ALL>(out.du + e_at + k * STRIDE, live, make_float2(fmaf(dinput.x, dt.x, D.x * dy.x), fmaf(dinput.y, dt.y, D.y * dy.y)));
+        const float2 ddecay = *(const float2*)&stage.ddecay[mine.row][c], slope = stage.slope[mine.row][c / 2];
         const float2 ddt = make_float2(fmaf(dinput.x, u.x, ddecay.x * SCAN_LN2) * slope.x, fmaf(dinput.y, u.y, ddecay.y * SCAN_LN2) * slope.y);
-        store2<ALL>(out.ddt_raw + e_done + k * STRIDE, live, ddt);
+        store2<ALL>(out.ddt_raw + e_at + k * STRIDE, live, ddt);
         dD[k].x = fmaf(dy.x, u.x, dD[k].x), dD[k].y = fmaf(dy.y, u.y, dD[k].y);
         dbias[k].x += ddt.x, dbias[k].y += ddt.y;
     }
     // dB and dC of the step: word w is the scan warps' sum, in order
     __device__ void add_warps(const BackwardStage& stage) const {
-        const int w = threadIdx.x % 16;
-        const float(*from)[TILE][20] = threadIdx.x % WARP < 16 ? stage.db : stage.dc;
+        const int w = threadIdx.x % 16, n = w / 4 * 4 + w % 2 * 2 + w / 2 % 2;
+        const bool is_B = threadIdx.x % WARP < 16;
+        const float(*from)[TILE][20] = is_B ? stage.db : stage.dc;
         float sum = from[0][mine.row][w];
 #pragma unroll
         for (int warp = 1; warp < SCAN_WARPS; warp++) sum += from[warp][mine.row][w];
-        *dbc = sum;
+        out.dbc[((int64_t)blockIdx.x * gridDim.y * p.T + row_at) * 32 + (is_B ? 0 : 16) + n] = sum;
     }
     // dD and d(dt bias) of the block's channels: the sums of the eight rows, in order. The scan warps are done with the stages.
     __device__ void add_rows(float* to) {
@@ -637,12 +583,12 @@ template <bool ALL> struct RowsBack {
         }
         *(float2*)(to + c * 2) = sum;
     }
-    __device__ void run(int64_t segment, int count) {
+    __device__ void run(int64_t segment, int64_t count) {
         for (int i = 0; i < 3; i++) fetch(i, count);
         copy_wait<2>();
         __syncwarp();
         prepare(0);
-        for (int i = 0; i < count; i++) {
+        for (int64_t i = 0; i < count; i++) {
             copy_wait<1>();                                           // tile i + 1 is here
             __syncwarp();
             if (i + 1 < count) prepare(i + 1);
@@ -654,10 +600,6 @@ template <bool ALL> struct RowsBack {
     }
 };
 
-#ifndef SCAN_REGS_A
-#define SCAN_REGS_A "128"
-#define SCAN_REGS_B "48"
-#endif
 // On Hopper the row warps hand registers to the scan warps.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define SCAN_MMA_REGISTERS(change, count) asm volatile("setmaxnreg." change ".sync.aligned.u32 " count ";")
@@ -671,15 +613,14 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(ScanGradients<bf16
     Shared<BackwardStage>& s = *(Shared<BackwardStage>*)shared_floats;
     const int64_t segment = (int64_t)blockIdx.y * gridDim.z + blockIdx.z, tiles = (p.T + TILE - 1) / TILE;
     const int64_t first_tile = blockIdx.z * p.segment_tiles, count = min(p.segment_tiles, tiles - first_tile);
-    for (int i = threadIdx.x; i < (int)(sizeof(s.stages) / 16); i += THREADS) ((float4*)s.stages)[i] = make_float4(0.f, 0.f, 0.f, 0.f);
     s.init(p.D, p.dt_bias, p.e);
     if (threadIdx.x < SCAN_THREADS) {
-        SCAN_MMA_REGISTERS("inc", SCAN_REGS_A);
+        SCAN_MMA_REGISTERS("inc", "128");
         scan_back(s, out, p, segment, first_tile, count);
     } else {
-        SCAN_MMA_REGISTERS("dec", SCAN_REGS_B);
-        if (VEC && (blockIdx.x + 1) * CH <= p.e) RowsBack<true>(s, out, p, first_tile + count - 1).run(segment, (int)count);
-        else RowsBack<false>(s, out, p, first_tile + count - 1).run(segment, (int)count);
+        SCAN_MMA_REGISTERS("dec", "48");
+        if (VEC && (blockIdx.x + 1) * CH <= p.e) RowsBack<true>(s, out, p, first_tile + count - 1).run(segment, count);
+        else RowsBack<false>(s, out, p, first_tile + count - 1).run(segment, count);
     }
 }
 

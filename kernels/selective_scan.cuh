@@ -27,7 +27,7 @@ template <class X> ScanSegments scan_segments(int B, int64_t T, int e, int N) {
 }
 
 // The forward pass in bf16: blocks of 192 channels if they fill the GPU with one segment; else narrow ones, which need fewer segments or none.
-using ScanNarrow = scan_mma::ForwardShape<24, 6, 4, 8>;
+using ScanNarrow = scan_mma::ForwardShape<24, 3, 3, 2, 4, 0>;
 struct ScanForwardPlan {
     bool narrow;
     ScanSegments segments;
@@ -100,7 +100,7 @@ void scan_forward(X* out, X* saved, float* h_out, const float* h_in, ScanInput<X
                                 out, saved, h_out, h_first, h_stride, p);
             } else {
                 p.segment_tiles *= SCAN_TILE / TILE;
-                scan_launch_mma(forward_kernel<VEC>, sizeof(Shared<ForwardStage>), THREADS, CH, 1, B, p.e, stream, out, saved, h_out, h_in, p);
+                scan_launch_mma(forward_kernel<VEC>, sizeof(Shared<ForwardStage>), THREADS, CH, 1, B, p.e, stream, out, saved, h_out, h_in, p.N, p);
             }
             return;
         }
