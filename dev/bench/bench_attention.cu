@@ -210,17 +210,10 @@ void bench_hopper_kernels(const Shape& c) {
         auto run = [&](int i) {
             gpu::attn::Args<bf16> a = arguments(c, data[i]);
             workspace_of(c, which == 2 || which == 4 ? 0 : ALL).give(a, data[i].workspace);
-            const CUtensorMap dqkv_map = tensor_map(a.dqkv, a.B, a.T, a.H + 2 * a.G, 128, 64);
             if (which == 0) launch_statistics<128>(a, 0);
-            else if (which <= 2)
-                launch_resident(backward_keys<128, false>, problem(a), (int64_t)a.B * a.G, false, backward_keys_shared<128>(), 0,
-                                qkv_map(a, STEP_ROWS), tensor_map(a.dout, a.B, a.T, a.H, 128, STEP_ROWS), dqkv_map);
-            else if (which == 3)
-                launch_resident(backward_product<128>, problem(a), (int64_t)a.B * a.H, true, backward_product_shared<128>(), 0, qkv_map(a, ROWS),
-                                dqkv_map);
-            else
-                launch_resident(backward_queries<128>, problem(a), (int64_t)a.B * a.H, true, backward_queries_shared<128>(), 0, qkv_map(a, ROWS),
-                                ring_map(a), tensor_map(a.dout, a.B, a.T, a.H, 128, ROWS), dqkv_map);
+            else if (which <= 2) launch_keys<128>(a, 0);
+            else if (which == 3) launch_product(a, 0);
+            else launch_queries<128>(a, 0);
         };
         const char* names[] = {"sm90 statistics", "sm90 dk dv, dS kept", "sm90 dk dv", "sm90 dq from dS", "sm90 dq, S and dP again"};
         const double products[] = {0, 4, 4, 1, 3};

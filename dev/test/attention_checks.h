@@ -100,7 +100,8 @@ template <class X> struct AttentionOnGpu {
 
     AttentionOnGpu(const AttentionCase& c, const AttentionData<X>& x, AttentionPath path)
         : c(c), path(path), qkv(to_type<X>(x.qkv)), dout(to_type<X>(x.dout)), ring(to_type<X>(x.ring)), out(c.out()), dqkv(c.qkv()), starts(x.starts),
-          lse(c.lse()), rope(to_type<float>(x.rope)), sizes(c.B, c.T, c.H, c.hd, c.window <= 0 ? c.T : std::min(c.window, c.T), sizeof(X) == 2, path.limit),
+          lse(c.lse()), rope(to_type<float>(x.rope)),
+          sizes(c.B, c.T, c.H, c.hd, c.window <= 0 ? c.T : std::min(c.window, c.T), sizeof(X) == 2, path.limit),
           workspace((size_t)sizes.bytes()) {}
     gpu::attn::Args<X> args() {
         gpu::attn::Args<X> a = gpu::attention_args<X>(qkv.ptr, ring.ptr, c.capacity, c.position, c.documents ? starts.ptr : nullptr, c.B, c.T, c.H,

@@ -52,7 +52,8 @@ TEST(AttentionCpu, ForwardIsTheFormula) {
 TEST(AttentionCpu, BackwardIsTheGradient) {
     for (const AttentionCase& c : {AttentionCase{2, 5, 2, 1, 8, 0}, {1, 70, 4, 2, 8, 17}, {1, 100, 2, 2, 4, 70}, {1, 33, 3, 1, 8, 2},
                                    {2, 150, 2, 1, 4, 0, true}, {1, 150, 2, 1, 4, 40, true}, {2, 40, 2, 1, 4, 30, false, 29, 100},
-                                   {1, 60, 2, 2, 4, 50, true, 70, 25}, {2, 40, 4, 2, 8, 17, false, 0, 0, true}, {1, 40, 2, 1, 4, 30, false, 29, 100, true}}) {
+                                   {1, 60, 2, 2, 4, 50, true, 70, 25},
+                                   {2, 40, 4, 2, 8, 17, false, 0, 0, true}, {1, 40, 2, 1, 4, 30, false, 29, 100, true}}) {
         AttentionData<double> x(c, 2);
         auto turned = [&] {                                              // what attention is given: the rope forward of x
             AttentionData<double> y = x;

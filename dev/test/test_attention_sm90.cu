@@ -46,6 +46,13 @@ TEST(AttentionHopper, BuiltForIt) {
     EXPECT_TRUE(gpu::sm90::usable()) << "build with ARCH=90a";
 }
 
+TEST(AttentionSchedule, DivisionsByMultiplication) {
+    for (int d : {1, 2, 3, 7, 32, 33, 96, 1056, 4095, 4096, 65537, 1 << 30, INT_MAX})
+        for (int64_t n : {0, 1, 2, 100, 12345678, INT_MAX - 1, INT_MAX})
+            for (int64_t m : {n, n / d * d, n / d * d - 1})
+                if (m >= 0) EXPECT_EQ(gpu::sm90::Divisor(d).quotient((int)m), m / d) << m << " / " << d;
+}
+
 TEST(AttentionHopper, ForwardMatchesTwin) {
     REQUIRE_HOPPER();
     for (const AttentionCase& c : HOPPER_CASES) expect_forward<bf16>(c, HOPPER);
