@@ -32,10 +32,15 @@ __device__ inline uint32_t pack(float low, float high) {
 }
 __device__ inline float low(uint32_t v) { return __uint_as_float(v << 16); }
 __device__ inline float high(uint32_t v) { return __uint_as_float(v & 0xffff0000u); }
-// x as two bf16 numbers: x rounded, and the rest
+// x as two bf16 numbers: x cut off, and the rest
 __device__ inline uint32_t split(float x) {
-    const float rounded = low(pack(x, 0.f));
-    return pack(rounded, x - rounded);
+    const float cut = high(__float_as_uint(x));
+    return pack(cut, x - cut);
+}
+// Two numbers as two bf16 numbers each: rounded, so that the first is of use alone, and the rest
+__device__ inline uint2 split(float x, float y) {
+    const uint32_t rounded = pack(x, y);
+    return make_uint2(pack(low(rounded), x - low(rounded)), pack(high(rounded), y - high(rounded)));
 }
 // c (16 x 8) += a (16 x 8) b (8 x 8)
 __device__ inline void mma8(float (&c)[4], const uint32_t (&a)[2], uint32_t b) {
@@ -85,6 +90,10 @@ struct Gate {
 #endif
     }
 };
+// Shared memory to zeros, by all threads of the block
+template <class T> __device__ inline void clear_shared(T& v) {
+    for (int i = threadIdx.x; i < (int)(sizeof(T) / 4); i += THREADS) ((uint32_t*)&v)[i] = 0u;
+}
 template <class Stage> struct Shared {
     Stage stages[2];
     typename Stage::Input inputs;
@@ -94,6 +103,7 @@ template <class Stage> struct Shared {
     __device__ void init(const float* D, const float* dt_bias, int e) {
         if (threadIdx.x < 2) full[threadIdx.x].init(ROW_WARPS), done[threadIdx.x].init(SCAN_WARPS);
         __syncthreads();                                              // for racecheck, which takes a barrier's first write for one to any word
+        stages[0].clear(), stages[1].clear();
         for (int c = threadIdx.x; c < CH; c += THREADS) {
             const int channel = blockIdx.x * CH + c;
             skip_weight[c] = channel < e ? D[channel] : 0.f;
@@ -102,6 +112,8 @@ template <class Stage> struct Shared {
         __syncthreads();
     }
 };
+
+__device__ inline bool is_scan() { return threadIdx.x < SCAN_THREADS; }
 
 // A lane's part of the states of 16 channels, v[j][k]: channel 2g + k / 2, state 4q + 2j + k % 2
 using States = float[2][4];
@@ -141,12 +153,14 @@ __device__ inline void store_saved(bf16* to, const uint32_t (&a)[4], int live) {
     if (live > 1) *(uint2*)(to + 16) = make_uint2(a[1], a[3]);
 }
 
-// What a row thread has of every tile: of one step the channels `column` and the next one of the block, and those 64 and 128 further
+// What a row thread has of every tile: of one step (`row`) the pairs `lane`, `lane` + 32 and `lane` + 64 of the block's neighbouring channels
 struct Row {
-    int row, column, channel, live;                                   // channel: of the array; live: channels from it to the array's end
-    __device__ explicit Row(int e) { row = threadIdx.x / WARP - SCAN_WARPS, column = threadIdx.x % WARP * 2, channel = blockIdx.x * CH + column, live = e - channel; }
+    int thread, lane, row, channel, live;                             // channel: the first one, of the array; live: channels from it to the array's end
+    __device__ Row(int thread_, int e) {
+        thread = thread_ - SCAN_THREADS, lane = thread % WARP, row = thread / WARP, channel = blockIdx.x * CH + 2 * lane, live = e - channel;
+    }
 };
-constexpr int STRIDE = 2 * WARP;                                      // from pair to pair
+constexpr int STRIDE = 2 * WARP;                                      // channels from pair to pair
 
 template <bool ALL> __device__ inline void store2(bf16* p, int live, float2 x) {
     if (ALL) {
@@ -162,46 +176,58 @@ template <bool ALL> __device__ inline void store2(bf16* p, int live, float2 x) {
 template <int ARRAYS> struct Inputs {
     uint32_t words[4][ARRAYS][PAIRS][ROW_THREADS], bc[4][TILE][16];
     // Tile i, the thread's step `at` of (B,T); a step past the end is zeros. `next` of the four: nothing to wait for if there is no tile.
-    template <bool ALL> __device__ void fetch(int64_t i, const bf16* const (&from)[ARRAYS], const bf16* bc_from, const Row& mine, bool live) {
-        const int slot = (int)(i & 3), thread = threadIdx.x - SCAN_THREADS, lane = threadIdx.x % WARP;
+    template <bool ALL> __device__ void fetch(int i, const bf16* const (&from)[ARRAYS], const bf16* bc_from, const Row& mine, bool live) {
+        const int slot = i & 3;
 #pragma unroll
         for (int a = 0; a < ARRAYS; a++)
 #pragma unroll
             for (int k = 0; k < PAIRS; k++) {
                 const bf16* p = from[a] + k * STRIDE;
-                uint32_t* to = &words[slot][a][k][thread];
+                uint32_t* to = &words[slot][a][k][mine.thread];
                 if (ALL) copy_async<4>(to, p, live);
                 else *to = (live && mine.live > k * STRIDE ? __bfloat16_as_ushort(p[0]) : 0u) | (live && mine.live > k * STRIDE + 1 ? (uint32_t)__bfloat16_as_ushort(p[1]) << 16 : 0u);
             }
-        if (lane < 16) {
-            if (ALL) copy_async<4>(&bc[slot][mine.row][lane], bc_from + 2 * lane, live);
-            else bc[slot][mine.row][lane] = live ? __bfloat16_as_ushort(bc_from[2 * lane]) | (uint32_t)__bfloat16_as_ushort(bc_from[2 * lane + 1]) << 16 : 0u;
+        if (mine.lane < 16) {
+            const bf16* p = bc_from + 2 * mine.lane;
+            if (ALL) copy_async<4>(&bc[slot][mine.row][mine.lane], p, live);
+            else bc[slot][mine.row][mine.lane] = live ? __bfloat16_as_ushort(p[0]) | (uint32_t)__bfloat16_as_ushort(p[1]) << 16 : 0u;
         }
     }
-    __device__ uint32_t word(int64_t i, int array, int k) const { return words[i & 3][array][k][threadIdx.x - SCAN_THREADS]; }
-    __device__ bf16 state_value(int64_t i, int row) const { return ((const bf16*)bc[i & 3][row])[threadIdx.x % WARP]; }   // of B | C
+    __device__ uint32_t& word(int i, int array, int k, const Row& mine) { return words[i & 3][array][k][mine.thread]; }
+    __device__ bf16 state_value(int i, const Row& mine) const { return ((const bf16*)bc[i & 3][mine.row])[mine.lane]; }   // of B | C
 };
 // As operand B of mma8: word 2g + j is a quarter of the value of state column g of tile j, in both k places
-__device__ inline void store_quarters(uint32_t (&row)[16], bf16 v) {
-    const int n = threadIdx.x % 16;
+__device__ inline void store_quarters(uint32_t (&row)[16], int n, bf16 v) {
     const float x = 0.25f * to_float(v);
     row[n / 4 * 4 + n % 2 * 2 + n / 2 % 2] = pack(x, x);
 }
 
+// As operand B of mma16, the column of a step t and zeros beside it: lane g reads row 7t + 7 + g, which is row 8t + 7, where the step's
+// values are, if g = t. The others stay zeros.
+using Diagonal = bf16[8 * TILE][16];
+__device__ constexpr int diagonal_row(int t) { return 8 * t + 7; }
+__device__ inline uint2 diagonal_column(const Diagonal& d, int t, int g, int q) { return *(const uint2*)&d[diagonal_row(t) - t + g][4 * q]; }
+
 // What the scan warps need of channels c and c + 1 at a step: dt, dt, dt u split, dt u split
-using Pairs = float4[TILE][CH / 2 + 1];
-__device__ inline float4 make_pair(float2 dt, uint32_t u) { return make_float4(dt.x, dt.y, __uint_as_float(split(dt.x * low(u))), __uint_as_float(split(dt.y * high(u)))); }
+__device__ inline float4 make_pair(float2 dt, uint32_t u) {
+    const uint2 input = split(dt.x * low(u), dt.y * high(u));
+    return make_float4(dt.x, dt.y, __uint_as_float(input.x), __uint_as_float(input.y));
+}
 // Past the end there is no decay and no input; before the start of a document there is nothing
 __device__ inline void edge(float4& pair, bool past) {
     if (past) pair = make_float4(0.f, 0.f, 0.f, 0.f);
     else pair.x = pair.y = SCAN_CUT;
 }
 
-// Accumulator (rows: 16 of something, columns: 8 steps) to words `first` and `first` + 1 of the steps' rows
-template <int STRIDE> __device__ inline void store_steps(float (*to)[STRIDE], const float (&sum)[4], int first) {
-    const int q = threadIdx.x % 4;
-    *(float2*)&to[2 * q][first] = make_float2(sum[0], sum[2]);
-    *(float2*)&to[2 * q + 1][first] = make_float2(sum[1], sum[3]);
+// Accumulator (rows: 16 of something, columns: 8 steps) to two words of each step's, which are `stride` floats apart
+__device__ inline void store_steps(float* to, int stride, const float (&sum)[4]) {
+    to += threadIdx.x % 4 * 2 * stride;
+    *(float2*)to = make_float2(sum[0], sum[2]);
+    *(float2*)(to + stride) = make_float2(sum[1], sum[3]);
+}
+// Column t of 8 from another accumulator: four of the eight columns that a product makes are in no one's way
+__device__ inline void take_column(float (&to)[4], const float (&from)[4], int t) {
+    if ((int)threadIdx.x % 4 == t / 2) to[t % 2] = from[t % 2], to[2 + t % 2] = from[2 + t % 2];
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -210,10 +236,11 @@ template <int STRIDE> __device__ inline void store_steps(float (*to)[STRIDE], co
 
 struct ForwardStage {                                                 // + 1, + 4: the lanes' words fall in different banks
     using Input = Inputs<3>;                                          // u, dt_raw, z
-    Pairs pair;
+    float4 pair[TILE][CH / 2 + 1];
     uint32_t b[TILE][16];                                             // quarters
-    bf16 c[TILE][16];
+    Diagonal c;
     float y[TILE][CH + 4];
+    __device__ void clear() { clear_shared(c); }
 };
 
 __device__ inline void forward_tile(ForwardStage& s, States& h, const States& A2, bf16* saved, int live) {
@@ -223,31 +250,30 @@ __device__ inline void forward_tile(ForwardStage& s, States& h, const States& A2
         pack_states(packed, h);
         store_saved(saved, packed, live);
     }
-    const uint2 C = *(const uint2*)&s.c[g][4 * q];                    // step g is column g of y
-    float y[4] = {};
+    float y[4] = {};                                                  // step t is column t
 #pragma unroll
     for (int t = 0; t < TILE; t++) {
         const float4 pair = s.pair[t][c / 2];
-        const uint2 B = *(const uint2*)&s.b[t][2 * g];
+        const uint2 B = *(const uint2*)&s.b[t][2 * g], C = diagonal_column(s.c, t, g, q);
         const uint32_t input[2] = {__float_as_uint(pair.z), __float_as_uint(pair.w)};
         decay(h, make_float2(pair.x, pair.y), A2);
         mma8(h[0], input, B.x);
         mma8(h[1], input, B.y);
         pack_states(packed, h);
-        mma16(y, packed, g == t ? C.x : 0u, g == t ? C.y : 0u);
+        mma16(y, packed, C.x, C.y);
     }
-    store_steps(s.y, y, c);
+    store_steps(&s.y[0][c], CH + 4, y);
 }
 
 __device__ inline void scan_forward(Shared<ForwardStage>& s, bf16* saved, float* h_out, const float* h_first, int h_stride, const ScanInput<bf16>& p,
-                                    int64_t segment, int64_t first_tile, int64_t count) {
+                                    int64_t segment, int64_t first_tile, int count) {
     const int lane = threadIdx.x % WARP, channel = blockIdx.x * CH + threadIdx.x / WARP * GROUP + lane / 4 * 2, n = lane % 4 * 4, live = p.e - channel;
     const int64_t tiles = (p.T + TILE - 1) / TILE;
     States h = {}, A2;
     load_decay_rates(A2, p.A_log + (int64_t)channel * 16 + n, live);
     if (h_first) load_states(h, h_first + (segment * p.e + channel) * h_stride + n, h_stride, live);
     if (saved) saved += ((blockIdx.y * tiles + first_tile) * p.e + channel) * 16 + n;
-    for (int64_t i = 0; i < count; i++) {
+    for (int i = 0; i < count; i++) {
         s.full[i & 1].wait(i / 2);
         forward_tile(s.stages[i & 1], h, A2, saved, live);
         s.done[i & 1].arrive();
@@ -264,55 +290,57 @@ template <bool ALL> struct RowsForward {
     const Row mine;
     const bf16 *from[3], *bc;                                         // of the tile that `fetch` fetches next
 
-    __device__ RowsForward(Shared<ForwardStage>& s_, bf16* out_, const ScanInput<bf16>& p_, int64_t first_tile_) : s(s_), p(p_), first_tile(first_tile_), mine(p_.e) {
+    __device__ RowsForward(Shared<ForwardStage>& s_, bf16* out_, const ScanInput<bf16>& p_, int64_t first_tile_) : s(s_), p(p_), first_tile(first_tile_), mine(threadIdx.x, p_.e) {
         const int64_t at = blockIdx.y * p.T + step(0);
         from[0] = p.u + at * p.e + mine.channel, from[1] = p.dt_raw + at * p.e + mine.channel, from[2] = p.z + at * p.ldz + mine.channel;
         bc = p.bc + at * p.ldbc, out = out_ + at * p.e + mine.channel;
     }
-    __device__ int64_t step(int64_t i) const { return (first_tile + i) * TILE + mine.row; }
-    __device__ void fetch(int64_t i, int64_t count) {
+    __device__ int64_t step(int i) const { return (first_tile + i) * TILE + mine.row; }
+    __device__ void fetch(int i, int count) {
         if (i < count) {
             s.inputs.template fetch<ALL>(i, from, bc, mine, step(i) < p.T);
             from[0] += TILE * (int64_t)p.e, from[1] += TILE * (int64_t)p.e, from[2] += TILE * p.ldz, bc += TILE * p.ldbc;
         }
         copy_commit();
     }
-    __device__ void prepare(int64_t i) {
+    __device__ void prepare(int i) {
         ForwardStage& stage = s.stages[i & 1];
 #pragma unroll
         for (int k = 0; k < PAIRS; k++) {
-            const float2 bias = *(const float2*)&s.bias[mine.column + k * STRIDE];
-            const uint32_t raw = s.inputs.word(i, 1, k);
-            stage.pair[mine.row][(mine.column + k * STRIDE) / 2] = make_pair(make_float2(scan_softplus<bf16>(low(raw) + bias.x), scan_softplus<bf16>(high(raw) + bias.y)), s.inputs.word(i, 0, k));
+            const int c2 = mine.lane + k * WARP;
+            const float2 bias = ((const float2*)s.bias)[c2];
+            const uint32_t raw = s.inputs.word(i, 1, k, mine), us = s.inputs.word(i, 0, k, mine);
+            const float2 dt = make_float2(scan_softplus<bf16>(low(raw) + bias.x), scan_softplus<bf16>(high(raw) + bias.y));
+            stage.pair[mine.row][c2] = make_float4(dt.x, dt.y, __uint_as_float(split(dt.x * low(us))), __uint_as_float(split(dt.y * high(us))));
         }
         const bool past = step(i) >= p.T;
         if (past || p.is_start(blockIdx.y, step(i)))
-            for (int k = 0; k < PAIRS; k++) edge(stage.pair[mine.row][(mine.column + k * STRIDE) / 2], past);
-        const bf16 v = s.inputs.state_value(i, mine.row);
-        if (threadIdx.x % WARP < 16) store_quarters(stage.b[mine.row], v);
-        else stage.c[mine.row][threadIdx.x % 16] = v;
+            for (int k = 0; k < PAIRS; k++) edge(stage.pair[mine.row][mine.lane + k * WARP], past);
+        const bf16 v = s.inputs.state_value(i, mine);
+        if (mine.lane < 16) store_quarters(stage.b[mine.row], mine.lane, v);
+        else stage.c[diagonal_row(mine.row)][mine.lane - 16] = v;
         s.full[i & 1].arrive();
     }
-    __device__ void finish(int64_t i) {
+    __device__ void finish(int i) {
         const ForwardStage& stage = s.stages[i & 1];
         if (step(i) < p.T) {
 #pragma unroll
             for (int k = 0; k < PAIRS; k++) {
-                const int c = mine.column + k * STRIDE;
-                const uint32_t us = s.inputs.word(i, 0, k), zs = s.inputs.word(i, 2, k);
-                const float2 y = *(const float2*)&stage.y[mine.row][c], D = *(const float2*)&s.skip_weight[c], z = make_float2(low(zs), high(zs));
+                const int c2 = mine.lane + k * WARP;
+                const uint32_t us = s.inputs.word(i, 0, k, mine), zs = s.inputs.word(i, 2, k, mine);
+                const float2 y = ((const float2*)stage.y[mine.row])[c2], D = ((const float2*)s.skip_weight)[c2], z = make_float2(low(zs), high(zs));
                 store2<ALL>(out + k * STRIDE, mine.live - k * STRIDE,
                             make_float2(fmaf(D.x, low(us), y.x) * z.x * scan_sigmoid<bf16>(z.x), fmaf(D.y, high(us), y.y) * z.y * scan_sigmoid<bf16>(z.y)));
             }
         }
         out += TILE * (int64_t)p.e;
     }
-    __device__ void run(int64_t count) {
+    __device__ void run(int count) {
         for (int i = 0; i < 3; i++) fetch(i, count);
         copy_wait<2>();
         __syncwarp();
         prepare(0);
-        for (int64_t i = 0; i < count; i++) {
+        for (int i = 0; i < count; i++) {
             copy_wait<1>();                                           // tile i + 1 is here
             __syncwarp();
             if (i + 1 < count) prepare(i + 1);
@@ -331,7 +359,7 @@ forward_kernel(bf16* out, bf16* saved, float* h_out, const float* h_first, int h
     const int64_t segment = (int64_t)blockIdx.y * gridDim.z + blockIdx.z, tiles = (p.T + TILE - 1) / TILE;
     const int64_t first_tile = blockIdx.z * p.segment_tiles, count = min(p.segment_tiles, tiles - first_tile);
     s.init(p.D, p.dt_bias, p.e);
-    if (threadIdx.x < SCAN_THREADS) scan_forward(s, saved, h_out, h_first, h_stride, p, segment, first_tile, count);
+    if (is_scan()) scan_forward(s, saved, h_out, h_first, h_stride, p, segment, first_tile, count);
     else if (VEC && (blockIdx.x + 1) * CH <= p.e) RowsForward<true>(s, out, p, first_tile).run(count);
     else RowsForward<false>(s, out, p, first_tile).run(count);
 }
@@ -347,26 +375,63 @@ forward_kernel(bf16* out, bf16* saved, float* h_out, const float* h_first, int h
 struct BackwardInputs : Inputs<4> {                                   // u, dt_raw, z, dout
     bf16 saved[4][CH][16];                                            // the state before the tile
     // A row thread's 24 bytes of tile i; `from`: the tile's states of the block's channels, of which `live` are within the array
-    __device__ void fetch_states(int64_t i, const bf16* from, int live) {
-        const int thread = threadIdx.x - SCAN_THREADS;
+    template <bool ALL> __device__ void fetch_states(int i, const bf16* from, int live, int thread) {
+        bf16* to = &saved[i & 3][0][0] + 4 * thread;
 #pragma unroll
         for (int k = 0; k < CH * 4; k += ROW_THREADS) {
-            const int c = (k + thread) / 4, n = thread % 4 * 4;
-            copy_async<8>(&saved[i & 3][c][n], from + (c < live ? c * 16 + n : 0), c < live);
+            const bool in = ALL || (k + thread) / 4 < live;
+            copy_async<8>(to + 4 * k, from + (in ? 4 * thread + 4 * k : 0), in);
         }
     }
 };
 
 struct BackwardStage {
     using Input = BackwardInputs;
-    Pairs pair;
-    uint2 dy[TILE][CH / 2 + 2];                                       // of channels c and c + 1: dy split
-    uint32_t b4[TILE][16], c4[TILE][16];                              // quarters
-    bf16 b[TILE][16], c[TILE][16];
-    float y[TILE][CH + 4], dinput[TILE][CH + 4], ddecay[TILE][CH + 4];
-    float db[SCAN_WARPS][TILE][20], dc[SCAN_WARPS][TILE][20];         // of a warp's channels: word 2g + j is state column g of tile j
-    float2 dt[TILE][CH / 2], slope[TILE][CH / 2], gate[TILE][CH / 2]; // the row threads' own: softplus, its derivative, sigmoid(z)
+    struct Step {                                                     // 80 bytes more than a multiple of 128: steps' words fall in different banks
+        float4 pair[CH / 2];
+        uint2 dy[CH / 2];                                             // of channels c and c + 1: dy split
+        float y[CH], dinput[CH], ddecay[CH];
+        float4 gate[CH / 2];                                          // the row threads' own: silu(z) of channels c and c + 1, its derivatives
+        float2 slope[CH / 2];                                         // and that of softplus
+        uint2 c[WARP];                                                // C for outer_lambda
+        uint32_t b4[16];                                              // quarters
+        bf16 b[16];
+        char apart[112];
+    } steps[TILE];
+    static constexpr int FLOATS = sizeof(Step) / sizeof(float);       // from step to step
+    Diagonal c;
+    static constexpr int PARTS = 36;                                  // apart, in words
+    float dbc[SCAN_WARPS][TILE][PARTS];                               // dB | dC of a warp's channels: word 2g + j is state column g of tile j
+    __device__ void clear() {
+        clear_shared(c);
+        for (Step& step : steps) clear_shared(step.c);
+    }
 };
+
+// lambda is kept in the order in which an accumulator is operand A of the tf32 product as well, v[j][k]: channel 2g + k % 2, state 4q + 2j + k / 2.
+// So rows g and g + 8 are states 2j and 2j + 1 and the columns have the channel's parity; to add dy C' with that, k places 2q and 2q + 1
+// (dy's two halves) are for one parity, q % 2, and one row half, q / 2, and C has zeros where the column's parity is the other one.
+__device__ inline void outer_lambda(States& lambda, uint32_t dy /*of channel 2g + q % 2*/, uint2 C, uint32_t first_rows /*all ones if q < 2*/) {
+    const uint32_t a[2] = {dy & first_rows, dy & ~first_rows};
+    mma8(lambda[0], a, C.x);
+    mma8(lambda[1], a, C.y);
+}
+__device__ inline void store_outer(uint2 (&to)[WARP], int n, bf16 v) {
+    const uint32_t twice = __bfloat16_as_ushort(v) * 0x10001u;
+    const int lane = n / 4 * 8 + n % 2 * 2, j = n / 2 % 2;            // of parity 0; parity 1: lane + 5
+    ((uint32_t*)&to[lane])[j] = twice, ((uint32_t*)&to[lane + 5])[j] = twice;
+}
+__device__ inline void pack_lambda(uint32_t (&a)[4], const States& v) {
+    a[0] = pack(v[0][0], v[0][2]), a[1] = pack(v[0][1], v[0][3]), a[2] = pack(v[1][0], v[1][2]), a[3] = pack(v[1][1], v[1][3]);
+}
+// From the order of lambda to that of h and back
+__device__ inline void exchange(States& v) {
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        const float x = v[j][1];
+        v[j][1] = v[j][2], v[j][2] = x;
+    }
+}
 
 // Two bf16 numbers from the lower halves of two words
 __device__ inline uint32_t lower_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
@@ -374,89 +439,94 @@ __device__ inline uint32_t lower_halves(uint32_t a, uint32_t b) { return __byte_
 // before[t]: h_(t-1), from before[0], as operand A. Leaves y and dC of the tile.
 __device__ inline void remake_tile(BackwardStage& s, uint32_t (&before)[TILE][4], const States& A2) {
     const int lane = threadIdx.x % WARP, g = lane / 4, q = lane % 4, warp = threadIdx.x / WARP, c = warp * GROUP + 2 * g;
-    const uint2 C = *(const uint2*)&s.c[g][4 * q];
-    const uint4 dys = *(const uint4*)&s.dy[g][(warp * GROUP + 4 * q) / 2];          // channels 4q .. 4q + 3 are k = 2q, 2q + 8, 2q + 1, 2q + 9
+    const uint4 dys = *(const uint4*)&s.steps[g].dy[(warp * GROUP + 4 * q) / 2];    // channels 4q .. 4q + 3 are k = 2q, 2q + 8, 2q + 1, 2q + 9
     const uint32_t dy[2] = {lower_halves(dys.x, dys.z), lower_halves(dys.y, dys.w)};
     States h = {{low(before[0][0]), high(before[0][0]), low(before[0][1]), high(before[0][1])},
                 {low(before[0][2]), high(before[0][2]), low(before[0][3]), high(before[0][3])}};
     float y[4] = {}, dC[4] = {};
 #pragma unroll
     for (int t = 0; t < TILE; t++) {
-        const float4 pair = s.pair[t][c / 2];
-        const uint2 B = *(const uint2*)&s.b4[t][2 * g];
+        const float4 pair = s.steps[t].pair[c / 2];
+        const uint2 B = *(const uint2*)&s.steps[t].b4[2 * g], C = diagonal_column(s.c, t, g, q);
         const uint32_t input[2] = {__float_as_uint(pair.z), __float_as_uint(pair.w)};
         decay(h, make_float2(pair.x, pair.y), A2);
         mma8(h[0], input, B.x);
         mma8(h[1], input, B.y);
         uint32_t now[4], turned[4];
+        float column[4] = {};
         pack_states(now, h);
-        mma16(y, now, g == t ? C.x : 0u, g == t ? C.y : 0u);
+        mma16(y, now, C.x, C.y);
         transpose(turned, now);
-        mma16(dC, turned, g == t ? dy[0] : 0u, g == t ? dy[1] : 0u);
+        mma16(column, turned, dy[0], dy[1]);
+        take_column(dC, column, t);
         if (t + 1 < TILE)
 #pragma unroll
             for (int k = 0; k < 4; k++) before[t + 1][k] = now[k];
     }
-    store_steps(s.y, y, c);
-    store_steps(s.dc[warp], dC, 2 * g);
+    store_steps(&s.steps[0].y[c], s.FLOATS, y);
+    store_steps(&s.dbc[warp][0][16 + 2 * g], s.PARTS, dC);
 }
 
+// carry, of the step after the tile, becomes a lambda of step t and gives the step's parts of dA and of d(dt), sums
+__device__ inline void pull_back(States& carry, States& dA, float (&sums)[2], float2 dt, const uint32_t (&before)[4], const States& A2) {
+#pragma unroll
+    for (int j = 0; j < 2; j++)
+#pragma unroll
+        for (int k = 0; k < 4; k++) {                                 // in the order of h
+            const uint32_t h = before[2 * j + k / 2];
+            float& l = carry[j][k % 2 * 2 + k / 2];
+            l *= scan_ex2((k < 2 ? dt.x : dt.y) * A2[j][k]);
+            const float pull = l * (k % 2 ? high(h) : low(h));
+            dA[j][k] = fmaf(k < 2 ? dt.x : dt.y, pull, dA[j][k]);
+            sums[k / 2] = fmaf(A2[j][k], pull, sums[k / 2]);
+        }
+}
 // carry: a lambda of the step after the tile, then of its first step
 __device__ inline void reverse_tile(BackwardStage& s, const uint32_t (&before)[TILE][4], States& carry, States& dA, const States& A2) {
     const int lane = threadIdx.x % WARP, g = lane / 4, q = lane % 4, warp = threadIdx.x / WARP, c = warp * GROUP + 2 * g;
-    const uint2 Bs = *(const uint2*)&s.b[g][4 * q];                   // of step g, states 4q .. 4q + 3
-    const float B[4] = {low(Bs.x), high(Bs.x), low(Bs.y), high(Bs.y)};
-    const float4* mine = &s.pair[g][(warp * GROUP + 4 * q) / 2];
+    const uint2 Bs = *(const uint2*)&s.steps[g].b[4 * q];             // of step g, states 4q .. 4q + 3
+    const float4* mine = &s.steps[g].pair[(warp * GROUP + 4 * q) / 2];
     const float2 in0 = *(const float2*)&mine[0].z, in1 = *(const float2*)&mine[1].z;
     const uint32_t input[2] = {lower_halves(__float_as_uint(in0.x), __float_as_uint(in1.x)), lower_halves(__float_as_uint(in0.y), __float_as_uint(in1.y))};
+    const uint32_t first_rows = q < 2 ? 0xffffffffu : 0u;
     float dinput[4] = {}, ddecay[4] = {}, dB[4] = {};
 #pragma unroll
     for (int t2 = TILE - 2; t2 >= 0; t2 -= 2) {
-        float sums[4] = {};                                           // sum_n A2 pull: steps t2, t2 + 1 of channels c, c + 1
+        float sums[2][2] = {};                                        // sum_n A2 pull: steps t2, t2 + 1 of channels c, c + 1
 #pragma unroll
         for (int i = 1; i >= 0; i--) {
             const int t = t2 + i;
-            const float2 dt = *(const float2*)&s.pair[t][c / 2];
-            const uint2 dys = s.dy[t][c / 2], C = *(const uint2*)&s.c4[t][2 * g];
-            const uint32_t dy[2] = {dys.x, dys.y};
-            mma8(carry[0], dy, C.x);                                  // lambda
-            mma8(carry[1], dy, C.y);
+            const auto& step = s.steps[t];
+            outer_lambda(carry, ((const uint32_t*)step.dy)[c + q % 2], step.c[lane], first_rows);
             // k places q and q + 4 of tile j are states 4q + 2j and the next. In tf32: with bf16 the sum of d(dt) over time would be off by 2e-3
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                const float lambda[4] = {carry[j][0], carry[j][2], carry[j][1], carry[j][3]};
-                mma8_tf32(dinput, lambda, g == t ? B[2 * j] : 0.f, g == t ? B[2 * j + 1] : 0.f);
-            }
+            float column[4] = {}, column_B[4] = {};
+            mma8_tf32(column, carry[0], low(Bs.x), high(Bs.x));
+            mma8_tf32(column, carry[1], low(Bs.y), high(Bs.y));
+            take_column(dinput, column, t);
             uint32_t now[4], turned[4];
-            pack_states(now, carry);
+            pack_lambda(now, carry);
             transpose(turned, now);
-            mma16(dB, turned, g == t ? input[0] : 0u, g == t ? input[1] : 0u);
-            decay(carry, dt, A2);
-#pragma unroll
-            for (int j = 0; j < 2; j++)
-#pragma unroll
-                for (int k = 0; k < 4; k++) {
-                    const uint32_t pair = before[t][2 * j + k / 2];
-                    const float pull = carry[j][k] * (k % 2 ? high(pair) : low(pair));
-                    dA[j][k] = fmaf(k < 2 ? dt.x : dt.y, pull, dA[j][k]);
-                    sums[2 * i + k / 2] = fmaf(A2[j][k], pull, sums[2 * i + k / 2]);
-                }
+            mma16(column_B, turned, input[0], input[1]);
+            take_column(dB, column_B, t);
+            pull_back(carry, dA, sums[i], *(const float2*)&step.pair[c / 2], before[t], A2);
         }
-        mma8_tf32(ddecay, sums, g == t2 ? 1.f : 0.f, g == t2 + 1 ? 1.f : 0.f);
+        const float a[4] = {sums[0][0], sums[0][1], sums[1][0], sums[1][1]};
+        mma8_tf32(ddecay, a, g == t2 ? 1.f : 0.f, g == t2 + 1 ? 1.f : 0.f);
     }
-    store_steps(s.dinput, dinput, c);
-    store_steps(s.ddecay, ddecay, c);
-    store_steps(s.db[warp], dB, 2 * g);
+    store_steps(&s.steps[0].dinput[c], s.FLOATS, dinput);
+    store_steps(&s.steps[0].ddecay[c], s.FLOATS, ddecay);
+    store_steps(&s.dbc[warp][0][2 * g], s.PARTS, dB);
 }
 
 // The scan warps' walk from the last tile of a segment to its first
-__device__ inline void scan_back(Shared<BackwardStage>& s, const ScanGradients<bf16>& out, const ScanInput<bf16>& p, int64_t segment, int64_t first_tile, int64_t count) {
+__device__ inline void scan_back(Shared<BackwardStage>& s, const ScanGradients<bf16>& out, const ScanInput<bf16>& p, int64_t segment, int64_t first_tile, int count) {
     const int lane = threadIdx.x % WARP, channel = blockIdx.x * CH + threadIdx.x / WARP * GROUP + lane / 4 * 2, n = lane % 4 * 4, live = p.e - channel;
     const int64_t state_at = (segment * p.e + channel) * 16 + n;
     States carry = {}, dA = {}, A2;
     load_decay_rates(A2, p.A_log + (int64_t)channel * 16 + n, live);
     if (out.carry) load_states(carry, out.carry + state_at, 16, live);   // carry_stride is 16
-    for (int64_t i = 0; i < count; i++) {
+    exchange(carry);
+    for (int i = 0; i < count; i++) {
         s.full[i & 1].wait(i / 2);
         const bf16(*state)[16] = &s.inputs.saved[i & 3][threadIdx.x / WARP * GROUP + lane / 4 * 2];
         const uint2 even = *(const uint2*)&state[0][n], odd = *(const uint2*)&state[1][n];
@@ -466,17 +536,25 @@ __device__ inline void scan_back(Shared<BackwardStage>& s, const ScanGradients<b
         reverse_tile(s.stages[i & 1], before, carry, dA, A2);
         s.done[i & 1].arrive();
     }
+    exchange(carry);
     if (out.dh_in && first_tile == 0) store_states(out.dh_in + ((int64_t)blockIdx.y * p.e + channel) * 16 + n, carry, 16, live);
 #pragma unroll
     for (int i = 0; i < 8; i++) dA[i / 4][i % 4] *= A2[i / 4][i % 4] * SCAN_LN2;
     store_states(out.dA + state_at, dA, 16, live);
 }
 
-// softplus(x) and its derivative sigmoid(x)
+// softplus(x) and its derivative sigmoid(x). Above 20 softplus is x in fp32; below e^x = 0.01 the sum 1 + e^x would lose digits: a series.
 __device__ inline float softplus_slope(float x, float& slope) {
-    const float p = scan_ex2(x * SCAN_LOG2E), sum = 1.f + p, log = scan_lg2(sum) * SCAN_LN2, series = p * (1.f - p * (0.5f - p * 0.33333333f));
-    slope = x > 20.f ? 1.f : p * scan_rcp(sum);
-    return x > 20.f ? x : p < 1e-2f ? series : log;
+    const float p = scan_ex2(fminf(x, 20.f) * SCAN_LOG2E), sum = 1.f + p, log = scan_lg2(sum) * SCAN_LN2, series = p * (1.f - p * (0.5f - p * 0.33333333f));
+    slope = p * scan_rcp(sum);
+    return fmaxf(x, p < 1e-2f ? series : log);
+}
+
+// threadIdx.x, to be kept: the compiler would read it anew for every use, which takes long
+__device__ inline int thread_index() {
+    int i;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(i));
+    return i;
 }
 
 // The row warps: tile i's rows to the stage (prepare), and what the scan warps leave there to the gradients (finish)
@@ -492,89 +570,102 @@ template <bool ALL> struct RowsBack {
     float2 dD[PAIRS] = {}, dbias[PAIRS] = {};
 
     __device__ RowsBack(Shared<BackwardStage>& s_, const ScanGradients<bf16>& out_, const ScanInput<bf16>& p_, int64_t last_tile_)
-        : s(s_), out(out_), p(p_), last_tile(last_tile_), mine(p_.e) {
+        : s(s_), out(out_), p(p_), last_tile(last_tile_), mine(thread_index(), p_.e) {
         row_at = blockIdx.y * p.T + step(0), e_at = row_at * p.e + mine.channel, z_at = row_at * out.lddz + mine.channel;
         from[U] = p.u + e_at, from[DT] = p.dt_raw + e_at, from[Z] = p.z + row_at * p.ldz + mine.channel, from[DOUT] = out.dout + e_at;
         bc = p.bc + row_at * p.ldbc;
         saved = out.saved + ((blockIdx.y * ((p.T + TILE - 1) / TILE) + last_tile) * p.e + blockIdx.x * CH) * 16;
     }
-    __device__ int64_t step(int64_t i) const { return (last_tile - i) * TILE + mine.row; }
-    __device__ void fetch(int64_t i, int64_t count) {
+    __device__ int64_t step(int i) const { return (last_tile - i) * TILE + mine.row; }
+    __device__ void fetch(int i, int count) {
         if (i < count) {
             s.inputs.template fetch<ALL>(i, from, bc, mine, step(i) < p.T);
             from[U] -= TILE * (int64_t)p.e, from[DT] -= TILE * (int64_t)p.e, from[Z] -= TILE * p.ldz, from[DOUT] -= TILE * (int64_t)p.e, bc -= TILE * p.ldbc;
-            s.inputs.fetch_states(i, saved, p.e - (int)blockIdx.x * CH);
+            s.inputs.template fetch_states<ALL>(i, saved, p.e - (int)blockIdx.x * CH, mine.thread);
             saved -= (int64_t)p.e * 16;
         }
         copy_commit();
     }
-    __device__ void prepare(int64_t i) {
+    __device__ void prepare(int i) {
         BackwardStage& stage = s.stages[i & 1];
+        BackwardStage::Step& to = stage.steps[mine.row];
 #pragma unroll
-        for (int k = 0; k < PAIRS; k++) {
-            const int c = mine.column + k * STRIDE;
-            const uint32_t dts = s.inputs.word(i, DT, k), zs = s.inputs.word(i, Z, k), douts = s.inputs.word(i, DOUT, k);
-            const float2 bias = *(const float2*)&s.bias[c], gate = make_float2(scan_sigmoid<bf16>(low(zs)), scan_sigmoid<bf16>(high(zs)));
-            stage.gate[mine.row][c / 2] = gate;
-            stage.dy[mine.row][c / 2] = make_uint2(split(low(douts) * low(zs) * gate.x), split(high(douts) * high(zs) * gate.y));
-            float2 slope, dt;
-            dt.x = softplus_slope(low(dts) + bias.x, slope.x), dt.y = softplus_slope(high(dts) + bias.y, slope.y);
-            stage.dt[mine.row][c / 2] = dt, stage.slope[mine.row][c / 2] = slope;
-            stage.pair[mine.row][c / 2] = make_pair(dt, s.inputs.word(i, U, k));
-        }
+        for (int k = 0; k < PAIRS; k++) prepare_pair(to, i, k);
         const bool past = step(i) >= p.T;                             // then dout is zeros
         if (past || p.is_start(blockIdx.y, step(i)))
-            for (int k = 0; k < PAIRS; k++) edge(stage.pair[mine.row][(mine.column + k * STRIDE) / 2], past);
-        const bf16 v = s.inputs.state_value(i, mine.row);
-        const bool is_B = threadIdx.x % WARP < 16;
-        store_quarters((is_B ? stage.b4 : stage.c4)[mine.row], v);
-        (is_B ? stage.b : stage.c)[mine.row][threadIdx.x % 16] = v;
+            for (int k = 0; k < PAIRS; k++) {                         // finish needs dt: in place of what it does not need
+                float4& pair = to.pair[mine.lane + k * WARP];
+                s.inputs.word(i, DT, k, mine) = __float_as_uint(pair.x), s.inputs.word(i, Z, k, mine) = __float_as_uint(pair.y);
+                edge(pair, past);
+            }
+        const bf16 v = s.inputs.state_value(i, mine);
+        const int n = mine.lane % 16;
+        if (mine.lane < 16) {
+            store_quarters(to.b4, n, v);
+            to.b[n] = v;
+        } else {
+            store_outer(to.c, n, v);
+            stage.c[diagonal_row(mine.row)][n] = v;
+        }
         s.full[i & 1].arrive();
     }
-    __device__ void finish(int64_t i) {
+    __device__ void prepare_pair(BackwardStage::Step& to, int i, int k) {
+        const int c2 = mine.lane + k * WARP;
+        const uint32_t dts = s.inputs.word(i, DT, k, mine), zs = s.inputs.word(i, Z, k, mine), douts = s.inputs.word(i, DOUT, k, mine);
+        const float2 z = make_float2(low(zs), high(zs)), gate = make_float2(scan_sigmoid<bf16>(z.x), scan_sigmoid<bf16>(z.y));
+        const float2 silu = make_float2(z.x * gate.x, z.y * gate.y), bias = ((const float2*)s.bias)[c2];
+        to.gate[c2] = make_float4(silu.x, silu.y, fmaf(silu.x, 1.f - gate.x, gate.x), fmaf(silu.y, 1.f - gate.y, gate.y));
+        to.dy[c2] = split(low(douts) * silu.x, high(douts) * silu.y);
+        float2 slope, dt;
+        dt.x = softplus_slope(low(dts) + bias.x, slope.x), dt.y = softplus_slope(high(dts) + bias.y, slope.y);
+        to.slope[c2] = slope;
+        to.pair[c2] = make_pair(dt, s.inputs.word(i, U, k, mine));
+    }
+    __device__ void finish(int i) {
         const BackwardStage& stage = s.stages[i & 1];
         if (step(i) < p.T) {
             add_warps(stage);
+            const bool start = p.is_start(blockIdx.y, step(i));
 #pragma unroll
-            for (int k = 0; k < PAIRS; k++) finish_pair(stage, i, k);
+            for (int k = 0; k < PAIRS; k++) finish_pair(stage.steps[mine.row], i, k, start);
         }
         row_at -= TILE, e_at -= TILE * (int64_t)p.e, z_at -= TILE * out.lddz;
     }
-    __device__ void finish_pair(const BackwardStage& stage, int64_t i, int k) {
-        const int c = mine.column + k * STRIDE, live = mine.live - k * STRIDE;
-        const uint32_t us = s.inputs.word(i, U, k), zs = s.inputs.word(i, Z, k), douts = s.inputs.word(i, DOUT, k);
-        const float2 gate = stage.gate[mine.row][c / 2], D = *(const float2*)&s.skip_weight[c], u = make_float2(low(us), high(us)), dout = make_float2(low(douts), high(douts));
-        const float2 silu = make_float2(low(zs) * gate.x, high(zs) * gate.y), dy = make_float2(dout.x * silu.x, dout.y * silu.y);
-        float2 y = *(const float2*)&stage.y[mine.row][c];
+    __device__ void finish_pair(const BackwardStage::Step& from, int i, int k, bool start) {
+        const int c2 = mine.lane + k * WARP, live = mine.live - k * STRIDE;
+        const uint32_t us = s.inputs.word(i, U, k, mine), douts = s.inputs.word(i, DOUT, k, mine);
+        const float4 gate = from.gate[c2];
+        const float2 D = ((const float2*)s.skip_weight)[c2], u = make_float2(low(us), high(us)), dout = make_float2(low(douts), high(douts));
+        const float2 dy = make_float2(dout.x * gate.x, dout.y * gate.y);
+        float2 y = ((const float2*)from.y)[c2];
         y.x = fmaf(D.x, u.x, y.x), y.y = fmaf(D.y, u.y, y.y);
-        store2<ALL>(out.out + e_at + k * STRIDE, live, make_float2(y.x * silu.x, y.y * silu.y));
-        store2<ALL>(out.dz + z_at + k * STRIDE, live, make_float2(dout.x * y.x * fmaf(silu.x, 1.f - gate.x, gate.x), dout.y * y.y * fmaf(silu.y, 1.f - gate.y, gate.y)));
-        const float2 dinput = *(const float2*)&stage.dinput[mine.row][c], dt = stage.dt[mine.row][c / 2];
+        store2<ALL>(out.out + e_at + k * STRIDE, live, make_float2(y.x * gate.x, y.y * gate.y));
+        store2<ALL>(out.dz + z_at + k * STRIDE, live, make_float2(dout.x * y.x * gate.z, dout.y * y.y * gate.w));
+        float2 dt = *(const float2*)&from.pair[c2];
+        if (start) dt = make_float2(__uint_as_float(s.inputs.word(i, DT, k, mine)), __uint_as_float(s.inputs.word(i, Z, k, mine)));
+        const float2 dinput = ((const float2*)from.dinput)[c2], ddecay = ((const float2*)from.ddecay)[c2], slope = from.slope[c2];
         store2<ALL>(out.du + e_at + k * STRIDE, live, make_float2(fmaf(dinput.x, dt.x, D.x * dy.x), fmaf(dinput.y, dt.y, D.y * dy.y)));
-        const float2 ddecay = *(const float2*)&stage.ddecay[mine.row][c], slope = stage.slope[mine.row][c / 2];
         const float2 ddt = make_float2(fmaf(dinput.x, u.x, ddecay.x * SCAN_LN2) * slope.x, fmaf(dinput.y, u.y, ddecay.y * SCAN_LN2) * slope.y);
         store2<ALL>(out.ddt_raw + e_at + k * STRIDE, live, ddt);
         dD[k].x = fmaf(dy.x, u.x, dD[k].x), dD[k].y = fmaf(dy.y, u.y, dD[k].y);
         dbias[k].x += ddt.x, dbias[k].y += ddt.y;
     }
-    // dB and dC of the step: word w is the scan warps' sum, in order
+    // dB and dC of the step: the scan warps' sums, in order
     __device__ void add_warps(const BackwardStage& stage) const {
-        const int w = threadIdx.x % 16, n = w / 4 * 4 + w % 2 * 2 + w / 2 % 2;
-        const bool is_B = threadIdx.x % WARP < 16;
-        const float(*from)[TILE][20] = is_B ? stage.db : stage.dc;
-        float sum = from[0][mine.row][w];
+        const int w = mine.lane % 16, n = w / 4 * 4 + w % 2 * 2 + w / 2 % 2;
+        float sum = stage.dbc[0][mine.row][mine.lane];
 #pragma unroll
-        for (int warp = 1; warp < SCAN_WARPS; warp++) sum += from[warp][mine.row][w];
-        out.dbc[((int64_t)blockIdx.x * gridDim.y * p.T + row_at) * 32 + (is_B ? 0 : 16) + n] = sum;
+        for (int warp = 1; warp < SCAN_WARPS; warp++) sum += stage.dbc[warp][mine.row][mine.lane];
+        out.dbc[((int64_t)blockIdx.x * gridDim.y * p.T + row_at) * 32 + mine.lane / 16 * 16 + n] = sum;
     }
     // dD and d(dt bias) of the block's channels: the sums of the eight rows, in order. The scan warps are done with the stages.
     __device__ void add_rows(float* to) {
         float4(*sums)[CH / 2] = (float4(*)[CH / 2])&s.stages[0];      // (8 rows, CH / 2)
         asm volatile("bar.sync 1, %0;" ::"n"(ROW_THREADS) : "memory");
 #pragma unroll
-        for (int k = 0; k < PAIRS; k++) sums[mine.row][(mine.column + k * STRIDE) / 2] = make_float4(dD[k].x, dbias[k].x, dD[k].y, dbias[k].y);
+        for (int k = 0; k < PAIRS; k++) sums[mine.row][mine.lane + k * WARP] = make_float4(dD[k].x, dbias[k].x, dD[k].y, dbias[k].y);
         asm volatile("bar.sync 1, %0;" ::"n"(ROW_THREADS) : "memory");
-        const int c = threadIdx.x - SCAN_THREADS;
+        const int c = mine.thread;
         if (c >= CH || (int)blockIdx.x * CH + c >= p.e) return;
         float2 sum = make_float2(0.f, 0.f);
         for (int r = 0; r < TILE; r++) {
@@ -583,12 +674,12 @@ template <bool ALL> struct RowsBack {
         }
         *(float2*)(to + c * 2) = sum;
     }
-    __device__ void run(int64_t segment, int64_t count) {
+    __device__ void run(int64_t segment, int count) {
         for (int i = 0; i < 3; i++) fetch(i, count);
         copy_wait<2>();
         __syncwarp();
         prepare(0);
-        for (int64_t i = 0; i < count; i++) {
+        for (int i = 0; i < count; i++) {
             copy_wait<1>();                                           // tile i + 1 is here
             __syncwarp();
             if (i + 1 < count) prepare(i + 1);
@@ -614,11 +705,11 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(ScanGradients<bf16
     const int64_t segment = (int64_t)blockIdx.y * gridDim.z + blockIdx.z, tiles = (p.T + TILE - 1) / TILE;
     const int64_t first_tile = blockIdx.z * p.segment_tiles, count = min(p.segment_tiles, tiles - first_tile);
     s.init(p.D, p.dt_bias, p.e);
-    if (threadIdx.x < SCAN_THREADS) {
-        SCAN_MMA_REGISTERS("inc", "128");
+    if (is_scan()) {
+        SCAN_MMA_REGISTERS("inc", "112");
         scan_back(s, out, p, segment, first_tile, count);
     } else {
-        SCAN_MMA_REGISTERS("dec", "48");
+        SCAN_MMA_REGISTERS("dec", "72");
         if (VEC && (blockIdx.x + 1) * CH <= p.e) RowsBack<true>(s, out, p, first_tile + count - 1).run(segment, count);
         else RowsBack<false>(s, out, p, first_tile + count - 1).run(segment, count);
     }
