@@ -40,7 +40,6 @@ struct Schedule {
 };
 struct Work { int tile, owner; };
 
-constexpr int BLOCK = 3 * WARPGROUP;                                      // producer, two consumers
 constexpr int ROWS = 128;                                                // of every tile: 64 for each consumer
 template <int HD> constexpr int TILE_BYTES = ROWS * HD * 2;
 constexpr int LOWER = 1, UPPER = 2, BOTH = 3;                            // halves of a tile of keys
@@ -104,9 +103,6 @@ __device__ inline int half_offset(int parts) { return parts == UPPER ? 64 * 128 
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Pieces of the kernels
-
-// 0 or 1; the compiler must see that it is one for a warp
-__device__ inline int which_consumer() { return __shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP, 0) - 1; }
 
 // A kernel for problems without documents and ring is compiled apart: what there is not costs it nothing
 template <bool EXTRAS> __device__ inline Problem simplified(const Problem& given) {

@@ -76,7 +76,7 @@ inline CUtensorMap tensor_map(const bf16* p, int B, int64_t T, int64_t heads, in
     return map;
 }
 
-constexpr int WARPGROUP = 128;
+constexpr int WARPGROUP = 128, BLOCK = 3 * WARPGROUP;                      // producer, two consumers
 
 #ifdef __CUDACC__
 extern __shared__ __align__(1024) unsigned char sm90_shared[];
@@ -241,6 +241,14 @@ template <int K> __device__ inline void pack_operand(uint32_t (&p)[K][4], const 
         for (int i = 0; i < 4; i++) p[k][i] = pack(c[8 * k + 2 * i], c[8 * k + 2 * i + 1]);
 }
 
+// Four 8 x 8 blocks of bf16: lane l names row l % 8 of block l / 8, and has of each block two neighbours of row l / 4
+__device__ inline void load_blocks(uint32_t (&v)[4], uint32_t at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(at) : "memory");
+}
+__device__ inline void store_blocks(uint32_t at, const uint32_t (&v)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
+}
+
 // The warpgroup's 64 rows, rounded, into rows of a tile of TILE_ROWS in the form TMA stores; `rows`: its first row. factor: per half.
 // row_of: where a row of the result belongs
 struct SameRow { __device__ int operator()(int row) const { return row; } };
@@ -252,10 +260,9 @@ __device__ inline void stage_rows(unsigned char* rows, const float (&c)[NR], con
 #pragma unroll
     for (int n = 0; n < NR / 4; n += 2) {
         const float* x = c + n * 4;
-        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::
-                     "r"(row + n / 8 * TILE_ROWS * 128 + ((n % 8 + lane / 16) ^ r % 8) * 16),
-                     "r"(pack(x[0] * factor[0], x[1] * factor[0])), "r"(pack(x[2] * factor[1], x[3] * factor[1])),
-                     "r"(pack(x[4] * factor[0], x[5] * factor[0])), "r"(pack(x[6] * factor[1], x[7] * factor[1])) : "memory");
+        const uint32_t rounded[4] = {pack(x[0] * factor[0], x[1] * factor[0]), pack(x[2] * factor[1], x[3] * factor[1]),
+                                     pack(x[4] * factor[0], x[5] * factor[0]), pack(x[6] * factor[1], x[7] * factor[1])};
+        store_blocks(row + n / 8 * TILE_ROWS * 128 + ((n % 8 + lane / 16) ^ r % 8) * 16, rounded);
     }
 }
 // Staged rows (a box of the map) to positions t .. of a head, as far as they exist. By one thread; committed by the caller
@@ -305,6 +312,9 @@ template <int HD, int N, int BOX> __device__ inline void load_tile(uint32_t tile
 #pragma unroll
         for (int r = 0; r < N; r += BOX) tma_load(tile + (slab * N + r) * 128, map, bar, slab * 64, head, t + r, b);
 }
+
+// Of the block's three warpgroups, a producer and two consumers: 0 or 1 for these. The compiler must see that it is one for a warp
+__device__ inline int which_consumer() { return __shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP, 0) - 1; }
 #endif // SAMBA_SM90A_CODE
 #endif // __CUDACC__
 

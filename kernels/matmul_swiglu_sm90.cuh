@@ -14,7 +14,7 @@
 #pragma once
 #include <initializer_list>
 
-#include "attention_sm90.cuh"
+#include "hopper.cuh"
 #include "swiglu.cuh"
 
 namespace gpu::sm90 {
@@ -63,14 +63,6 @@ __device__ inline void cluster_sync() {
 __device__ inline void arrive_at(uint32_t bar, int rank) {
     asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [there];\n}"
                  ::"r"(bar), "r"(rank) : "memory");
-}
-
-// Four 8 x 8 blocks of bf16: lane l names row l % 8 of block l / 8, and has of each block two neighbours of row l / 4
-__device__ inline void load_blocks(uint32_t (&v)[4], uint32_t at) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(at) : "memory");
-}
-__device__ inline void store_blocks(uint32_t at, const uint32_t (&v)[4]) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
 }
 
 #define SM90_ACC128                                                                                                                            \
