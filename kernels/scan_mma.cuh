@@ -67,27 +67,25 @@ __device__ inline uint32_t transpose(uint32_t m) {                   // of an 8 
 __device__ inline void transpose(uint32_t (&to)[4], const uint32_t (&a)[4]) {
     to[0] = transpose(a[0]), to[1] = transpose(a[2]), to[2] = transpose(a[1]), to[3] = transpose(a[3]);
 }
-#ifndef GATE_ARRIVALS
-#define GATE_ARRIVALS 32
-#endif
 // Where one kind of warps waits for all warps of the other kind. Turn k of a gate opens when `warps` have arrived k + 1 times. Each lane arrives
 // for itself: one for its warp after __syncwarp() would do, but compute-sanitizer's racecheck sees the order of the arriving lane only.
 struct Gate {
     uint64_t barrier;
     __device__ uint32_t address() { return (uint32_t)__cvta_generic_to_shared(&barrier); }
-    __device__ void init(int warps) { asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address()), "r"(warps * GATE_ARRIVALS) : "memory"); }
-    __device__ void arrive() {
-        if (GATE_ARRIVALS == 1) __syncwarp();
-        if (GATE_ARRIVALS > 1 || threadIdx.x % WARP == 0) asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(address()) : "memory");
+    __device__ void init(int warps) { asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address()), "r"(warps * WARP) : "memory"); }
+    __device__ void arrive() { asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(address()) : "memory"); }
+    __device__ bool test(uint32_t turn) {                             // may wait a little
+        uint32_t open;
+#if __CUDA_ARCH__ >= 900
+#define SCAN_MMA_TEST "try_wait"
+#else
+#define SCAN_MMA_TEST "test_wait"
+#endif
+        asm volatile("{\n.reg .pred p;\nmbarrier." SCAN_MMA_TEST ".parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(open) : "r"(address()), "r"(turn & 1) : "memory");
+        return open;
     }
     __device__ void wait(uint32_t turn) {
-        uint32_t open = 0;
-        while (!open)
-#if __CUDA_ARCH__ >= 900
-            asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(open) : "r"(address()), "r"(turn & 1) : "memory");
-#else
-            asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(open) : "r"(address()), "r"(turn & 1) : "memory");
-#endif
+        while (!test(turn)) {}
     }
 };
 // Shared memory to zeros, by all threads of the block

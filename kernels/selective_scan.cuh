@@ -27,7 +27,7 @@ template <class X> ScanSegments scan_segments(int B, int64_t T, int e, int N) {
 }
 
 // The forward pass in bf16: blocks of 192 channels if they fill the GPU with one segment; else narrow ones, which need fewer segments or none.
-using ScanNarrow = scan_mma::ForwardShape<24, 3, 3, 2, 4, 0>;
+using ScanNarrow = scan_mma::ForwardShape<24, 6, 1, 3, 8, 0>;
 struct ScanForwardPlan {
     bool narrow;
     ScanSegments segments;
