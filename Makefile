@@ -280,7 +280,7 @@ bench-loader: ## Tokens/s of the DataLoader with a warm page cache
 bench-generate: setup ## Tokens/s of writing and of reading a prompt against context length, Samba and full attention: JSON and plot
 	@$(MAKE) --no-print-directory $(BUILD)/bench_generate
 	@mkdir -p out/bench
-	@$(BUILD)/bench_generate --contexts 1k,2k,4k,8k,16k,32k,64k,128k --prompts 1k,2k,4k,8k,16k,32k,64k,128k --out out/bench/generate.json
+	@$(BUILD)/bench_generate --contexts 1k,2k,4k,8k,16k,32k,64k,128k,1m --prompts 1k,2k,4k,8k,16k,32k,64k,128k --out out/bench/generate.json
 	@$(PYTHON) dev/bench/plot_generate.py out/bench/generate.json --out out/bench/generate.png
 
 .PHONY: bench-prepare

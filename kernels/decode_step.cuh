@@ -32,7 +32,7 @@ constexpr int STAGE = TILE * PITCH, STAGES = 12;
 constexpr int MAX_OWN = 24;                                // rows of x that a block owns
 constexpr int MAX_STATES = 256;                            // d_state times sequences
 constexpr int WARP_SUMS = WARPS * (2 + 256);               // floats: (WARPS, 2 + hd)
-constexpr int PARTIAL = 2 * std::max(WARP_SUMS, WARPS * TILE * MAX_BATCH);
+constexpr int PARTIAL = 2 * std::max(WARP_SUMS, WARPS * TILE * (MAX_BATCH + 2));
 
 enum class Task : int { conv, x_proj, scan, residual, qkv, attend, combine, swiglu, head };
 
@@ -90,6 +90,11 @@ __device__ inline uint4 load_shared(unsigned at) {
     uint4 v;
     asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
     return v;
+}
+
+__device__ inline float4 load_shared4(unsigned at) {
+    const uint4 v = load_shared(at);
+    return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -277,7 +282,7 @@ __device__ inline void load_if(float& v, const void* p, int i, int n) {
 }
 
 struct Scratch {                           // shared memory of the consumers
-    float *partial;                        // 2 buffers of (WARPS,TILE,8 NT), or of (teams,2+hd)
+    float *partial;                        // 2 buffers of (WARPS,TILE,LD), or of (WARPS,2+hd)
     float *own;                            // (MAX_BATCH,MAX_OWN) x of the rows that this block owns
     float *scale;                          // (MAX_BATCH) 1/rms, or 1
     float *BC;                             // (MAX_BATCH,2N)
@@ -290,6 +295,7 @@ struct Operands { float v[10]; };
 
 template <int NT> struct Linear {
     static constexpr int MOST = NT == 1 ? 24 : 16;          // blocks of 32 columns a warp
+    static constexpr int LD = 8 * NT + 2;                   // of the warps' sums: 16 rows and 2 sequences fall on 32 banks
     using X = __nv_bfloat16;
     const StepArgs& a;
     const Phase& ph;
@@ -365,29 +371,41 @@ template <int NT> struct Linear {
 
     // The scan's step of a tile's channels: 4 lanes a channel of a sequence. dt_proj's sums: sum(slot, b)
     template <class Sum> __device__ void scan(unsigned state, int first, int n, const Operands& o, Sum sum) const {
+        constexpr int TASKS = 2 * NT;                       // of a thread: one channel, several sequences
+        constexpr float LOG2E = 1.44269504f;
         const unsigned bytes = n * a.N * 4;
+        const int sub = threadIdx.x % 4, r = threadIdx.x / 4 % TILE, c = first + r, b0 = threadIdx.x / (4 * TILE);
+        float dt[TASKS], y[TASKS] = {};
 #pragma unroll
-        for (int k = 0; k < 2 * NT; k++) {
-            const int task = threadIdx.x + k * THREADS, sub = task % 4, r = task / 4 % TILE, b = task / (4 * TILE), c = first + r;
-            const bool live = r < n && b < a.B;
-            float y = 0;
-            if (live) {
-                const float raw = round_to<X>(sum(r, b)) + o.v[8], dt = raw > 20.f ? raw : log1pf(expf(raw)), input = dt * o.v[k];
-                for (int i = sub * 4; i < a.N; i += 16) {
-                    const uint4 Ai = load_shared(state + (r * a.N + i) * 4), hi = load_shared(state + (b + 1) * bytes + (r * a.N + i) * 4);
-                    const unsigned A[4] = {Ai.x, Ai.y, Ai.z, Ai.w}, h[4] = {hi.x, hi.y, hi.z, hi.w};
-                    float to[4];
+        for (int k = 0; k < TASKS; k++) {
+            const int b = b0 + k * (THREADS / (4 * TILE));
+            dt[k] = 0;
+            if (r >= n || b >= a.B) continue;
+            const float raw = round_to<X>(sum(r, b)) + o.v[8];
+            dt[k] = raw > 20.f ? raw : log1pf(expf(raw));
+        }
+        for (int i = sub * 4; i < a.N; i += 16) {
+            if (r >= n) continue;
+            const float4 A_log = load_shared4(state + (r * a.N + i) * 4);
+            const float A[4] = {-LOG2E * exp2f(LOG2E * A_log.x), -LOG2E * exp2f(LOG2E * A_log.y), -LOG2E * exp2f(LOG2E * A_log.z), -LOG2E * exp2f(LOG2E * A_log.w)};
 #pragma unroll
-                    for (int q = 0; q < 4; q++) {
-                        to[q] = expf(dt * -expf(__uint_as_float(A[q]))) * __uint_as_float(h[q]) + input * s.BC[b * 2 * a.N + i + q];
-                        y += to[q] * s.BC[b * 2 * a.N + a.N + i + q];
-                    }
-                    *(float4*)(ph.h + ((int64_t)b * a.e + c) * a.N + i) = make_float4(to[0], to[1], to[2], to[3]);
-                }
+            for (int k = 0; k < TASKS; k++) {
+                const int b = b0 + k * (THREADS / (4 * TILE));
+                if (b >= a.B) continue;
+                const float4 before = load_shared4(state + (b + 1) * bytes + (r * a.N + i) * 4);
+                const float *Bn = s.BC + b * 2 * a.N + i, *Cn = Bn + a.N, input = dt[k] * o.v[k];
+                const float4 h = make_float4(exp2f(dt[k] * A[0]) * before.x + input * Bn[0], exp2f(dt[k] * A[1]) * before.y + input * Bn[1],
+                                             exp2f(dt[k] * A[2]) * before.z + input * Bn[2], exp2f(dt[k] * A[3]) * before.w + input * Bn[3]);
+                y[k] += h.x * Cn[0] + h.y * Cn[1] + h.z * Cn[2] + h.w * Cn[3];
+                *(float4*)(ph.h + ((int64_t)b * a.e + c) * a.N + i) = h;
             }
-            y += __shfl_xor_sync(0xffffffffu, y, 1);
-            y += __shfl_xor_sync(0xffffffffu, y, 2);
-            if (live && sub == 0) ph.out[(int64_t)b * a.e + c] = from_float<X>((y + o.v[9] * o.v[k]) * o.v[4 + k] * quick_sigmoid(o.v[4 + k]));
+        }
+#pragma unroll
+        for (int k = 0; k < TASKS; k++) {
+            const int b = b0 + k * (THREADS / (4 * TILE));
+            y[k] += __shfl_xor_sync(0xffffffffu, y[k], 1);
+            y[k] += __shfl_xor_sync(0xffffffffu, y[k], 2);
+            if (r < n && b < a.B && sub == 0) ph.out[(int64_t)b * a.e + c] = from_float<X>((y[k] + o.v[9] * o.v[k]) * o.v[4 + k] * quick_sigmoid(o.v[4 + k]));
         }
     }
 
@@ -486,17 +504,18 @@ template <int NT> struct Linear {
                     }
             }
             if (tile == 0) store_scale(v, K);
-            float* buffer = s.partial + tile % 2 * (WARPS * TILE * 8 * NT);
+            float* buffer = s.partial + tile % 2 * (WARPS * TILE * LD);
 #pragma unroll
             for (int m = 0; m < NT; m++)
 #pragma unroll
                 for (int half = 0; half < 2; half++)
-                    *(float2*)(buffer + (warp * TILE + g + 8 * half) * 8 * NT + m * 8 + 2 * t) = make_float2(acc[0][m][2 * half] + acc[1][m][2 * half], acc[0][m][2 * half + 1] + acc[1][m][2 * half + 1]);
+                    *(float2*)(buffer + (warp * TILE + g + 8 * half) * LD + m * 8 + 2 * t) =
+                        make_float2(acc[0][m][2 * half] + acc[1][m][2 * half], acc[0][m][2 * half + 1] + acc[1][m][2 * half + 1]);
             consumers_meet();
             const auto sum = [&](int slot, int seq) {
                 float total = 0;
 #pragma unroll
-                for (int w = 0; w < WARPS; w++) total += buffer[(w * TILE + slot) * 8 * NT + seq];
+                for (int w = 0; w < WARPS; w++) total += buffer[(w * TILE + slot) * LD + seq];
                 return total * s.scale[seq];
             };
             if (task == Task::scan) {
