@@ -1,11 +1,15 @@
-// A decode step in one kernel. Formulas: kernels/cpu/decode.h; the same roundings as the kernels of decode.cuh.
+// A decode step in one kernel. Formulas: kernels/cpu/decode.h; the same roundings as the kernels of decode.cuh, which do what does not
+// fit here (possible(): bf16, compute capability 9.0, sizes).
 //
 // A step reads every weight once, and its 70 results that depend on each other are small: what it takes is the bytes over the
 // bandwidth if memory never waits for them. So one block an SM stays for the whole step:
-//   - a producer warp streams the block's rows of all matrices of all layers, keys, values and scan states in the order of their
-//     use through a ring of 204 KB in shared memory (bulk copies, mbarriers). It waits for nothing but room, so that 27 MB, 8 us
-//     of memory time, are on their way or there while the blocks wait for each other.
-//   - 8 consumer warps compute. Between two phases all blocks meet: a counter in L2, one arrival a block, about 1.5 us.
+//   - four producer warps stream the block's rows of all matrices of all layers, keys, values and scan states in the order of their
+//     use through a ring of 204 KB in shared memory (bulk copies, mbarriers). They wait for nothing but room, so that 27 MB, 8 us
+//     of memory time, are there or on their way while the blocks wait for each other. Alone they reach 93% of a copy's bandwidth at
+//     batch 1 and all of it at batch 16.
+//   - 8 consumer warps compute. Between two phases all blocks meet: a counter in L2, one arrival a block. From the first arrival to the
+//     first product of the next phase it is 2.5 to 3 thousand clocks, most of it three trips to L2; everything that does not depend on
+//     other blocks (addresses, zeros, operands of the first tile) is done before.
 //
 //   phase      mamba: in_proj + conv | x_proj | dt_proj + scan | out_proj + residual     attention: qkv + RoPE | parts of the keys | their
 //              sum, ring | proj + residual     mlp: w1|w2 + SwiGLU | w3 + residual     at the end: head
@@ -14,8 +18,9 @@
 // its rows and sequences as its columns; the order of k is free, so that a lane's 16 bytes of a row are operands as they come. A warp
 // takes every 8th block of 32 columns and keeps its part of the activations in registers; the 8 warps' sums are added in order.
 //
-// Bytes: those of all weights, keys and values in the window, scan states twice. Activations go through L2: each block reads all of
-// a phase's input, 2 B K bytes (B = 16, K = 4096: 17 MB for all blocks).
+// Bytes: those of all weights, keys and values in the window, scan states twice; Samba-421M 0.923 GB at batch 1, 2.093 GB at batch 16.
+// Activations go through L2: each block reads all of a phase's input, 2 B K bytes (B = 16, K = 4096: 17 MB for all blocks).
+// Measured, with the draw: dev/results/2026-11-27_h200_generate.
 #pragma once
 #include "decode_attention.cuh"
 #include "decode_linear.cuh"
@@ -71,20 +76,29 @@ struct StepArgs {
 // Barriers
 
 __device__ inline unsigned shared_address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
-__device__ inline void mbarrier_init(unsigned bar, int arrivals) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory"); }
+__device__ inline void mbarrier_init(unsigned bar, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
+}
 __device__ inline void mbarrier_arrive(unsigned bar) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory"); }
 #if __CUDA_ARCH__ >= 900
-__device__ inline void mbarrier_expect(unsigned bar, unsigned bytes) { asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory"); }
+__device__ inline void mbarrier_expect(unsigned bar, unsigned bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
 __device__ inline void mbarrier_wait(unsigned bar, unsigned parity) {
-    asm volatile("{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra DONE;\nbra AGAIN;\nDONE:\n}" ::"r"(bar), "r"(parity) : "memory");
+    asm volatile("{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra DONE;\nbra AGAIN;\nDONE:\n}"
+                 ::"r"(bar), "r"(parity)
+                 : "memory");
 }
 __device__ inline void bulk_copy(unsigned to, const void* from, unsigned bytes, unsigned bar) {              // addresses and size: multiples of 16
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes), "r"(bar) : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes), "r"(bar)
+                 : "memory");
 }
 // Counts as an arrival when this thread's cp.async are through, and as one to wait for from now on
 __device__ inline void copies_arrive(unsigned bar) { asm volatile("cp.async.mbarrier.arrive.shared::cta.b64 [%0];" ::"r"(bar) : "memory"); }
 #endif
-__device__ inline void copy_16_to(unsigned to, const void* from) { asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory"); }
+__device__ inline void copy_16_to(unsigned to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
 __device__ inline void consumers_meet() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
 __device__ inline uint4 load_shared(unsigned at) {
     uint4 v;
@@ -102,7 +116,8 @@ __device__ inline float4 load_shared4(unsigned at) {
 
 __device__ inline bool in_pairs(Task t) { return t == Task::qkv || t == Task::swiglu; }
 __device__ inline int part_of(int n, int i, int parts) { return (int)((unsigned)n * (unsigned)i / (unsigned)parts); }
-__device__ inline int quotient(int x, int by) { return (int)__fdividef((float)x + 0.5f, (float)by); }        // x < 2^20; a fifth of a division's instructions
+// x / by for x < 2^20, in a fifth of a division's instructions
+__device__ inline int quotient(int x, int by) { return (int)__fdividef((float)x + 0.5f, (float)by); }
 
 struct Share {                             // a block's results of a phase, and the tiles that they are in
     int begin, count, tiles, base;         // base: results of a tile, rounded down
@@ -129,7 +144,8 @@ struct KeyPart {                           // of one sequence and query head
         b = quotient(head, a.H);
         h = head - b * a.H;
         split = part - head * a.splits;
-        const int64_t seen = min(position(b), capacity), share = (int64_t)(((unsigned)seen + a.splits - 1) / (unsigned)a.splits);       // below 2^31 (possible())
+        const int64_t seen = min(position(b), capacity);                           // below 2^31 (possible())
+        const int64_t share = ((unsigned)seen + a.splits - 1) / (unsigned)a.splits;
         begin = min(seen, split * share);
         end = min(seen, begin + share);
     }
@@ -387,7 +403,8 @@ template <int NT> struct Linear {
         for (int i = sub * 4; i < a.N; i += 16) {
             if (r >= n) continue;
             const float4 A_log = load_shared4(state + (r * a.N + i) * 4);
-            const float A[4] = {-LOG2E * exp2f(LOG2E * A_log.x), -LOG2E * exp2f(LOG2E * A_log.y), -LOG2E * exp2f(LOG2E * A_log.z), -LOG2E * exp2f(LOG2E * A_log.w)};
+            const float A[4] = {-LOG2E * exp2f(LOG2E * A_log.x), -LOG2E * exp2f(LOG2E * A_log.y), -LOG2E * exp2f(LOG2E * A_log.z),
+                                -LOG2E * exp2f(LOG2E * A_log.w)};
 #pragma unroll
             for (int k = 0; k < TASKS; k++) {
                 const int b = b0 + k * (THREADS / (4 * TILE));
@@ -405,7 +422,8 @@ template <int NT> struct Linear {
             const int b = b0 + k * (THREADS / (4 * TILE));
             y[k] += __shfl_xor_sync(0xffffffffu, y[k], 1);
             y[k] += __shfl_xor_sync(0xffffffffu, y[k], 2);
-            if (r < n && b < a.B && sub == 0) ph.out[(int64_t)b * a.e + c] = from_float<X>((y[k] + o.v[9] * o.v[k]) * o.v[4 + k] * quick_sigmoid(o.v[4 + k]));
+            if (r < n && b < a.B && sub == 0)
+                ph.out[(int64_t)b * a.e + c] = from_float<X>((y[k] + o.v[9] * o.v[k]) * o.v[4 + k] * quick_sigmoid(o.v[4 + k]));
         }
     }
 
@@ -548,11 +566,13 @@ template <int LANES> struct Attend {
 
     struct Heads { RawEight<X> q, key, value; };            // of a part; its own token's key and value belong to the first split
     __device__ Heads load(int part) const {
-        const int per_group = quotient(a.H, a.G), head = quotient(part, a.splits), b = quotient(head, a.H), h = head - b * a.H, group = quotient(h, per_group), hd = a.hd;
+        const int per_group = quotient(a.H, a.G), head = quotient(part, a.splits), b = quotient(head, a.H), h = head - b * a.H;
+        const int group = quotient(h, per_group), hd = a.hd;
         const bool live = part < a.B * a.H * a.splits && sub * 8 < hd;
         const X* heads = ph.qkv + (b * a.G + group) * (per_group + 2) * hd + sub * 8;
         const bool own = live && part == head * a.splits && warp == 0;
-        return {load_eight(heads + (h - group * per_group) * hd, live), load_eight(heads + per_group * hd, own), load_eight(heads + (per_group + 1) * hd, own)};
+        return {load_eight(heads + (h - group * per_group) * hd, live), load_eight(heads + per_group * hd, own),
+                load_eight(heads + (per_group + 1) * hd, own)};
     }
     __device__ static float dot(const Eight& x, const Eight& y) {
         float even = 0, odd = 0;
@@ -597,7 +617,8 @@ template <int LANES> struct Attend {
                 RawEight<X> key[2]{}, value[2]{};
 #pragma unroll
                 for (int j = 0; j < 2; j++)
-                    if (const int i = team + j * TEAMS; i < n && inside) key[j].a = load_shared(keys + i * row), value[j].a = load_shared(keys + (TOKENS + i) * row);
+                    if (const int i = team + j * TEAMS; i < n && inside)
+                        key[j].a = load_shared(keys + i * row), value[j].a = load_shared(keys + (TOKENS + i) * row);
                 ring.release();
                 float score[2], top = soft.top;
 #pragma unroll
@@ -663,15 +684,16 @@ __device__ inline float sum_of_parts(const float* part, int splits, int width, i
 
 __device__ inline void combine(const StepArgs& a, const Phase& ph, const int64_t* position) {
     using X = __nv_bfloat16;
-    const int hd = a.hd, width = 2 + hd, per_group = quotient(a.H, a.G), lane = threadIdx.x % WARP, first = ((int)(threadIdx.x / WARP) * gridDim.x + blockIdx.x) * WARP + lane, stride = gridDim.x * THREADS;
-    for (int item = first; item < a.B * a.H * hd; item += stride)
-        {
+    const int hd = a.hd, width = 2 + hd, per_group = quotient(a.H, a.G), lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const int first = (warp * gridDim.x + blockIdx.x) * WARP + lane, stride = gridDim.x * THREADS;
+    for (int item = first; item < a.B * a.H * hd; item += stride) {
         const int head = quotient(item, hd);
         ph.out[item] = from_float<X>(sum_of_parts(a.parts + (int64_t)head * a.splits * width, a.splits, width, item - head * hd));
     }
     const int chunks = hd / 8;
     for (int item = first; ph.capacity > 0 && item < a.B * 2 * a.G * chunks; item += stride) {       // 8 values each of (B,2,G,hd)
-        const int row = quotient(item, chunks), c = (item - row * chunks) * 8, half = quotient(row, a.G), g = row - half * a.G, value = half % 2, b = half / 2;
+        const int row = quotient(item, chunks), c = (item - row * chunks) * 8;
+        const int half = quotient(row, a.G), g = row - half * a.G, value = half % 2, b = half / 2;
         int64_t slot = position[b];                                                // modulo capacity
         slot -= (int64_t)((double)slot * ph.per_capacity) * ph.capacity;
         if (slot < 0) slot += ph.capacity;
@@ -696,7 +718,8 @@ template <int LANES> __device__ inline int pieces(const StepArgs& a, const Phase
     return n;
 }
 
-template <int NT, int LANES> __device__ inline void consume(const StepArgs& a, Ring ring, const Scratch& s, Phase* phases /*shared, 2*/, int4* shares /*shared, 2*/) {
+template <int NT, int LANES>
+__device__ inline void consume(const StepArgs& a, Ring ring, const Scratch& s, Phase* phases /*shared, 2*/, int4* shares /*shared, 2*/) {
     constexpr int WORDS = sizeof(Phase) / 4;
     asm volatile("griddepcontrol.wait;" ::: "memory");
     unsigned target = threadIdx.x == 0 ? __ldcg(a.counter + 1) : 0;
@@ -712,7 +735,8 @@ template <int NT, int LANES> __device__ inline void consume(const StepArgs& a, R
     keep_word(0, word_of(0));
     if (threadIdx.x < a.B) s.position[threadIdx.x] = __ldcg((const long long*)a.position + threadIdx.x);
     const int own = part_of(a.d, blockIdx.x, gridDim.x), owned = part_of(a.d, blockIdx.x + 1, gridDim.x) - own;
-    for (int i = threadIdx.x; i < a.B * owned; i += THREADS) s.own[i / owned * MAX_OWN + i % owned] = __ldcg(a.x + (int64_t)(i / owned) * a.d + own + i % owned);
+    for (int i = threadIdx.x; i < a.B * owned; i += THREADS)
+        s.own[i / owned * MAX_OWN + i % owned] = __ldcg(a.x + (int64_t)(i / owned) * a.d + own + i % owned);
     consumers_meet();
     for (int p = 0; p < a.count; p++) {
         const Phase& ph = phases[p % 2];
@@ -801,7 +825,8 @@ public:
         const auto columns = [&](int K) { return K % 8 == 0 && K <= most; };
         if (!columns(m.d) || ceil_div(m.d, gpu().sms) > MAX_OWN) return false;
         for (const DecodeLayer& l : m.layers) {
-            if (l.kind == DecodeLayer::mamba && (!columns(m.e) || !columns(m.rank) || m.N % 4 || m.N * m.B > MAX_STATES || (m.rank + 2 * m.N) % 8 || TILE * m.N * 4 * (m.B + 1) > STAGE)) return false;
+            const bool states = m.N % 4 == 0 && m.N * m.B <= MAX_STATES && TILE * m.N * 4 * (m.B + 1) <= STAGE;
+            if (l.kind == DecodeLayer::mamba && (!states || !columns(m.e) || !columns(m.rank) || (m.rank + 2 * m.N) % 8)) return false;
             if (l.kind == DecodeLayer::attention && (m.hd % 8 || m.hd > 256 || l.capacity >= INT32_MAX || !columns(m.H * m.hd))) return false;
             if (l.kind == DecodeLayer::mlp && !columns(l.F)) return false;
         }
@@ -816,21 +841,26 @@ public:
         int64_t bytes = 0;
         const auto place = [&](int64_t n) { const int64_t at = bytes; bytes += round_up(n, 256); return at; };
         const int64_t width = m.rank + 2 * m.N, count = 4 * (int64_t)m.layers.size() + 1;
-        const int64_t table = place(count * sizeof(Phase)), share = place(count * gpu().sms * sizeof(int4)), counter = place(8), sums = place(4ll * m.B * gpu().sms), parts = place(4ll * m.B * m.H * splits * (2 + m.hd)), u = place(2ll * m.B * m.e),
-                      z = place(2ll * m.B * m.e), x_dbl = place(2 * m.B * width), out = place(2ll * m.B * std::max<int64_t>({(int64_t)m.e, F, (int64_t)m.H * m.hd})), qkv = place(2ll * m.B * (m.H + 2 * m.G) * m.hd);
+        const int64_t table = place(count * sizeof(Phase)), share = place(count * gpu().sms * sizeof(int4)), counter = place(8);
+        const int64_t sums = place(4ll * m.B * gpu().sms), parts = place(4ll * m.B * m.H * splits * (2 + m.hd));
+        const int64_t u = place(2ll * m.B * m.e), z = place(2ll * m.B * m.e), x_dbl = place(2 * m.B * width);
+        const int64_t qkv = place(2ll * m.B * (m.H + 2 * m.G) * m.hd);
+        const int64_t out = place(2ll * m.B * std::max<int64_t>({(int64_t)m.e, F, (int64_t)m.H * m.hd}));
         if (memory) CUDA_CHECK(cudaFree(memory));
         memory = (char*)device_alloc((size_t)bytes, "the buffers of a decode step");
         device_zero(memory, (size_t)bytes, stream);
         const auto X = [&](int64_t at) { return (Phase::X*)(memory + at); };
-        args = {(const Phase*)(memory + table), (const int4*)(memory + share), 0, m.B, m.d, m.e, m.N, m.rank, m.H, m.G, m.hd, m.V, splits, m.rope, m.eps, m.x, m.cos_sin, m.position, m.logits, (float*)(memory + parts), (float*)(memory + sums),
-                (unsigned*)(memory + counter), 0, 4, nullptr};
+        args = {(const Phase*)(memory + table), (const int4*)(memory + share), 0, m.B, m.d, m.e, m.N, m.rank, m.H, m.G, m.hd, m.V, splits, m.rope,
+                m.eps, m.x, m.cos_sin, m.position, m.logits, (float*)(memory + parts), (float*)(memory + sums), (unsigned*)(memory + counter), 0, 4,
+                nullptr};
         tasks.clear();
         // What the next norm's reader reads: at first as the sampler left it
         const float* squares = m.squares;
         int squares_n = (int)ceil_div(m.d, ROWS);
         const auto normed = [&](Task task, int results, const floatX* w) {
             Phase p{};
-            p.task = task, p.results = results, p.K = p.in_stride = m.d, p.w = (const Phase::X*)w, p.in = (const Phase::X*)m.xw, p.squares = squares, p.squares_n = squares_n;
+            p.task = task, p.results = results, p.K = p.in_stride = m.d, p.w = (const Phase::X*)w;
+            p.in = (const Phase::X*)m.xw, p.squares = squares, p.squares_n = squares_n;
             return p;
         };
         const auto plain = [&](Task task, int results, int K, int stride, const floatX* w, int64_t in) {
@@ -861,7 +891,8 @@ public:
                 p.out = X(qkv);
                 tasks.push_back(p);
                 p = Phase{};
-                p.qkv = X(qkv), p.ring = (Phase::X*)l.ring, p.capacity = l.capacity, p.per_capacity = 1.0 / (double)std::max<int64_t>(1, l.capacity), p.out = X(out);
+                p.qkv = X(qkv), p.ring = (Phase::X*)l.ring, p.out = X(out);
+                p.capacity = l.capacity, p.per_capacity = 1.0 / (double)std::max<int64_t>(1, l.capacity);
                 p.task = Task::attend, tasks.push_back(p);
                 p.task = Task::combine, tasks.push_back(p);
                 residual(l.proj, m.H * m.hd, l.next_norm);
@@ -878,7 +909,8 @@ public:
         std::vector<int4> shares;
         for (const Phase& p : tasks)
             for (int64_t i = 0; i < gpu().sms; i++) {
-                const int most = p.task == Task::qkv || p.task == Task::swiglu ? TILE / 2 : TILE, begin = (int)(p.results * i / gpu().sms), n = (int)(p.results * (i + 1) / gpu().sms) - begin;
+                const int most = p.task == Task::qkv || p.task == Task::swiglu ? TILE / 2 : TILE;
+                const int begin = (int)(p.results * i / gpu().sms), n = (int)(p.results * (i + 1) / gpu().sms) - begin;
                 const int tiles = (int)ceil_div(n, most);
                 shares.push_back({begin, n, tiles, tiles ? n / tiles : 0});
             }
