@@ -89,8 +89,9 @@ template <int W, class X> struct ConvQueue {
 };
 
 // Four rows of W channels from the three before them, which move on
-template <int W, class X> __device__ inline void conv_four_rows(X* to, int64_t e, const Vec<X, W> (&now)[4], float (&x)[CONV_HALO][W], const float (&w)[CONV_WIDTH][W],
-                                                                const float (&b)[W], int rows) {
+template <int W, class X>
+__device__ inline void conv_four_rows(X* to, int64_t e, const Vec<X, W> (&now)[4], float (&x)[CONV_HALO][W], const float (&w)[CONV_WIDTH][W],
+                                      const float (&b)[W], int rows) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         float y[W];
@@ -258,8 +259,9 @@ template <class Kernel> dim3 conv_grid(int& rows, Kernel kernel, size_t shared, 
     return dim3((unsigned)columns, (unsigned)ceil_div(T, rows), (unsigned)B);
 }
 
-inline void conv1d_forward(floatX* u /*(B,T,e)*/, floatX* halo_out /*(B,3,e) or null; may be halo_in*/, const floatX* x /*(B,T,e), row stride ldx*/, int64_t ldx,
-                           const floatX* halo_in /*(B,3,e) or null*/, const float* w /*(e,4)*/, const float* b /*(e)*/, int B, int64_t T, int e, Stream stream) {
+inline void conv1d_forward(floatX* u /*(B,T,e)*/, floatX* halo_out /*(B,3,e) or null; may be halo_in*/,
+                           const floatX* x /*(B,T,e), row stride ldx*/, int64_t ldx, const floatX* halo_in /*(B,3,e) or null*/,
+                           const float* w /*(e,4)*/, const float* b /*(e)*/, int B, int64_t T, int e, Stream stream) {
     const Operation op("conv1d forward", 2.0 * B * T * e * sizeof(floatX), 0, stream);
     ConvInput<floatX> p{x, halo_in, ldx, w, b, T, e, 0};
     constexpr int W = 16 / sizeof(floatX);
@@ -275,11 +277,14 @@ inline void conv1d_forward(floatX* u /*(B,T,e)*/, floatX* halo_out /*(B,3,e) or 
     LAUNCH_CHECK();
 }
 
-inline size_t conv1d_backward_workspace(int B, int64_t T, int e) { return (size_t)B * ceil_div(T, CONV_LEAST_ROWS_BACKWARD) * (CONV_WIDTH + 1) * e * sizeof(float); }
+inline size_t conv1d_backward_workspace(int B, int64_t T, int e) {
+    return (size_t)B * ceil_div(T, CONV_LEAST_ROWS_BACKWARD) * (CONV_WIDTH + 1) * e * sizeof(float);
+}
 
-inline void conv1d_backward(floatX* dx /*(B,T,e), row stride lddx*/, int64_t lddx, float* dw /*(e,4) +=*/, float* db /*(e) +=*/, const floatX* du /*(B,T,e)*/,
-                            const floatX* x /*(B,T,e), row stride ldx*/, int64_t ldx, const floatX* halo_in /*(B,3,e) or null*/, const float* w, const float* b,
-                            void* workspace, int B, int64_t T, int e, Stream stream) {
+inline void conv1d_backward(floatX* dx /*(B,T,e), row stride lddx*/, int64_t lddx, float* dw /*(e,4) +=*/, float* db /*(e) +=*/,
+                            const floatX* du /*(B,T,e)*/, const floatX* x /*(B,T,e), row stride ldx*/, int64_t ldx,
+                            const floatX* halo_in /*(B,3,e) or null*/, const float* w, const float* b, void* workspace, int B, int64_t T, int e,
+                            Stream stream) {
     const Operation op("conv1d backward", 3.0 * B * T * e * sizeof(floatX), 0, stream);
     ConvInput<floatX> p{x, halo_in, ldx, w, b, T, e, 0};
     float* part = (float*)workspace;

@@ -163,7 +163,8 @@ template <class S, bool ALL> struct NarrowRows {
     float2 bias = {}, D = {};
 
     __device__ NarrowRows(ForwardBlock<S>& s_, bf16* out_, const ScanInput<bf16>& p_, int row_warp, int64_t first_tile)
-        : s(s_), p(p_), group(row_warp / S::ROW_WARPS), thread(row_warp % S::ROW_WARPS * WARP + threadIdx.x % WARP), row(thread / (S::CHANNELS / 2)),
+        : s(s_), p(p_), group(row_warp / S::ROW_WARPS), thread(row_warp % S::ROW_WARPS * WARP + threadIdx.x % WARP),
+          row(thread / (S::CHANNELS / 2)),
           column(thread % (S::CHANNELS / 2) * 2), live(p_.e - (int)blockIdx.x * S::CHANNELS - column) {
         const int64_t first = (first_tile + group) * S::STEPS, tile = blockIdx.y * p.T + first, at = tile + row;
         const int channel = blockIdx.x * S::CHANNELS + column;
@@ -187,7 +188,8 @@ template <class S, bool ALL> struct NarrowRows {
                     const bf16* at = from[a] + k * PASS * ld;
                     uint32_t* to = &s.words[group][slot][a][k][thread];
                     if (ALL) copy_async<4>(to, at, here);
-                    else *to = (here && live > 0 ? __bfloat16_as_ushort(at[0]) : 0u) | (here && live > 1 ? (uint32_t)__bfloat16_as_ushort(at[1]) << 16 : 0u);
+                    else *to = (here && live > 0 ? __bfloat16_as_ushort(at[0]) : 0u) |
+                               (here && live > 1 ? (uint32_t)__bfloat16_as_ushort(at[1]) << 16 : 0u);
                 }
                 from[a] += NEXT * ld;
             }
@@ -239,9 +241,12 @@ template <class S, bool ALL> struct NarrowRows {
         for (int k = 0; k < S::ITEMS; k++)
             if (row + k * PASS < left_finish) {
                 const uint32_t us = s.words[group][slot][0][k][thread], zs = s.words[group][slot][2][k][thread];
-                const float2 y0 = *(const float2*)&sums[0][row + k * PASS][column], y1 = *(const float2*)&sums[1][row + k * PASS][column];
-                const float2 y = make_float2(fmaf(D.x, low(us), y0.x + y1.x), fmaf(D.y, high(us), y0.y + y1.y)), z = make_float2(low(zs), high(zs));
-                store2<ALL>(out + k * PASS * (int64_t)p.e, live, make_float2(y.x * z.x * scan_sigmoid<bf16>(z.x), y.y * z.y * scan_sigmoid<bf16>(z.y)));
+                const float2 y0 = *(const float2*)&sums[0][row + k * PASS][column];
+                const float2 y1 = *(const float2*)&sums[1][row + k * PASS][column];
+                const float2 y = make_float2(fmaf(D.x, low(us), y0.x + y1.x), fmaf(D.y, high(us), y0.y + y1.y));
+                const float2 z = make_float2(low(zs), high(zs));
+                store2<ALL>(out + k * PASS * (int64_t)p.e, live,
+                            make_float2(y.x * z.x * scan_sigmoid<bf16>(z.x), y.y * z.y * scan_sigmoid<bf16>(z.y)));
             }
         out += NEXT * (int64_t)p.e, left_finish -= NEXT;
     }
@@ -263,10 +268,12 @@ template <class S, bool ALL> struct NarrowRows {
 };
 
 template <class S, bool VEC>
-__global__ void __launch_bounds__(S::THREADS, 1) narrow_forward_kernel(bf16* out, bf16* saved, float* h_out, const float* h_first, int h_stride, ScanInput<bf16> p) {
+__global__ void __launch_bounds__(S::THREADS, 1)
+narrow_forward_kernel(bf16* out, bf16* saved, float* h_out, const float* h_first, int h_stride, ScanInput<bf16> p) {
     extern __shared__ float4 shared_floats[];
     ForwardBlock<S>& s = *(ForwardBlock<S>*)shared_floats;
-    const int64_t segment = (int64_t)blockIdx.y * gridDim.z + blockIdx.z, tiles = (p.T + S::STEPS - 1) / S::STEPS, first_tile = blockIdx.z * p.segment_tiles;
+    const int64_t segment = (int64_t)blockIdx.y * gridDim.z + blockIdx.z, first_tile = blockIdx.z * p.segment_tiles;
+    const int64_t tiles = (p.T + S::STEPS - 1) / S::STEPS;
     const int count = (int)min(p.segment_tiles, tiles - first_tile), warp = threadIdx.x / WARP;
     if (threadIdx.x < S::ALL_STAGES) s.full[threadIdx.x].init(S::ROW_WARPS), s.done[threadIdx.x].init(S::SCAN_WARPS);
     __syncthreads();

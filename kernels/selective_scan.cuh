@@ -76,7 +76,8 @@ template <class X> bool scan_vectors(std::initializer_list<const X*> pointers, s
     return true;
 }
 
-template <class Kernel> void scan_launch_mma(Kernel kernel, size_t shared, int threads, int channels, int64_t count, int B, int e, Stream stream, auto... arguments) {
+template <class Kernel>
+void scan_launch_mma(Kernel kernel, size_t shared, int threads, int channels, int64_t count, int B, int e, Stream stream, auto... arguments) {
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
     kernel<<<dim3((unsigned)ceil_div(e, channels), (unsigned)B, (unsigned)count), threads, shared, stream>>>(arguments...);
     LAUNCH_CHECK();
@@ -96,8 +97,8 @@ void scan_forward(X* out, X* saved, float* h_out, const float* h_in, ScanInput<X
             using namespace scan_mma;
             if (narrow) {
                 static_assert(ScanNarrow::STEPS == SCAN_TILE);
-                scan_launch_mma(narrow_forward_kernel<ScanNarrow, VEC>, sizeof(ForwardBlock<ScanNarrow>), ScanNarrow::THREADS, ScanNarrow::CHANNELS, segments.count, B, p.e, stream,
-                                out, saved, h_out, h_first, h_stride, p);
+                scan_launch_mma(narrow_forward_kernel<ScanNarrow, VEC>, sizeof(ForwardBlock<ScanNarrow>), ScanNarrow::THREADS, ScanNarrow::CHANNELS,
+                                segments.count, B, p.e, stream, out, saved, h_out, h_first, h_stride, p);
             } else {
                 p.segment_tiles *= SCAN_TILE / TILE;
                 scan_launch_mma(forward_kernel<VEC>, sizeof(Shared<ForwardStage>), THREADS, CH, 1, B, p.e, stream, out, saved, h_out, h_in, p.N, p);
@@ -141,8 +142,8 @@ void scan_backward(ScanGradients<X> out, ScanInput<X> p, const ScanWorkspace& w,
     if constexpr (sizeof(X) == 2 && !MANY)
         if (scan_uses_mma<X>(p.N)) {
             p.segment_tiles *= SCAN_TILE / scan_mma::TILE;
-            scan_launch_mma(scan_mma::backward_kernel<VEC>, sizeof(scan_mma::Shared<scan_mma::BackwardStage>), scan_mma::THREADS, scan_mma::CH, segments.count, B, p.e, stream,
-                            out, p);
+            scan_launch_mma(scan_mma::backward_kernel<VEC>, sizeof(scan_mma::Shared<scan_mma::BackwardStage>), scan_mma::THREADS, scan_mma::CH,
+                            segments.count, B, p.e, stream, out, p);
             return;
         }
     const int threads = CH * SCAN_LANES, groups = scan_padded(p.N) / SCAN_GROUP;
