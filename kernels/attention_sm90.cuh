@@ -9,8 +9,9 @@
 // Forward, per warpgroup and key tile: S' = Q K'^T and then O += P V of the tile before are issued; softmax of S' runs while
 // P V does, across the ends of items too. The two warpgroups take turns at issuing (order_wait, order_pass), so that one's
 // softmax runs during the other's products. A consumer is never idle, the tensor cores are for a third of the time: what counts is the
-// number of instructions between a warpgroup's products, and control is computed between the two issues, where it is hidden. Tiles that no query of the item sees are never loaded, halves that a warpgroup does not
-// see not multiplied; only 64 x 64 blocks on an edge (diagonal, window, document, ring) are masked.
+// number of instructions between a warpgroup's products, and control is computed between the two issues, where it is hidden.
+// Tiles that no query of the item sees are never loaded, halves that a warpgroup does not see not multiplied; only 64 x 64 blocks on an
+// edge (diagonal, window, document, ring) are masked.
 //
 // Backward: blocks that own keys make dk and dv (S^T, dP^T, P^T dO, dS^T Q) and keep dS in memory (attention_common.cuh), blocks that
 // own queries then make dq = dS K: 5 products, no atomics, no fp32 dq buffer. Where dS does not fit its workspace, keys come from the
