@@ -8,17 +8,21 @@
 //
 // Forward, per warpgroup and key tile: S' = Q K'^T and then O += P V of the tile before are issued; softmax of S' runs while
 // P V does, across the ends of items too. The two warpgroups take turns at issuing (order_wait, order_pass), so that one's
-// softmax runs during the other's products. Tiles that no query of the item sees are never loaded, halves that a warpgroup does not
-// see not multiplied; only 64 x 64 blocks on an edge (diagonal, window, document, ring) are masked.
+// softmax runs during the other's products. A consumer is never idle, the tensor cores are for a third of the time: what counts is the
+// number of instructions between a warpgroup's products, and control is computed between the two issues, where it is hidden.
+// Tiles that no query of the item sees are never loaded, halves that a warpgroup does not see not multiplied; only 64 x 64 blocks on an
+// edge (diagonal, window, document, ring) are masked.
 //
 // Backward: blocks that own keys make dk and dv (S^T, dP^T, P^T dO, dS^T Q) and keep dS in memory (attention_common.cuh), blocks that
 // own queries then make dq = dS K: 5 products, no atomics, no fp32 dq buffer. Where dS does not fit its workspace, keys come from the
-// ring, or head_dim is 64, the second kernel makes S and dP again: 7 products. Precision as in the portable path: fp32 sums and softmax; P and dS
-// rounded to bf16 for their product.
+// ring, or head_dim is 64, the second kernel makes S and dP again: 7 products. dq and dk are turned back by RoPE's angles on their way out.
+// Precision as in the portable path: fp32 sums and softmax; P and dS rounded to bf16 for their product.
 //
 // Flops per visible pair: 4 hd forward, 10 hd backward. Samba-421M (B 8, T 4096, window 2048, 12 heads of 128): 309 and 773 GFLOP a
 // layer, of which blocks of 64 x 64 do 319 and 797: 0.32 and 0.81 ms at the H100's nominal rate; dS is 1.25 GB written and read.
-// H200: forward 0.528 ms, backward 1.61 with delta (dev/results/2026-11-25_h200_attention).
+// H200: forward 0.498 ms, backward 1.63 with delta (dev/results/2026-11-27_h200_attention).
+//
+// hopper.cuh: instructions, tiles, rings. attention_sm90_common.cuh: who works on what, masks, launches. _forward.cuh, _backward.cuh: kernels.
 #pragma once
 #include "attention_sm90_backward.cuh"
 #include "attention_sm90_forward.cuh"

@@ -1,5 +1,6 @@
 // Rotary position embedding, NeoX half-split, in place on the query and key heads of qkv (B, T, G, H/G + 2, head_dim).
-// Formula: kernels/cpu/rope.h. Rotation in fp32, one rounding. Nothing is saved: backward is the rotation by minus the angle.
+// Formula: kernels/cpu/rope.h. Rotation in fp32, one rounding. Nothing is saved: backward is the rotation by minus the angle
+// (attention_backward does it where it has dq and dk in registers).
 //
 // Bytes: the query and key heads read and written once, 4 BT (H + G) head_dim in bf16, and the fp32 table (L2 serves it
 // after the first heads): 0.134 ms at 3 TB/s for 32768 tokens, 12 + 12 heads of 128. Flops do not matter.
