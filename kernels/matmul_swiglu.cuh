@@ -1,8 +1,7 @@
 // Matrix products with SwiGLU behind or before them.
 //   forward    gate|up = n (w1|w2)^T      h = silu(gate) up
 //   backward   dh = dy w3                 dgate|dup = the gradient of h's formula at dh
-// On Hopper in bf16 one kernel each (matmul_swiglu_sm90.cuh), elsewhere and for sizes that it does not take a product of cuBLASLt and a
-// pass over memory (swiglu.cuh).
+// A product of cuBLASLt and a pass over memory (swiglu.cuh); backward on Hopper in bf16 one kernel (matmul_swiglu_sm90.cuh).
 #pragma once
 #include "matmul.cuh"
 #include "swiglu.cuh"
@@ -12,12 +11,6 @@ namespace gpu {
 
 inline void matmul_swiglu_forward(Matmul& matmul, floatX* h /*(M,F)*/, floatX* gate_up /*(M,2F)*/, const floatX* n /*(M,d)*/, const floatX* w12 /*(2F,d): w1 | w2*/,
                                   int64_t M, int F, int d, Stream stream) {
-    if constexpr (sizeof(floatX) == 2) {
-        if (sm90::swiglu_gemm_usable({h, gate_up, n, w12}, M, F, d)) {
-            const Operation op("w1|w2 forward, swiglu", BYTES * ((double)M * d + 2.0 * F * d + 3.0 * M * F), 4.0 * M * F * d, stream);
-            return sm90::swiglu_gemm_forward(h, gate_up, n, w12, M, F, d, stream);
-        }
-    }
     matmul_forward(matmul, gate_up, 2 * (int64_t)F, n, d, w12, M, 2 * F, d, stream);
     swiglu_forward(h, gate_up, M, F, stream);
 }

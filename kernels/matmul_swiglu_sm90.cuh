@@ -1,22 +1,21 @@
-// Matrix products with SwiGLU in their epilogue, for Hopper (code built for sm_90a), bf16. With n, dy (M,d), w1|w2 (2F,d), w3 (d,F):
-//   forward    a|b = n (w1|w2)^T        h = a s b                                                   s = sigma(a), of a and b rounded
-//   backward   dh = dy w3               da = dh b s (1 + a (1 - s))   db = dh a s                   dh is never rounded, nor in memory
-//              and h = a s b once more where the forward pass did not keep it
-// What is saved is the traffic of a pass over memory: forward 6F bytes a row instead of 2F written, backward 4F (dh written and read).
+// The product before SwiGLU's gradient, with that gradient in its epilogue, for Hopper (code built for sm_90a), bf16. With dy (M,d), w3 (d,F), gate|up (M,2F):
+//   dh = dy w3         da = dh b s (1 + a (1 - s))         db = dh a s                 a gate, b up, s = sigma(a)
+// and h = a s b once more where the forward pass did not keep it. dh is never rounded, nor in memory: 4 of 14 bytes F a row are saved.
 //
 // A block is three warpgroups and has a multiprocessor to itself: one thread of the first feeds a ring of stages in shared memory through TMA,
 // the other two multiply 64 rows each of a tile of 128 x 256 by wgmma, fp32 sums in registers. Tiles come in a fixed order that keeps what
-// neighbouring blocks read in L2. A stage is 64 of k: 128 rows of the left operand and 256 of the right one. After the last one
-// of a tile come stages for the epilogue, 64 columns each: backward they bring a and b, and da and db take their places;
-// forward they bring nothing and are room for a, b and h. TMA stores them from there, while the next tile's stages are filled.
+// neighbouring blocks read in L2. A stage is 64 of k: 128 rows of dy and 256 columns of w3. After the last one of a tile come four for the
+// epilogue, 64 columns each: they bring a and b, and da and db take their places (and h the third). TMA stores them from there, while the next
+// tile's stages are filled. A pair of blocks (a cluster) works on two tiles above each other: each loads half of w3's columns for both.
 //
-// A pair of blocks (a cluster) works on two tiles above each other: each loads half of the right operand for both.
-//
-// Flops 4 M d F forward, 2 M d F backward. Samba-421M (M 32768, d 1536, F 4096): 825 and 412 GFLOP, 0.83 and 0.42 ms at the nominal 989 TFLOP/s.
+// Flops 2 M d F: Samba-421M (M 32768, d 1536, F 4096) 412 GFLOP, 0.42 ms at the nominal 989 TFLOP/s; bytes M (2 d + 8 F) + 2 d F = 1.19 GB, 0.28 ms at 4.2 TB/s.
+// H200, 40 in a row: 0.769 ms, cuBLASLt's product and the pass over memory 0.86 (the product alone 0.63); in a training step 0.770 and 0.90.
+// The like for w1|w2 with SwiGLU behind it was written and left out: 1.33 ms for 1.42 in a row, but 1.34 for 1.30 in a step, whose clock is lower.
 #pragma once
 #include <initializer_list>
 
 #include "attention_sm90.cuh"
+#include "swiglu.cuh"
 
 namespace gpu::sm90 {
 
@@ -24,9 +23,10 @@ constexpr int GEMM_M = 128, GEMM_N = 256, GEMM_K = 64, GEMM_STAGES = 4, GEMM_CLU
 constexpr int GEMM_LEFT = GEMM_M * GEMM_K * 2, GEMM_RIGHT = GEMM_N * GEMM_K * 2, GEMM_STAGE = GEMM_LEFT + GEMM_RIGHT;   // bytes
 constexpr int GEMM_SHARED = GEMM_STAGES * GEMM_STAGE + 2 * GEMM_STAGES * 8;
 constexpr int GEMM_BAND = 16;                                             // tiles above each other that are worked on before the next column
+constexpr int GEMM_CHUNKS = GEMM_N / 64;                                  // of the epilogue
 constexpr int SLAB = 64 * GEMM_M * 2;                                     // bytes of 64 columns of a tile: 128 rows of 128 bytes
 
-struct GemmSize { int64_t M; int F, k_steps, row_tiles, column_tiles; };
+struct GemmSize { int F, k_steps, row_tiles, column_tiles; };
 
 // A (rows, columns) matrix as boxes of `box_rows` rows x 64 columns; what is past its ends reads as zeros and is not written
 inline CUtensorMap matrix_map(const bf16* p, int64_t rows, int64_t columns, int box_rows) {
@@ -77,14 +77,10 @@ __device__ inline void store_blocks(uint32_t at, const uint32_t (&v)[4]) {
     SM90_ACC64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95," \
                "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,"  \
                "%123,%124,%125,%126,%127"
-// c (64 x 256) (+)= a b, 16 of k; a along rows, b along rows or columns
-template <bool COLUMNS> __device__ inline void wgmma_256(float (&c)[128], uint64_t a, uint64_t b, int add) {
-    if constexpr (COLUMNS)
-        asm volatile(SM90_ADD("%130") "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" SM90_ACC128 "}, %128, %129, add, 1, 1, 0, 1;\n}"
-                     : SM90_F32("+f", c, 0), SM90_F32("+f", c, 32), SM90_F32("+f", c, 64), SM90_F32("+f", c, 96) : "l"(a), "l"(b), "r"(add));
-    else
-        asm volatile(SM90_ADD("%130") "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" SM90_ACC128 "}, %128, %129, add, 1, 1, 0, 0;\n}"
-                     : SM90_F32("+f", c, 0), SM90_F32("+f", c, 32), SM90_F32("+f", c, 64), SM90_F32("+f", c, 96) : "l"(a), "l"(b), "r"(add));
+// c (64 x 256) (+)= a b, 16 of k; a along rows, b along columns
+__device__ inline void wgmma_256(float (&c)[128], uint64_t a, uint64_t b, int add) {
+    asm volatile(SM90_ADD("%130") "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" SM90_ACC128 "}, %128, %129, add, 1, 1, 0, 1;\n}"
+                 : SM90_F32("+f", c, 0), SM90_F32("+f", c, 32), SM90_F32("+f", c, 64), SM90_F32("+f", c, 96) : "l"(a), "l"(b), "r"(add));
 }
 
 // Tile n of the cluster's: `row` of this block's 128 rows, `column` in units of a tile
@@ -105,11 +101,8 @@ struct Turn {
     __device__ void next() { if (++stage == GEMM_STAGES) stage = 0, parity ^= 1; }
 };
 
-// Forward: 256 columns are 128 of a and the same 128 of b. right (2F, d), k along rows.
-// Backward: 256 columns of dh. right (d, F), k along columns.
-template <bool BACKWARD>
-__device__ inline void gemm_produce(uint32_t shared, uint32_t bars, const CUtensorMap* left, const CUtensorMap* right, const CUtensorMap* gate_up, const GemmSize& s) {
-    const int rank = cluster_rank();
+__device__ inline void gemm_produce(uint32_t shared, uint32_t bars, const CUtensorMap* dy, const CUtensorMap* w3, const CUtensorMap* gate_up, const GemmSize& s) {
+    const int first_slab = cluster_rank() * GEMM_N / 64 / GEMM_CLUSTER;
     Turn turn;
     for (int n = blockIdx.x / GEMM_CLUSTER; n < gemm_tiles(s); n += gridDim.x / GEMM_CLUSTER) {
         const GemmTile tile = gemm_tile(s, n);
@@ -117,47 +110,29 @@ __device__ inline void gemm_produce(uint32_t shared, uint32_t bars, const CUtens
             const uint32_t to = turn.at(shared), full = turn.full(bars);
             barrier_wait(turn.empty(bars), turn.parity ^ 1);
             barrier_expect(full, GEMM_STAGE);
-            matrix_load(to, left, full, k * GEMM_K, tile.row);
-            if (BACKWARD) {                                              // slabs of 64 rows (k) x 64 columns: two from each block
-                for (int slab = rank * 2; slab < rank * 2 + 2; slab++)
-                    matrix_load_all(to + GEMM_LEFT + slab * GEMM_K * 128, right, full, tile.column * GEMM_N + slab * 64, k * GEMM_K);
-            } else {                                                     // 128 rows of w1 from one block, of w2 from the other
-                matrix_load_all(to + GEMM_LEFT + rank * SLAB, right, full, k * GEMM_K, rank * s.F + tile.column * GEMM_N / 2);
-            }
+            matrix_load(to, dy, full, k * GEMM_K, tile.row);
+            for (int slab = first_slab; slab < first_slab + GEMM_N / 64 / GEMM_CLUSTER; slab++)          // of 64 rows (k) x 64 columns
+                matrix_load_all(to + GEMM_LEFT + slab * GEMM_K * 128, w3, full, tile.column * GEMM_N + slab * 64, k * GEMM_K);
         }
-        for (int j = 0; j < (BACKWARD ? 4 : 2); j++, turn.next()) {
+        for (int j = 0; j < GEMM_CHUNKS; j++, turn.next()) {
             barrier_wait(turn.empty(bars), turn.parity ^ 1);
-            if (BACKWARD) {
-                barrier_expect(turn.full(bars), 2 * SLAB);
-                for (int part = 0; part < 2; part++)
-                    matrix_load(turn.at(shared) + part * SLAB, gate_up, turn.full(bars), part * s.F + tile.column * GEMM_N + j * 64, tile.row);
-            } else {
-                barrier_arrive(turn.full(bars));
-            }
+            barrier_expect(turn.full(bars), 2 * SLAB);
+            for (int part = 0; part < 2; part++)
+                matrix_load(turn.at(shared) + part * SLAB, gate_up, turn.full(bars), part * s.F + tile.column * GEMM_N + j * 64, tile.row);
         }
     }
 }
 
 __device__ inline float2 floats(uint32_t v) { return make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u)); }
-__device__ inline float fast_sigmoid(float a) {
-    float e, s;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(a * -1.4426950408889634f));
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(s) : "f"(1.f + e));          // e = infinity: 0
-    return s;
-}
-__device__ inline uint32_t swiglu(uint32_t gate, uint32_t up) {
-    const float2 a = floats(gate), b = floats(up);
-    return pack(a.x * fast_sigmoid(a.x) * b.x, a.y * fast_sigmoid(a.y) * b.y);
-}
 struct SwigluGradient { float da, db, h; };
 __device__ inline SwigluGradient swiglu_gradient(float dh, float a, float b) {
-    const float s = fast_sigmoid(a), as = a * s;
+    const float s = sigmoid<bf16>(a), as = a * s;
     return {dh * b * (s + fmaf(-as, s, as)), dh * as, as * b};
 }
 
-template <bool BACKWARD, bool MAKE_H> struct GemmConsumer {
+template <bool MAKE_H> struct GemmConsumer {
     const uint32_t shared, bars;
-    const CUtensorMap *gate_up, *h;                                      // forward: a|b and h; backward: da|db and h. Boxes of 64 rows
+    const CUtensorMap *dgate_up, *h;                                     // boxes of 64 rows
     const GemmSize& s;
     const int consumer = which_consumer(), lane = threadIdx.x % WARP;
     // Where load_blocks and store_blocks find this lane's row of 16 rows x 16 columns, but for the 16-byte chunk
@@ -180,10 +155,10 @@ template <bool BACKWARD, bool MAKE_H> struct GemmConsumer {
         for (int k = 0; k < s.k_steps; k++, turn.next()) {
             barrier_wait(turn.full(bars), turn.parity);
             const uint64_t a = descriptor(turn.at(shared) + consumer * 64 * 128, 0);
-            const uint64_t b = descriptor(turn.at(shared) + GEMM_LEFT, BACKWARD ? GEMM_K * 128 : 0);
+            const uint64_t b = descriptor(turn.at(shared) + GEMM_LEFT, GEMM_K * 128);
             wgmma_fence();
 #pragma unroll
-            for (int i = 0; i < GEMM_K / 16; i++) wgmma_256<BACKWARD>(c, a + i * 32 / 16, b + i * (BACKWARD ? 2048 : 32) / 16, k + i > 0);
+            for (int i = 0; i < GEMM_K / 16; i++) wgmma_256(c, a + i * 32 / 16, b + i * 2048 / 16, k + i > 0);
             wgmma_commit();
             if (k > 0) {                                                 // the step before is done
                 wgmma_wait<1>();
@@ -199,22 +174,8 @@ template <bool BACKWARD, bool MAKE_H> struct GemmConsumer {
     }
     __device__ uint32_t place(int i) const { return turn.at(shared) + row * 128 + ((2 * i + half) ^ (row % 8)) * 16; }   // of 16 columns 16 i ..
 
-    // 64 columns: results take their places in the stage
-    __device__ void forward_columns(const float* a, const float* b) const {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            uint32_t gate[4], up[4], out[4];
-#pragma unroll
-            for (int r = 0; r < 4; r++) {
-                gate[r] = pack(a[8 * i + 2 * r], a[8 * i + 2 * r + 1]), up[r] = pack(b[8 * i + 2 * r], b[8 * i + 2 * r + 1]);
-                out[r] = swiglu(gate[r], up[r]);
-            }
-            store_blocks(place(i), gate);
-            store_blocks(place(i) + SLAB, up);
-            store_blocks(place(i) + 2 * SLAB, out);
-        }
-    }
-    __device__ void backward_columns(const float* dh) const {
+    // 64 columns of dh: results take their places in the stage
+    __device__ void differentiate(const float* dh) const {
         uint32_t gate[4][4], up[4][4];
 #pragma unroll
         for (int i = 0; i < 4; i++) load_blocks(gate[i], place(i)), load_blocks(up[i], place(i) + SLAB);
@@ -235,22 +196,20 @@ template <bool BACKWARD, bool MAKE_H> struct GemmConsumer {
     __device__ void store(int column, int row_of_tile) const {           // by one thread: 64 columns of the warpgroup's 64 rows
         const uint32_t from = turn.at(shared) + consumer * 64 * 128;
         const int at = row_of_tile + consumer * 64;
-        matrix_store(gate_up, from, column, at);
-        matrix_store(gate_up, from + SLAB, s.F + column, at);
-        if (!BACKWARD || MAKE_H) matrix_store(h, from + 2 * SLAB, column, at);
+        matrix_store(dgate_up, from, column, at);
+        matrix_store(dgate_up, from + SLAB, s.F + column, at);
+        if (MAKE_H) matrix_store(h, from + 2 * SLAB, column, at);
         tma_store_commit();
     }
     __device__ void finish(const float (&c)[128], const GemmTile& tile) {
-        constexpr int CHUNKS = BACKWARD ? 4 : 2;
 #pragma unroll
-        for (int j = 0; j < CHUNKS; j++, turn.next()) {
+        for (int j = 0; j < GEMM_CHUNKS; j++, turn.next()) {
             barrier_wait(turn.full(bars), turn.parity);
-            if constexpr (BACKWARD) backward_columns(c + 32 * j);
-            else forward_columns(c + 32 * j, c + 64 + 32 * j);
+            differentiate(c + 32 * j);
             fence_async();
             named_sync(3 + consumer, WARPGROUP);
             if (threadIdx.x % WARPGROUP == 0) {
-                store(tile.column * (BACKWARD ? GEMM_N : GEMM_N / 2) + j * 64, tile.row);
+                store(tile.column * GEMM_N + j * 64, tile.row);
                 if (j > 0) matrix_store_wait<1>();                       // the chunk before has been read
             }
             if (j > 0) release(last);
@@ -268,10 +227,15 @@ template <bool BACKWARD, bool MAKE_H> struct GemmConsumer {
 };
 #endif // SAMBA_SM90A_CODE
 
-template <bool BACKWARD, bool MAKE_H>
-__global__ void __cluster_dims__(GEMM_CLUSTER, 1, 1) __launch_bounds__(BLOCK, 1)
-swiglu_gemm_kernel(const __grid_constant__ CUtensorMap left, const __grid_constant__ CUtensorMap right, const __grid_constant__ CUtensorMap gate_up_in,
-                   const __grid_constant__ CUtensorMap gate_up_out, const __grid_constant__ CUtensorMap h, const GemmSize s) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define SM90_CLUSTER                                                      // an empty kernel, and a compiler that knows no clusters
+#else
+#define SM90_CLUSTER __cluster_dims__(GEMM_CLUSTER, 1, 1)
+#endif
+template <bool MAKE_H>
+__global__ void SM90_CLUSTER __launch_bounds__(BLOCK, 1)
+swiglu_gemm_kernel(const __grid_constant__ CUtensorMap dy, const __grid_constant__ CUtensorMap w3, const __grid_constant__ CUtensorMap gate_up,
+                   const __grid_constant__ CUtensorMap dgate_up, const __grid_constant__ CUtensorMap h, const GemmSize s) {
 #ifdef SAMBA_SM90A_CODE
     const uint32_t shared = shared_address(sm90_shared), bars = shared + GEMM_STAGES * GEMM_STAGE;
     if (threadIdx.x == 0) {
@@ -281,10 +245,10 @@ swiglu_gemm_kernel(const __grid_constant__ CUtensorMap left, const __grid_consta
     cluster_sync();
     if (threadIdx.x < WARPGROUP) {
         registers_down<40>();
-        if (threadIdx.x == 0) gemm_produce<BACKWARD>(shared, bars, &left, &right, &gate_up_in, s);
+        if (threadIdx.x == 0) gemm_produce(shared, bars, &dy, &w3, &gate_up, s);
     } else {
         registers_up<232>();
-        GemmConsumer<BACKWARD, MAKE_H>{shared, bars, &gate_up_out, &h, s}.run();
+        GemmConsumer<MAKE_H>{shared, bars, &dgate_up, &h, s}.run();
         if (threadIdx.x % WARPGROUP == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
     }
     __syncwarp();
@@ -292,36 +256,26 @@ swiglu_gemm_kernel(const __grid_constant__ CUtensorMap left, const __grid_consta
 #endif
 }
 
-template <bool BACKWARD, bool MAKE_H> inline void launch_swiglu_gemm(const CUtensorMap& left, const CUtensorMap& right, const bf16* gate_up_in, bf16* gate_up_out, bf16* h,
-                                                                     int64_t M, int F, int d, Stream stream) {
-    int device = 0, processors = 0;
-    CUDA_CHECK(cudaGetDevice(&device));
-    CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-    const GemmSize size{M, F, (int)ceil_div(d, GEMM_K), (int)ceil_div(M, GEMM_M), F / (BACKWARD ? GEMM_N : GEMM_N / 2)};
-    auto kernel = swiglu_gemm_kernel<BACKWARD, MAKE_H>;
-    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, GEMM_SHARED));
-    const int64_t tiles = ceil_div(size.row_tiles, GEMM_CLUSTER) * size.column_tiles;
-    const unsigned blocks = (unsigned)std::min<int64_t>(processors / GEMM_CLUSTER, tiles) * GEMM_CLUSTER;
-    const CUtensorMap in = matrix_map(gate_up_in, M, 2 * (int64_t)F, GEMM_M), out = matrix_map(gate_up_out, M, 2 * (int64_t)F, 64);
-    kernel<<<blocks, BLOCK, GEMM_SHARED, stream>>>(left, right, in, out, h ? matrix_map(h, M, F, 64) : out, size);
-    LAUNCH_CHECK();
-}
-
-// Do the kernels take these sizes and addresses (null: not given) on this GPU?
+// Does the kernel take these sizes and addresses (null: not given) on this GPU?
 inline bool swiglu_gemm_usable(std::initializer_list<const void*> arrays, int64_t M, int F, int d) {
     const bool aligned = std::all_of(arrays.begin(), arrays.end(), [](const void* p) { return (uintptr_t)p % 16 == 0; });
     return aligned && F % GEMM_N == 0 && d % 8 == 0 && M < ((int64_t)1 << 31) - GEMM_M * GEMM_CLUSTER && usable();
 }
 
-// gate_up (M,2F) and h (M,F) from n (M,d), w1|w2 (2F,d)
-inline void swiglu_gemm_forward(bf16* h, bf16* gate_up, const bf16* n, const bf16* w12, int64_t M, int F, int d, Stream stream) {
-    launch_swiglu_gemm<false, true>(matrix_map(n, M, d, GEMM_M), matrix_map(w12, 2 * (int64_t)F, d, GEMM_N / 2), gate_up, gate_up, h, M, F, d, stream);
-}
 // dgate_up (M,2F) from dy (M,d), w3 (d,F), gate_up (M,2F); and h (M,F) if given
 inline void swiglu_gemm_backward(bf16* dgate_up, bf16* h, const bf16* dy, const bf16* w3, const bf16* gate_up, int64_t M, int F, int d, Stream stream) {
-    const CUtensorMap left = matrix_map(dy, M, d, GEMM_M), right = matrix_map(w3, d, F, GEMM_K);
-    if (h) launch_swiglu_gemm<true, true>(left, right, gate_up, dgate_up, h, M, F, d, stream);
-    else launch_swiglu_gemm<true, false>(left, right, gate_up, dgate_up, h, M, F, d, stream);
+    int device = 0, processors = 0;
+    CUDA_CHECK(cudaGetDevice(&device));
+    CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    const GemmSize size{F, (int)ceil_div(d, GEMM_K), (int)ceil_div(M, GEMM_M), F / GEMM_N};
+    const int64_t tiles = ceil_div(size.row_tiles, GEMM_CLUSTER) * size.column_tiles;
+    const unsigned blocks = (unsigned)std::min<int64_t>(processors / GEMM_CLUSTER, tiles) * GEMM_CLUSTER;
+    const CUtensorMap dy_map = matrix_map(dy, M, d, GEMM_M), w3_map = matrix_map(w3, d, F, GEMM_K), in = matrix_map(gate_up, M, 2 * (int64_t)F, GEMM_M);
+    const CUtensorMap out = matrix_map(dgate_up, M, 2 * (int64_t)F, 64), h_map = h ? matrix_map(h, M, F, 64) : out;
+    auto kernel = h ? swiglu_gemm_kernel<true> : swiglu_gemm_kernel<false>;
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, GEMM_SHARED));
+    kernel<<<blocks, BLOCK, GEMM_SHARED, stream>>>(dy_map, w3_map, in, out, h_map, size);
+    LAUNCH_CHECK();
 }
 
 } // namespace gpu::sm90

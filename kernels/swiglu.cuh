@@ -9,8 +9,17 @@
 
 namespace gpu {
 
-// exp(-a) = infinity for a < -88 gives s = 0 and a s = -0, as it should
-__device__ inline float sigmoid(float a) { return 1.f / (1.f + __expf(-a)); }
+// exp(-a) = infinity for a < -88 gives s = 0 and a s = -0, as it should. For bf16 values by two special-function instructions, error about 2e-7;
+// matmul_swiglu_sm90.cuh uses the same, so that h has the same bits wherever it is made.
+template <class X> __device__ inline float sigmoid(float a) {
+    if constexpr (sizeof(X) == 2) {
+        float e, s;
+        asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(a * -1.4426950408889634f));
+        asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(s) : "f"(1.f + e));
+        return s;
+    }
+    return 1.f / (1.f + __expf(-a));
+}
 
 template <int W, class X> __global__ void swiglu_forward_kernel(X* h, const X* gate_up, int F) {
     const int64_t row = blockIdx.x;
@@ -21,7 +30,7 @@ template <int W, class X> __global__ void swiglu_forward_kernel(X* h, const X* g
 #pragma unroll
     for (int k = 0; k < W; k++) {
         const float a = to_float(gate[k]);
-        out[k] = from_float<X>(a * sigmoid(a) * to_float(up[k]));
+        out[k] = from_float<X>(a * sigmoid<X>(a) * to_float(up[k]));
     }
     store_vec(h + row * F + j, out);
 }
@@ -34,7 +43,7 @@ template <int W, class X> __global__ void swiglu_backward_kernel(X* dgate_up, co
     Vec<X, W> dgate, dup;
 #pragma unroll
     for (int k = 0; k < W; k++) {
-        const float a = to_float(gate[k]), s = sigmoid(a), dhk = to_float(g[k]);
+        const float a = to_float(gate[k]), s = sigmoid<X>(a), dhk = to_float(g[k]);
         dgate[k] = from_float<X>(dhk * to_float(up[k]) * s * (1.f + a * (1.f - s)));
         dup[k] = from_float<X>(dhk * a * s);
     }

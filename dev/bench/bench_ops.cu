@@ -117,6 +117,12 @@ static void bench_matmul(const Shape& s) {
             products.row(name + " residual", bytes + 6.0 * M * p.N, flops, [&](gpu::Matmul& mm, int i) { gpu::matmul_residual(mm, r[i], r2[i], x[i], w[i], M, p.N, p.K, 0); });
         }
     }
+    Rotating<floatX> n(M * s.d, 2), gate_up(M * 2 * s.F, 2), h(M * s.F, 2), dgate_up(M * 2 * s.F, 1), w(2 * (int64_t)s.F * s.d, 2, 0.05f);
+    const double flops = 4.0 * M * s.F * s.d, outer = X * (double)M * s.d, hidden = X * (double)M * s.F, weights = X * (double)s.F * s.d;
+    products.row("w1|w2 forward and swiglu", outer + 3 * hidden + 2 * weights, flops,
+                 [&](gpu::Matmul& mm, int i) { gpu::matmul_swiglu_forward(mm, h[i], gate_up[i], n[i], w[i], M, s.F, s.d, 0); });
+    products.row("w3 dgrad and swiglu", outer + 4 * hidden + weights, flops / 2,
+                 [&](gpu::Matmul& mm, int i) { gpu::matmul_swiglu_backward(mm, dgate_up[0], nullptr, h[i], n[i], w[i], gate_up[i], M, s.F, s.d, 0); });
     for (int64_t rows = std::min<int64_t>(M, 4096); rows <= M; rows *= 2) {
         const std::string name = "head, " + std::to_string(rows) + " rows";
         Rotating<floatX> x(rows * s.d, 2), y(rows * s.V, 2), w((int64_t)s.V * s.d, 1, 0.05f);
