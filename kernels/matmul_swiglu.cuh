@@ -17,11 +17,10 @@ inline void matmul_swiglu_forward(Matmul& matmul, floatX* h /*(M,F)*/, floatX* g
 
 inline void matmul_swiglu_backward(Matmul& matmul, floatX* dgate_up /*(M,2F)*/, floatX* h /*(M,F) = silu(gate) up, or null*/, floatX* dh /*(M,F) scratch*/,
                                    const floatX* dy /*(M,d)*/, const floatX* w3 /*(d,F)*/, const floatX* gate_up /*(M,2F)*/, int64_t M, int F, int d, Stream stream) {
-    if constexpr (sizeof(floatX) == 2) {
-        if (sm90::swiglu_gemm_usable({dgate_up, h, dy, w3, gate_up}, M, F, d)) {
-            const Operation op("w3 dgrad, swiglu", BYTES * ((double)M * d + (double)F * d + (h ? 5.0 : 4.0) * M * F), 2.0 * M * F * d, stream);
-            return sm90::swiglu_gemm_backward(dgate_up, h, dy, w3, gate_up, M, F, d, stream);
-        }
+    if (sizeof(floatX) == 2 && sm90::swiglu_gemm_usable({dgate_up, h, dy, w3, gate_up}, M, F, d)) {
+        const Operation op("w3 dgrad, swiglu", BYTES * ((double)M * d + (double)F * d + (h ? 5.0 : 4.0) * M * F), 2.0 * M * F * d, stream);
+        using sm90::bf16;                                                     // which floatX is here; the float build must compile this too
+        return sm90::swiglu_gemm_backward((bf16*)dgate_up, (bf16*)h, (const bf16*)dy, (const bf16*)w3, (const bf16*)gate_up, M, F, d, stream);
     }
     matmul_dgrad(matmul, dh, F, dy, d, w3, M, d, F, false, stream);
     if (h) swiglu_forward(h, gate_up, M, F, stream);
