@@ -5,7 +5,7 @@
 //   the input:  lanes q < 2 hold the k places of the first step, the others those of the second; dt u is split in two bf16 numbers, and halved
 //               as there are two lanes. These products do not wait for the state.
 //   the sums:   k is the 8 states; the columns are 8 steps, of which all but the two are masked.
-// The decays of 8 steps and their inputs do not depend on the state, so they are made while the 8 before are walked.
+// The decays and the inputs do not depend on the state, so they are made while the steps before are walked.
 #pragma once
 #include "scan_mma.cuh"
 
@@ -47,61 +47,60 @@ struct Lane {
     }
 };
 
-// a (16 x 8) b (8 x 8)
+// c (16 x 8) = a (16 x 8) b (8 x 8)
 __device__ inline void product8(float (&c)[4], const uint32_t (&a)[2], uint32_t b) {
     asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%7,%7,%7};"
         : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(b), "f"(0.f));
 }
-// 8 steps as a scan warp's lane sees them
-struct Steps {
-    float a[8][2];                                                    // decays
-    uint32_t x[8], b[4], c;                                           // inputs; B of pairs of steps; C of step g
-    template <class Stage> __device__ void load(const Stage& s, const bf16 (*bc)[32], int first, const Lane& l, const float (&A2)[2]) {
-        c = *(const uint32_t*)&bc[first + l.g][16 + 8 * l.half + 2 * l.q];
+
+// A tile as a scan warp's lane sees it, in pairs of steps
+struct Tile {
+    float dt[8][2], a[8][2][2];                                       // a: decays
+    uint32_t x[8][2], b[8], c[2];                                     // inputs; B; C of step g of the first 8 and of the last
+    // Pairs from first to last - 1, all but their decays
+    template <class Stage> __device__ void load(const Stage& s, const bf16 (*bc)[32], int first, int last, const Lane& l) {
 #pragma unroll
-        for (int t = 0; t < 8; t += 2) {
-            const float4 two = *(const float4*)s.pair[(first + t) / 2][l.c];
-            x[t] = __float_as_uint(two.y), x[t + 1] = __float_as_uint(two.w);
-            b[t / 2] = __bfloat16_as_ushort(bc[first + t + l.q / 2][8 * l.half + l.g]) * 0x10001u;
-#pragma unroll
-            for (int k = 0; k < 2; k++) a[t][k] = scan_ex2(two.x * A2[k]), a[t + 1][k] = scan_ex2(two.z * A2[k]);
+        for (int k = first; k < last; k++) {
+            const float4 two = *(const float4*)s.pair[k][l.c];
+            dt[k][0] = two.x, x[k][0] = __float_as_uint(two.y), dt[k][1] = two.z, x[k][1] = __float_as_uint(two.w);
+            b[k] = __bfloat16_as_ushort(bc[2 * k + l.q / 2][8 * l.half + l.g]) * 0x10001u;
         }
     }
-    // h through the 8 steps; the lane's channel's sums over the half, of steps 2q and 2q + 1 in y[0] and y[3]
-    __device__ void walk(float (&h)[2], float (&y)[4], const Lane& l) const {
+    __device__ void load_c(const bf16 (*bc)[32], int k, const Lane& l) { c[k] = *(const uint32_t*)&bc[8 * k + l.g][16 + 8 * l.half + 2 * l.q]; }
+    __device__ void make_decays(int k, const float (&A2)[2]) {
 #pragma unroll
-        for (int t = 0; t < 8; t += 2) {
-            float input[4];
-            const uint32_t rows[2] = {x[t] & l.first, x[t + 1] & l.second};
-            product8(input, rows, b[t / 2]);
-            uint32_t now[2];
+        for (int i = 0; i < 4; i++) a[k][i / 2][i % 2] = scan_ex2(dt[k][i / 2] * A2[i % 2]);
+    }
+    // h through pair k. After four pairs y[0] and y[3] are the lane's channel's sums over the half at steps 2q and 2q + 1 of the eight.
+    __device__ void walk(int k, float (&h)[2], float (&y)[4], const Lane& l) const {
+        float input[4];
+        const uint32_t rows[2] = {x[k][0] & l.first, x[k][1] & l.second};
+        product8(input, rows, b[k]);
+        uint32_t now[2];
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                h[0] = fmaf(a[t + i][0], h[0], input[2 * i]), h[1] = fmaf(a[t + i][1], h[1], input[2 * i + 1]);
-                now[i] = pack(h[0], h[1]);
-            }
-            mma8(y, now, c & l.mine[t / 2]);
+        for (int i = 0; i < 2; i++) {
+            h[0] = fmaf(a[k][i][0], h[0], input[2 * i]), h[1] = fmaf(a[k][i][1], h[1], input[2 * i + 1]);
+            now[i] = pack(h[0], h[1]);
         }
+        mma8(y, now, c[k / 4] & l.mine[k % 4]);
     }
 };
 
 template <class S> struct ScanForward {
     ForwardBlock<S>& s;
-    bf16* saved;                                                      // the lane's states of the next group of 8 steps, or null
-    const int channel;
-    const bool live;
-    const int64_t next;                                               // from a group's saved states to the next one's
-    int groups;                                                       // of 8 steps, to the end of the sequence
+    bf16* saved;                                                      // the lane's states of the next group of 8 steps
+    const int64_t stride;                                             // from a group's saved states to the next one's
+    int groups;                                                       // of 8 steps, whose states are still to be saved: none if nobody wants them
     Lane l;
-    float h[2] = {}, A2[2];
-    __device__ void walk(const Steps& steps, float (*y)[S::CHANNELS + 4]) {
-        if (saved) {
-            if (live && groups > 0) *(uint32_t*)saved = pack(h[0], h[1]);
-            saved += next, groups--;
-        }
-        float sums[4] = {};
-        steps.walk(h, sums, l);
-        y[2 * l.q][l.c] = sums[0], y[2 * l.q + 1][l.c] = sums[3];
+    float h[2] = {}, A2[2] = {}, y[4] = {};
+    __device__ void save() {
+        if (groups > 0) *(uint32_t*)saved = pack(h[0], h[1]);
+        saved += stride, groups--;
+    }
+    __device__ void store(float (*to)[S::CHANNELS + 4]) {
+        to[2 * l.q][l.c] = y[0], to[2 * l.q + 1][l.c] = y[3];
+#pragma unroll
+        for (int i = 0; i < 4; i++) y[i] = 0.f;
     }
     // Where a tile is in the rings
     struct Place {
@@ -111,24 +110,47 @@ template <class S> struct ScanForward {
             if (++group == S::GROUPS) group = 0, slot = (slot + 1) % S::SLOTS;
         }
     };
-    __device__ void load(Steps& steps, const Place& at, int first) const { steps.load(s.stages[at.stage], s.bc[at.group][at.slot], first, l, A2); }
+    // The decays are made two pairs ahead of the walk; the first two of a tile beside the last two of the tile before.
     __device__ void run(int count) {
-        Steps even, odd;
+        Tile tile;
         Place now, next;
         s.full[0].wait(0);
-        load(even, now, 0);
-        for (; count > 0; count--, now = next) {
-            auto& y = s.stages[now.stage].y[l.half];
-            load(odd, now, 8);
-            walk(even, y);
+        begin(tile, now, false);
+        for (;; now = next) {
+            auto& stage = s.stages[now.stage];
+            const auto bc = s.bc[now.group][now.slot];
             next.next();
-            if (count > 1) {
-                s.full[next.stage].wait(next.turn);
-                load(even, next, 0);
+            const bool last = --count == 0, ready = last || s.full[next.stage].test(next.turn);
+            tile.load(stage, bc, 2, 8, l);
+            tile.load_c(bc, 1, l);
+            save();
+#pragma unroll
+            for (int k = 0; k < 6; k++) {
+                if (k == 4) store(stage.y[l.half]), save();
+                tile.walk(k, h, y, l);
+                tile.make_decays(k + 2, A2);
             }
-            walk(odd, y + 8);
+            if (last) break;
+            if (!ready) s.full[next.stage].wait(next.turn);
+            begin(tile, next, true);
+            store(stage.y[l.half] + 8);
             s.done[now.stage].arrive();
         }
+        tile.walk(6, h, y, l);
+        tile.walk(7, h, y, l);
+        store(s.stages[now.stage].y[l.half] + 8);
+        s.done[now.stage].arrive();
+    }
+    // The first two pairs of a tile, and the end of the one before
+    __device__ void begin(Tile& tile, const Place& at, bool end) {
+        const auto bc = s.bc[at.group][at.slot];
+        tile.load(s.stages[at.stage], bc, 0, 2, l);
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            if (end) tile.walk(6 + k, h, y, l);
+            tile.make_decays(k, A2);
+        }
+        tile.load_c(bc, 0, l);
     }
 };
 
@@ -139,8 +161,11 @@ __device__ inline void scan_forward(ForwardBlock<S>& s, bf16* saved, float* h_ou
     const int channel = blockIdx.x * S::CHANNELS + l.c, n = 8 * l.half + 2 * l.q;
     const int64_t groups = (p.T + 7) / 8, tiles = (p.T + S::STEPS - 1) / S::STEPS;
     const bool live = channel < p.e;
-    ScanForward<S> scan{s, nullptr, channel, live, (int64_t)p.e * 16, (int)min(groups - first_tile * 2, (int64_t)1 << 30), l, {}, {}};
-    if (saved) scan.saved = saved + ((blockIdx.y * groups + first_tile * 2) * p.e + channel) * 16 + n;
+    ScanForward<S> scan{s, saved, (int64_t)p.e * 16, 0, l};
+    if (saved && live) {
+        scan.saved += ((blockIdx.y * groups + first_tile * 2) * p.e + channel) * 16 + n;
+        scan.groups = (int)min(groups - first_tile * 2, (int64_t)2 * count);
+    }
 #pragma unroll
     for (int k = 0; k < 2; k++) {
         scan.A2[k] = live ? -expf(p.A_log[(int64_t)channel * 16 + n + k]) * SCAN_LOG2E : 0.f;
