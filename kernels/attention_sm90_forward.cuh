@@ -161,11 +161,9 @@ template <int HD> struct ForwardConsumer {
         rings.keys.wait_full(n);
         order_wait(consumer);
         issue_scores<N>();
-        const bool early = HD == 128 && !a.starts;                       // shorter scores, or loads of starts, would leave the tensor cores idle
-        if (early) look_ahead();
+        look_ahead();
         issue_output(n - 1, j == 0 ? before.count == 1 : j == 1);
         order_pass(consumer);
-        if (!early) look_ahead();
         wgmma_wait<1>();
         scores_done<N>();
         const Statistics old = stat;
