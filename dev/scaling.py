@@ -13,8 +13,8 @@ import re
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-GPU, WHERE = "H200", "dev/results/2026-11-23_h200"
-TOKENS_S = {"421M": 170.7e3, "1.3B": 57e3}     # of one GPU, a whole step of 8 x 4,096 and 4 x 4,096 tokens
+GPU, WHERE = "H200", "dev/results/2026-11-27_h200_step"
+TOKENS_S = {"421M": 185.8e3, "1.3B": 62.1e3}   # of one GPU, a whole step of 8 x 4,096 and 4 x 4,096 tokens
 RUNS = {"scripts/run_421m_8gpu.sh": ("421M", 20e9, 8), "scripts/run_1.3b_64gpu.sh": ("1.3B", 100e9, 64), "scripts/slurm.sbatch": ("1.3B", 100e9, 64)}
 
 MODELS = {  # parameters, FLOP a token at 4,096 tokens (train_samba info), elements of the last bucket (embedding; first layers come with it)

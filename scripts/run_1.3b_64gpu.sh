@@ -6,7 +6,7 @@
 # HOSTS is MPI's host file, a line "node1 slots=8" for each machine. This directory, the data and OUT are in a file system that
 # all machines share. mpirun reaches the others by ssh; without that see scripts/slurm.sbatch, which needs no MPI.
 #
-# Cost: 487 GPU hours (7.6 hours on 64 H200) at the measured 57.0k tokens/s of one (dev/results/2026-11-23_h200); of many: dev/scaling.md
+# Cost: 447 GPU hours (7.0 hours on 64 H200) at the measured 62.1k tokens/s of one (dev/results/2026-11-27_h200_step); of many: dev/scaling.md
 # Memory: 7.7 GiB of parameters and optimizer a GPU with --zero 1, and activations for what is left (--recompute auto).
 #
 # Starts again from the newest checkpoint when it fails. RANKS, PROGRAM, OUT: other than 64, ./train_samba, out/1.3b.

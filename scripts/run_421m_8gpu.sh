@@ -3,7 +3,7 @@
 #
 #   DATA='data/slim/train_*.bin' VAL='data/slim/val_*.bin' scripts/run_421m_8gpu.sh [options of train_samba]
 #
-# Cost: 33 GPU hours (4.1 hours on 8 H200) at the measured 170.7k tokens/s of one (dev/results/2026-11-23_h200); of many: dev/scaling.md
+# Cost: 30 GPU hours (3.7 hours on 8 H200) at the measured 185.8k tokens/s of one (dev/results/2026-11-27_h200_step); of many: dev/scaling.md
 # Memory: 2.9 GiB of parameters and optimizer a GPU with --zero 1, and activations for what is left (--recompute auto).
 #
 # Starts again from the newest checkpoint when it fails. RANKS, PROGRAM, OUT: other than 8, ./train_samba, out/421m.
