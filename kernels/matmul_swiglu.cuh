@@ -9,14 +9,15 @@
 
 namespace gpu {
 
-inline void matmul_swiglu_forward(Matmul& matmul, floatX* h /*(M,F)*/, floatX* gate_up /*(M,2F)*/, const floatX* n /*(M,d)*/, const floatX* w12 /*(2F,d): w1 | w2*/,
-                                  int64_t M, int F, int d, Stream stream) {
+inline void matmul_swiglu_forward(Matmul& matmul, floatX* h /*(M,F)*/, floatX* gate_up /*(M,2F)*/, const floatX* n /*(M,d)*/,
+                                  const floatX* w12 /*(2F,d): w1 | w2*/, int64_t M, int F, int d, Stream stream) {
     matmul_forward(matmul, gate_up, 2 * (int64_t)F, n, d, w12, M, 2 * F, d, stream);
     swiglu_forward(h, gate_up, M, F, stream);
 }
 
-inline void matmul_swiglu_backward(Matmul& matmul, floatX* dgate_up /*(M,2F)*/, floatX* h /*(M,F) = silu(gate) up, or null*/, floatX* dh /*(M,F) scratch*/,
-                                   const floatX* dy /*(M,d)*/, const floatX* w3 /*(d,F)*/, const floatX* gate_up /*(M,2F)*/, int64_t M, int F, int d, Stream stream) {
+inline void matmul_swiglu_backward(Matmul& matmul, floatX* dgate_up /*(M,2F)*/, floatX* h /*(M,F) = silu(gate) up, or null*/,
+                                   floatX* dh /*(M,F) scratch*/, const floatX* dy /*(M,d)*/, const floatX* w3 /*(d,F)*/,
+                                   const floatX* gate_up /*(M,2F)*/, int64_t M, int F, int d, Stream stream) {
     if (sizeof(floatX) == 2 && sm90::swiglu_gemm_usable({dgate_up, h, dy, w3, gate_up}, M, F, d)) {
         const Operation op("w3 dgrad, swiglu", BYTES * ((double)M * d + (double)F * d + (h ? 5.0 : 4.0) * M * F), 2.0 * M * F * d, stream);
         using sm90::bf16;                                                     // which floatX is here; the float build must compile this too

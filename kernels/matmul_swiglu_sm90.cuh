@@ -1,4 +1,5 @@
-// The product before SwiGLU's gradient, with that gradient in its epilogue, for Hopper (code built for sm_90a), bf16. With dy (M,d), w3 (d,F), gate|up (M,2F):
+// The product before SwiGLU's gradient, with that gradient in its epilogue, for Hopper (code built for sm_90a), bf16. With dy (M,d), w3 (d,F)
+// and gate|up (M,2F):
 //   dh = dy w3         da = dh b s (1 + a (1 - s))         db = dh a s                 a gate, b up, s = sigma(a)
 // and h = a s b once more where the forward pass did not keep it. dh is never rounded, nor in memory: 4 of 14 bytes F a row are saved.
 //
@@ -8,7 +9,8 @@
 // epilogue, 64 columns each: they bring a and b, and da and db take their places (and h the third). TMA stores them from there, while the next
 // tile's stages are filled. A pair of blocks (a cluster) works on two tiles above each other: each loads half of w3's columns for both.
 //
-// Flops 2 M d F: Samba-421M (M 32768, d 1536, F 4096) 412 GFLOP, 0.42 ms at the nominal 989 TFLOP/s; bytes M (2 d + 8 F) + 2 d F = 1.19 GB, 0.28 ms at 4.2 TB/s.
+// Flops 2 M d F: Samba-421M (M 32768, d 1536, F 4096) 412 GFLOP, 0.42 ms at the nominal 989 TFLOP/s; bytes M (2 d + 8 F) + 2 d F = 1.19 GB,
+// 0.28 ms at 4.2 TB/s.
 // H200, 40 in a row: 0.769 ms, cuBLASLt's product and the pass over memory 0.86 (the product alone 0.63); in a training step 0.770 and 0.90.
 // The like for w1|w2 with SwiGLU behind it was written and left out: 1.33 ms for 1.42 in a row, but 1.34 for 1.30 in a step, whose clock is lower.
 #pragma once
@@ -51,15 +53,16 @@ __device__ inline void matrix_load_all(uint32_t to, const CUtensorMap* map, uint
                  ::"r"(to), "l"(map), "r"(bar), "r"(column), "r"(row), "h"((uint16_t)((1 << GEMM_CLUSTER) - 1)) : "memory");
 }
 __device__ inline void matrix_store(const CUtensorMap* map, uint32_t from, int column, int row) {
-    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(from), "r"(column), "r"(row) : "memory");
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];"
+                 ::"l"(map), "r"(from), "r"(column), "r"(row) : "memory");
 }
 template <int PENDING> __device__ inline void matrix_store_wait() { asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory"); }
 __device__ inline int cluster_rank() { int r; asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r)); return r; }
 __device__ inline void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-// At that barrier of a block of the cluster. What follows there are loads by TMA into memory that we have read: no fence is needed (with .release.cluster
-// the compiler adds one of the whole GPU, which halved the speed).
+// At that barrier of a block of the cluster. What follows there are loads by TMA into memory that we have read: no fence is needed
+// (with .release.cluster the compiler adds one of the whole GPU, which halved the speed).
 __device__ inline void arrive_at(uint32_t bar, int rank) {
     asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [there];\n}"
                  ::"r"(bar), "r"(rank) : "memory");
@@ -93,7 +96,8 @@ struct Turn {
     __device__ void next() { if (++stage == GEMM_STAGES) stage = 0, parity ^= 1; }
 };
 
-__device__ inline void gemm_produce(uint32_t shared, uint32_t bars, const CUtensorMap* dy, const CUtensorMap* w3, const CUtensorMap* gate_up, const GemmSize& s) {
+__device__ inline void gemm_produce(uint32_t shared, uint32_t bars, const CUtensorMap* dy, const CUtensorMap* w3, const CUtensorMap* gate_up,
+                                    const GemmSize& s) {
     const int first_slab = cluster_rank() * GEMM_N / 64 / GEMM_CLUSTER;
     Turn turn;
     for (int n = blockIdx.x / GEMM_CLUSTER; n < gemm_tiles(s); n += gridDim.x / GEMM_CLUSTER) {
@@ -255,15 +259,16 @@ inline bool swiglu_gemm_usable(std::initializer_list<const void*> arrays, int64_
 }
 
 // dgate_up (M,2F) from dy (M,d), w3 (d,F), gate_up (M,2F); and h (M,F) if given
-inline void swiglu_gemm_backward(bf16* dgate_up, bf16* h, const bf16* dy, const bf16* w3, const bf16* gate_up, int64_t M, int F, int d, Stream stream) {
+inline void swiglu_gemm_backward(bf16* dgate_up, bf16* h, const bf16* dy, const bf16* w3, const bf16* gate_up, int64_t M, int F, int d,
+                                 Stream stream) {
     int device = 0, processors = 0;
     CUDA_CHECK(cudaGetDevice(&device));
     CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
     const GemmSize size{F, (int)ceil_div(d, GEMM_K), (int)ceil_div(M, GEMM_M), F / GEMM_N};
     const int64_t tiles = ceil_div(size.row_tiles, GEMM_CLUSTER) * size.column_tiles;
     const unsigned blocks = (unsigned)std::min<int64_t>(processors / GEMM_CLUSTER, tiles) * GEMM_CLUSTER;
-    const CUtensorMap dy_map = matrix_map(dy, M, d, GEMM_M), w3_map = matrix_map(w3, d, F, GEMM_K), in = matrix_map(gate_up, M, 2 * (int64_t)F, GEMM_M);
-    const CUtensorMap out = matrix_map(dgate_up, M, 2 * (int64_t)F, 64), h_map = h ? matrix_map(h, M, F, 64) : out;
+    const CUtensorMap dy_map = matrix_map(dy, M, d, GEMM_M), w3_map = matrix_map(w3, d, F, GEMM_K);
+    const CUtensorMap in = matrix_map(gate_up, M, 2 * (int64_t)F, GEMM_M), out = matrix_map(dgate_up, M, 2 * (int64_t)F, 64), h_map = h ? matrix_map(h, M, F, 64) : out;
     auto kernel = h ? swiglu_gemm_kernel<true> : swiglu_gemm_kernel<false>;
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, GEMM_SHARED));
     kernel<<<blocks, BLOCK, GEMM_SHARED, stream>>>(dy_map, w3_map, in, out, h_map, size);
