@@ -61,6 +61,6 @@ def test_the_twin_trains_as_the_trainer(model, tmp_path):
     header[:4] = 20240520, 1, len(tokens), 64
     (tmp_path / "train_0.bin").write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
     result = run(sys.executable, os.path.join(ROOT, "dev/parity/run.py"), "parity", "--program", PROGRAM, "--model", model, "--data", tmp_path / "train_*.bin",
-                 "--micro-batch", 4, "--steps", 8, "--lr", 3e-3, "--tolerance", 1e-4)  # fmt: skip
+                 "--micro-batch", 4, "--steps", 8, "--lr", 3e-3, "--warmup", 8, "--tolerance", 1e-4)  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     assert "ok: losses at most" in result.stdout
