@@ -68,7 +68,7 @@ inline void rmsnorm_forward(floatX* out /*(N,d)*/, float* rstd /*(N)*/, const fl
     const int threads = RMSNORM_WARPS * WARP, items = (int)ceil_div(d, 4 * WARP);
     if (vector && items <= 8) rmsnorm_forward_warp_kernel<8><<<blocks, threads, 0, stream>>>(out, rstd, x, weight, N, d, eps);
     else if (vector && items <= 12) rmsnorm_forward_warp_kernel<12><<<blocks, threads, 0, stream>>>(out, rstd, x, weight, N, d, eps);
-    else if (vector && items <= 20) rmsnorm_forward_warp_kernel<20><<<blocks, threads, 0, stream>>>(out, rstd, x, weight, N, d, eps);
+    else if (vector && items <= 24) rmsnorm_forward_warp_kernel<24><<<blocks, threads, 0, stream>>>(out, rstd, x, weight, N, d, eps);
     else rmsnorm_forward_kernel<<<(unsigned)N, row_threads(d), 0, stream>>>(out, rstd, x, weight, d, eps);
     LAUNCH_CHECK();
 }
