@@ -725,10 +725,10 @@ def single_gpu(world, tmp_path_factory):
 
 
 # Each event, and how late collectives and computing must be, in microseconds, for its absence to show. One rank's collectives move nothing: what
-# shows is that their data cannot be read meanwhile. A step's own numbers are written once, so the collective that must not begin before it
-# has to last longer than computing is late.
-EARLY, LATE = ("1", "2000"), ("2000", "0")
-EVENTS = {"gradients": EARLY, "own numbers": ("4000", "2000"), "own weights": EARLY, "summed gradients": LATE, "everybody's numbers": LATE, "new weights": LATE}
+# shows is that their data cannot be read meanwhile, and that what is written meanwhile is undone. What is read or written once a step needs a
+# collective that has begun before the late computing comes, and lasts longer.
+EARLY, LATE, AROUND = ("1", "2000"), ("2000", "0"), ("4000", "2000")
+EVENTS = {"gradients": EARLY, "own numbers": AROUND, "own weights": AROUND, "summed gradients": LATE, "everybody's numbers": AROUND, "new weights": LATE}
 
 
 @needs_gpu
