@@ -419,6 +419,19 @@ private:
 // "mamba of block 0"
 inline std::string layer_name(const Layout& layout, size_t l) { return std::string(kind_name(layout.layers[l].kind)) + " of block " + std::to_string(layout.layers[l].block); }
 
+// The weights of a layer's large products, (N,K): those that --matmul fp8 multiplies in 8 bits, where N and K are multiples of 16. x_proj and
+// dt_proj are bound by memory, the head decides on the loss: they stay in floatX.
+struct LargeWeights { Matrix w; int N, K; };
+inline std::vector<LargeWeights> large_weights(const Config& c, const Layer& layer) {
+    const int d = c.d_model, e = c.d_inner(), F = layer.d_ff;
+    switch (layer.kind) {
+    case Kind::mamba: return {{layer.mamba.in_proj, 2 * e, d}, {layer.mamba.out_proj, d, e}};
+    case Kind::attention: return {{layer.attention.qkv, c.qkv_dim(), d}, {layer.attention.proj, d, c.q_dim()}};
+    case Kind::mlp: return {{layer.mlp.w1, 2 * F, d}, {layer.mlp.w3, d, F}};                          // w1 | w2
+    }
+    return {};
+}
+
 // A stream of counter_uniform() for each seed and name: a tensor's values depend only on (seed, name, i).
 inline uint64_t stream_key(uint64_t seed, const std::string& name) {
     uint64_t h = 0xcbf29ce484222325ull ^ (seed * 0xd6e8feb86659fd93ull);
@@ -496,6 +509,7 @@ struct Activations {
     int64_t B = 0, T = 0;
     bool training = false;
     Recompute recompute = Recompute::light;
+    bool fp8 = false;                      // large products in 8 bits
 
     std::vector<float*> x;                 // L+1 of (B,T,d): the residual stream before each layer, and after the last
     std::vector<LayerActivations> layers;
@@ -513,13 +527,14 @@ struct Activations {
     float* norm;                           // (2)           gradient norm and clip factor
     float* dx;                             // (B,T,d)       gradient of the residual stream
     floatX* dy;                            // (B,T,d)       its rounded copy: what the layer's last GEMM gets
+    Quantised quantised;                   // (B,T,widest)  fp8: what the next product reads, made of its floatX by what writes that or by the product
     void* workspace;                       //               of whichever operation runs
     Arena kept, scratch;
     int64_t rope_position = -1, rope_T = -1;   // what `rope` holds
 
     void plan(const Layout& layout);
-    void create(const Layout& layout, int64_t B_, int64_t T_, bool training_, Recompute recompute_) {
-        B = B_; T = T_; training = training_; recompute = recompute_;
+    void create(const Layout& layout, int64_t B_, int64_t T_, bool training_, Recompute recompute_, bool fp8_ = false) {
+        B = B_; T = T_; training = training_; recompute = recompute_; fp8 = fp8_;
         plan(layout);
         kept.allocate("the activations");
         scratch.allocate("the scratch memory");
@@ -596,6 +611,8 @@ inline size_t Activations::workspace_bytes(const Layout& layout) const {
     need(ops::rmsnorm_backward_workspace(BT, c.d_model));
     need(ops::global_norm_workspace(layout.elements()));
     for (const Layer& layer : layout.layers) {
+        for (const LargeWeights& w : large_weights(c, layer))
+            if (fp8) need(ops::quantise_columns_workspace(w.N, w.K));
         if (layer.kind == Kind::mamba) need(ops::conv1d_backward_workspace((int)B, T, c.d_inner()));
         if (layer.kind == Kind::attention) need(ops::attention_backward_workspace((int)B, T, c.n_head, c.n_kv_head, c.head_dim, layer.window));
     }
@@ -635,6 +652,10 @@ inline void Activations::plan(const Layout& layout) {
     dn_f = scratch.take<floatX>(BT * d);
     dx = kept.take<float>(BT * d);
     dy = kept.take<floatX>(BT * d);
+    int64_t widest = 0;
+    for (const Layer& layer : layout.layers)
+        for (const LargeWeights& w : large_weights(c, layer)) widest = std::max<int64_t>({widest, w.N, w.K});
+    if (fp8) quantised = {kept.take<uint8_t>(BT * widest), kept.take<float>(BT)};
 }
 
 // Parameters in working precision; for training also master copy, gradients and moments, flat and in the same order: all
@@ -646,23 +667,35 @@ struct Parameters {
     float* vectors = nullptr;
     float* grads = nullptr;                                          // (n); null without training
     float *master = nullptr, *m = nullptr, *v = nullptr;             // (own); null without training
+    struct Fp8Copies { LargeWeights of; Quantised rows, columns; };
+    std::vector<std::vector<Fp8Copies>> fp8;                         // of each layer's large weights; empty: no products in 8 bits
     Arena arena;
 
     void create(const Layout& layout, bool training) { create(layout, training, {0, layout.elements()}); }
-    void create(const Layout& layout, bool training, Range own_) {
+    void create(const Layout& layout, bool training, Range own_, bool with_fp8 = false) {
         own = own_;
         for (int dry = 1; dry >= 0; dry--) {
-            plan(layout, training);
+            plan(layout, training, with_fp8);
             if (dry) arena.allocate(training ? "the parameters and optimizer" : "the parameters");
         }
     }
-    void plan(const Layout& layout, bool training) {
+    void plan(const Layout& layout, bool training, bool with_fp8) {
         n_matrix = layout.matrix_elements;
         n = layout.elements();
         matrices = arena.take<floatX>(n_matrix);
         vectors = arena.take<float>(n - n_matrix);
         grads = training ? arena.take<float>(n) : nullptr;
         for (float** p : {&master, &m, &v}) *p = training ? arena.take<float>(own.size()) : nullptr;
+        fp8.clear();
+        if (with_fp8) for (const Layer& layer : layout.layers) plan_fp8(large_weights(layout.config, layer));
+    }
+    void plan_fp8(const std::vector<LargeWeights>& of_layer) {
+        std::vector<Fp8Copies>& copies = fp8.emplace_back();
+        for (const LargeWeights& w : of_layer) {
+            if (w.N % 16 || w.K % 16 || std::max(w.N, w.K) > ops::QUANTISE_MOST) continue;   // cuBLASLt, and our kernels, have none for these
+            const int64_t n = (int64_t)w.N * w.K;
+            copies.push_back({w, {arena.take<uint8_t>(n), arena.take<float>(w.N)}, {arena.take<uint8_t>(n), arena.take<float>(w.K)}});
+        }
     }
     float* at(float* shard, int64_t i) const { return shard + (i - own.begin); }   // element i of the flat order in master, m or v
     floatX* operator()(Matrix t) const { return matrices + t.at; }
@@ -780,9 +813,26 @@ struct Pass {
     int64_t T;
     SequenceState* state;                  // null: the sequence begins here and is not continued
     bool add = false;                      // backward: to the gradients of matrices that the step's earlier micro-batches left
+    bool fp8 = false;                      // large products in 8 bits, with copies of the weights that the step's first micro-batch makes
     int64_t BT() const { return B * T; }
     LayerState* layer_state(size_t l) const { return state ? &state->layers[l] : nullptr; }
+    // Of a large product: with their copies in 8 bits, where this pass uses such
+    Weights weights(Matrix t) const {
+        if (!fp8) return m.w(t);
+        for (const auto& layer : m.w.fp8)
+            for (const auto& copies : layer)
+                if (copies.of.w.at == t.at) return {m.w(t), copies.rows, copies.columns, m.acts.quantised};
+        return m.w(t);
+    }
 };
+
+// Layer l's weights in 8 bits, from what they are now
+inline void quantise_weights(Model& m, size_t l) {
+    for (const auto& [of, rows, columns] : m.w.fp8[l]) {
+        ops::quantise_rows(rows, m.w(of.w), of.N, of.K, m.stream);
+        ops::quantise_columns(columns, m.w(of.w), m.acts.workspace, of.N, of.K, m.stream);
+    }
+}
 
 // What a layer remembers becomes what it has just computed: in forward, or of a held state in backward
 inline void mamba_advance(const Pass& p, LayerState& s) {
@@ -810,8 +860,9 @@ inline void mamba_inner(Pass& p, const Layer& layer, LayerActivations& a, const 
     float* h_in = s ? s->h : nullptr;
     float* h_out = s ? s->next_h : nullptr;
 
-    if (make.cheap) ops::rmsnorm_forward(a.n, a.rstd, x, m.w(t.norm), BT, d, c.norm_eps, stream);                            // (B,T,d)
-    if (make.dear) ops::matmul_forward(m.matmul, a.xz, 2 * e, a.n, d, m.w(t.in_proj), BT, 2 * e, d, stream);                 // (B,T,2e) x|z
+    const Weights in_proj = p.weights(t.in_proj).with_input_made();
+    if (make.cheap) ops::rmsnorm_forward(a.n, a.rstd, x, m.w(t.norm), BT, d, c.norm_eps, stream, in_proj.input);             // (B,T,d)
+    if (make.dear) ops::matmul_forward(m.matmul, a.xz, 2 * e, a.n, d, in_proj, BT, 2 * e, d, stream);                        // (B,T,2e) x|z
     if (make.cheap) ops::conv1d_forward(a.u, halo_out, a.xz, 2 * e, halo_in, m.w(t.conv_w), m.w(t.conv_b), B, T, e, stream); // (B,T,e)
     if (make.dear) ops::matmul_forward(m.matmul, a.x_dbl, R2N, a.u, e, m.w(t.x_proj), BT, R2N, e, stream);                   // (B,T,R+2N) dt|B|C
     if (make.cheap) ops::matmul_forward(m.matmul, a.dt, e, a.x_dbl, R2N, m.w(t.dt_proj), BT, e, R, stream);                  // (B,T,e)
@@ -825,7 +876,7 @@ inline void mamba_forward(Pass& p, const Layer& layer, LayerActivations& a, floa
     Model& m = p.m;
     const int d = m.config().d_model, e = m.config().d_inner();
     mamba_inner(p, layer, a, x, s, make_all());
-    ops::matmul_residual(m.matmul, x_next, x, a.out, m.w(layer.mamba.out_proj), p.BT(), d, e, m.stream);                     // (B,T,d)
+    ops::matmul_residual(m.matmul, x_next, x, a.out, p.weights(layer.mamba.out_proj), p.BT(), d, e, m.stream);               // (B,T,d)
 }
 
 // In: acts.dx, acts.dy = dL/dx_next. Out: the same of x, and += the gradients of the layer's parameters. A state (held) is a
@@ -843,7 +894,7 @@ inline void mamba_backward(Pass& p, const Layer& layer, LayerActivations& a, con
     void* workspace = m.acts.workspace;
 
     mamba_inner(p, layer, a, x, s, make_missing(m.acts.recompute));
-    ops::matmul_dgrad(m.matmul, a.d_out, e, dy, d, w(t.out_proj), BT, d, e, false, stream);                                  // (B,T,e)
+    ops::matmul_dgrad(m.matmul, a.d_out, e, dy, d, p.weights(t.out_proj), BT, d, e, false, stream);                          // (B,T,e)
     ops::selective_scan_backward(a.du, a.ddt, a.d_in + e, 2 * e, a.dx_dbl + R, R2N, a.out, w.grad(t.A_log), w.grad(t.D), w.grad(t.dt_bias),
                                  a.d_out, a.u, a.dt, a.x_dbl + R, R2N, a.xz + e, 2 * e, w(t.A_log), w(t.D), w(t.dt_bias), h_in,
                                  a.states, workspace, B, T, e, N, stream);                                                   // du, ddt, dz, dB|dC, out
@@ -854,7 +905,7 @@ inline void mamba_backward(Pass& p, const Layer& layer, LayerActivations& a, con
     ops::matmul_wgrad(m.matmul, w.grad(t.x_proj), a.dx_dbl, R2N, a.u, e, BT, R2N, e, p.add, stream);
     ops::conv1d_backward(a.d_in, 2 * e, w.grad(t.conv_w), w.grad(t.conv_b), a.du, a.xz, 2 * e, halo_in, w(t.conv_w), w(t.conv_b),
                          workspace, B, T, e, stream);                                                                        // dx
-    ops::matmul_dgrad(m.matmul, a.dn, d, a.d_in, 2 * e, w(t.in_proj), BT, 2 * e, d, false, stream);                          // (B,T,d)
+    ops::matmul_dgrad(m.matmul, a.dn, d, a.d_in, 2 * e, p.weights(t.in_proj), BT, 2 * e, d, false, stream);                  // (B,T,d)
     ops::matmul_wgrad(m.matmul, w.grad(t.in_proj), a.d_in, 2 * e, a.n, d, BT, 2 * e, d, p.add, stream);
     ops::rmsnorm_backward(m.acts.dx, m.acts.dy, w.grad(t.norm), a.dn, x, a.rstd, w(t.norm), workspace, BT, d, true, stream); // dx +=
     if (s) mamba_advance(p, *s);
@@ -871,9 +922,10 @@ inline void attention_inner(Pass& p, const Layer& layer, LayerActivations& a, co
     const floatX* ring = position > 0 && capacity > 0 ? s->ring : nullptr;
     const int* starts = nullptr;                          // one document a sequence
 
-    if (make.cheap) ops::rmsnorm_forward(a.n, a.rstd, x, m.w(t.norm), BT, d, c.norm_eps, stream);                            // (B,T,d)
+    const Weights qkv = p.weights(t.qkv).with_input_made();
+    if (make.cheap) ops::rmsnorm_forward(a.n, a.rstd, x, m.w(t.norm), BT, d, c.norm_eps, stream, qkv.input);                 // (B,T,d)
     if (!make.dear) return;
-    ops::matmul_forward(m.matmul, a.qkv, c.qkv_dim(), a.n, d, m.w(t.qkv), BT, c.qkv_dim(), d, stream);                       // (B,T,(H+2G)hd)
+    ops::matmul_forward(m.matmul, a.qkv, c.qkv_dim(), a.n, d, qkv, BT, c.qkv_dim(), d, stream);                              // (B,T,(H+2G)hd)
     if (c.rope) ops::rope_forward(a.qkv, m.acts.rope, B, T, H, G, hd, stream);
     ops::attention_forward(a.out, a.lse, a.qkv, ring, capacity, position, starts, B, T, H, G, hd, layer.window, stream);     // (B,T,H hd)
     if (s && !p.state->held) attention_advance(p, *s, a);
@@ -883,7 +935,7 @@ inline void attention_forward(Pass& p, const Layer& layer, LayerActivations& a, 
     Model& m = p.m;
     const Config& c = m.config();
     attention_inner(p, layer, a, x, s, make_all());
-    ops::matmul_residual(m.matmul, x_next, x, a.out, m.w(layer.attention.proj), p.BT(), c.d_model, c.q_dim(), m.stream);     // (B,T,d)
+    ops::matmul_residual(m.matmul, x_next, x, a.out, p.weights(layer.attention.proj), p.BT(), c.d_model, c.q_dim(), m.stream); // (B,T,d)
 }
 
 inline void attention_backward(Pass& p, const Layer& layer, LayerActivations& a, const float* x, LayerState* s) {
@@ -897,13 +949,13 @@ inline void attention_backward(Pass& p, const Layer& layer, LayerActivations& a,
     const floatX* dy = m.acts.dy;
 
     attention_inner(p, layer, a, x, s, make_missing(m.acts.recompute));
-    ops::matmul_dgrad(m.matmul, a.d_out, c.q_dim(), dy, d, w(t.proj), BT, d, c.q_dim(), false, stream);                      // (B,T,H hd)
+    ops::matmul_dgrad(m.matmul, a.d_out, c.q_dim(), dy, d, p.weights(t.proj), BT, d, c.q_dim(), false, stream);              // (B,T,H hd)
     ops::matmul_wgrad(m.matmul, w.grad(t.proj), dy, d, a.out, c.q_dim(), BT, d, c.q_dim(), p.add, stream);
     const floatX* ring = position > 0 && capacity > 0 ? s->ring : nullptr;
     const int* starts = nullptr;                          // one document a sequence
     ops::attention_backward(a.d_in, a.d_out, a.out, a.qkv, a.lse, ring, capacity, position, starts, m.acts.workspace, B, T, H, G, hd, layer.window,
                             c.rope ? m.acts.rope : nullptr, stream);                                                         // (B,T,(H+2G)hd)
-    ops::matmul_dgrad(m.matmul, a.dn, d, a.d_in, c.qkv_dim(), w(t.qkv), BT, c.qkv_dim(), d, false, stream);                  // (B,T,d)
+    ops::matmul_dgrad(m.matmul, a.dn, d, a.d_in, c.qkv_dim(), p.weights(t.qkv), BT, c.qkv_dim(), d, false, stream);          // (B,T,d)
     ops::matmul_wgrad(m.matmul, w.grad(t.qkv), a.d_in, c.qkv_dim(), a.n, d, BT, c.qkv_dim(), d, p.add, stream);
     ops::rmsnorm_backward(m.acts.dx, m.acts.dy, w.grad(t.norm), a.dn, x, a.rstd, w(t.norm), m.acts.workspace, BT, d, true, stream);  // dx +=
     if (s) attention_advance(p, *s, a);
@@ -915,15 +967,18 @@ inline void mlp_inner(Pass& p, const Layer& layer, LayerActivations& a, const fl
     const MlpTensors& t = layer.mlp;
     const int d = m.config().d_model, F = layer.d_ff;
     const int64_t BT = p.BT();
-    if (make.cheap) ops::rmsnorm_forward(a.n, a.rstd, x, m.w(t.norm), BT, d, m.config().norm_eps, m.stream);                 // (B,T,d)
-    if (make.dear) ops::matmul_swiglu_forward(m.matmul, a.out, a.gate_up, a.n, m.w(t.w1), BT, F, d, m.stream);               // (B,T,F), (B,T,2F) w1|w2 stacked
+    const Weights w12 = p.weights(t.w1).with_input_made();
+    const Quantised h_copy = p.weights(t.w3).input;
+    if (make.cheap) ops::rmsnorm_forward(a.n, a.rstd, x, m.w(t.norm), BT, d, m.config().norm_eps, m.stream, w12.input);      // (B,T,d)
+    if (make.dear) ops::matmul_swiglu_forward(m.matmul, a.out, a.gate_up, a.n, w12, BT, F, d, m.stream, h_copy);             // (B,T,F), (B,T,2F) w1|w2
 }
 
 // x_norm: what the norm reads; x itself, but in a parallel block what the attention before it read.
 inline void mlp_forward(Pass& p, const Layer& layer, LayerActivations& a, float* x_next, const float* x, const float* x_norm) {
     Model& m = p.m;
     mlp_inner(p, layer, a, x_norm, make_all());
-    ops::matmul_residual(m.matmul, x_next, x, a.out, m.w(layer.mlp.w3), p.BT(), m.config().d_model, layer.d_ff, m.stream);   // (B,T,d)
+    const Weights w3 = p.weights(layer.mlp.w3).with_input_made();
+    ops::matmul_residual(m.matmul, x_next, x, a.out, w3, p.BT(), m.config().d_model, layer.d_ff, m.stream);                  // (B,T,d)
 }
 
 inline void mlp_backward(Pass& p, const Layer& layer, LayerActivations& a, const float* x_norm) {
@@ -939,10 +994,11 @@ inline void mlp_backward(Pass& p, const Layer& layer, LayerActivations& a, const
 
     const Make missing = make_missing(m.acts.recompute);
     mlp_inner(p, layer, a, x_norm, missing);
+    const Weights w12 = p.weights(t.w1);
     floatX* missing_out = missing.cheap && !missing.dear ? a.out : nullptr;
-    ops::matmul_swiglu_backward(m.matmul, a.d_in, missing_out, a.d_out, dy, w(t.w3), a.gate_up, BT, F, d, stream);           // (B,T,2F)
+    ops::matmul_swiglu_backward(m.matmul, a.d_in, missing_out, a.d_out, dy, p.weights(t.w3), a.gate_up, BT, F, d, stream, w12.input); // (B,T,2F)
     ops::matmul_wgrad(m.matmul, w.grad(t.w3), dy, d, a.out, F, BT, d, F, p.add, stream);
-    ops::matmul_dgrad(m.matmul, a.dn, d, a.d_in, 2 * F, w(t.w1), BT, 2 * F, d, false, stream);                               // (B,T,d)
+    ops::matmul_dgrad(m.matmul, a.dn, d, a.d_in, 2 * F, w12.with_input_made(), BT, 2 * F, d, false, stream);                 // (B,T,d)
     ops::matmul_wgrad(m.matmul, w.grad(t.w1), a.d_in, 2 * F, a.n, d, BT, 2 * F, d, p.add, stream);
     ops::rmsnorm_backward(m.acts.dx, dy_next, w.grad(t.norm), a.dn, x_norm, a.rstd, w(t.norm), m.acts.workspace, BT, d, true, stream);  // dx +=
 }
@@ -961,8 +1017,10 @@ inline void prepare_rope(Model& m, int64_t position, int64_t T) {
 }
 
 // acts.tokens (B,T) -> acts.n_f (B,T,d), what the head reads. With a state: continues it, and leaves it after the chunk.
-inline void forward_layers(Model& m, int B, int64_t T, SequenceState* state) {
-    Pass p{m, B, T, state};
+inline void forward_layers(Pass p) {
+    Model& m = p.m;
+    SequenceState* state = p.state;
+    const int64_t T = p.T;
     Activations& acts = m.acts;
     const Config& c = m.config();
     prepare_rope(m, state ? state->position : 0, T);
@@ -974,6 +1032,7 @@ inline void forward_layers(Model& m, int B, int64_t T, SequenceState* state) {
         float *x = acts.x[l], *x_next = acts.x[l + 1];
         const ProfilerRange range("forward, " + layer_name(m.layout, l));
         if (m.before_layer) m.before_layer((int)l);
+        if (p.fp8 && !p.add) quantise_weights(m, l);
         switch (layer.kind) {
         case Kind::mamba: mamba_forward(p, layer, acts.layers[l], x_next, x, s); break;
         case Kind::attention: attention_forward(p, layer, acts.layers[l], x_next, x, s); break;
@@ -983,6 +1042,7 @@ inline void forward_layers(Model& m, int B, int64_t T, SequenceState* state) {
     ops::rmsnorm_forward(acts.n_f, acts.rstd_f, acts.x.back(), m.w(m.layout.network.norm_f), p.BT(), c.d_model, c.norm_eps, m.stream);
     if (state && !state->held) state->position += T;
 }
+inline void forward_layers(Model& m, int B, int64_t T, SequenceState* state) { forward_layers(Pass{m, B, T, state}); }
 
 // acts.losses (B,T) = cross entropy of each token, acts.greedy (B,T) = whether it is the likeliest; no gradients.
 inline void evaluate(Model& m, int B, int64_t T, SequenceState* state) {
@@ -1019,7 +1079,7 @@ inline void head_forward_backward(Model& m, int64_t BT, float weight, bool add) 
 // constants: backpropagation through time ends where the micro-batch begins. Afterwards it is the state behind them.
 inline void forward_backward_from(SequenceState* state, Model& m, int B, int64_t T, float weight, bool first) {
     if (state && !state->held) fail("a state for training must be created held");
-    Pass p{m, B, T, state, !first};
+    Pass p{m, B, T, state, !first, !m.w.fp8.empty()};
     Activations& acts = m.acts;
     const NetworkTensors& t = m.layout.network;
     const int64_t BT = p.BT(), V = m.config().vocab_size;
@@ -1027,7 +1087,7 @@ inline void forward_backward_from(SequenceState* state, Model& m, int B, int64_t
     if (first) device_zero(m.w.grads + m.w.n_matrix, (m.w.n - m.w.n_matrix) * sizeof(float), m.stream);
     if (first && !m.config().tied) device_zero(m.w.grad(t.embedding), V * d * sizeof(float), m.stream);
 
-    forward_layers(m, B, T, state);
+    forward_layers(p);
     head_forward_backward(m, BT, weight, p.add);
     ops::mean_losses(acts.loss, acts.losses, BT, !first, weight, m.stream);
     ops::rmsnorm_backward(acts.dx, acts.dy, m.w.grad(t.norm_f), acts.dn_f, acts.x.back(), acts.rstd_f, m.w(t.norm_f), acts.workspace, BT, d,

@@ -49,7 +49,7 @@ struct TrainOptions {
     int64_t val_every = 0, val_batches = 10, checkpoint_every = 1000, keep = 3, log_every = 1, max_skips = 10;
     std::vector<std::string> val_lengths = {"1x", "2x", "3x", "4x"};
     int gpu = 0, zero = 1;
-    std::string collectives = "auto", reduce = "fp32", graphs = "on", plans;
+    std::string collectives = "auto", reduce = "fp32", graphs = "on", matmul = "bf16", plans;
     int64_t bucket = 0;
     double rank_timeout = 45;
     bool resuming = false;                 // --resume was given, with or without a directory
@@ -102,6 +102,7 @@ inline void add_train_options(CLI::App& app, TrainOptions& o) {
     app.add_option("--recompute", o.recompute, "What backward computes again to save memory; auto: as little as fits")
         ->check(CLI::IsMember({"auto", "none", "light", "full"}))->capture_default_str();
     app.add_option("--graphs", o.graphs, "Replay a micro-batch as one CUDA graph; the same numbers either way")->check(CLI::IsMember({"on", "off"}))->capture_default_str();
+    add_matmul(app, o.matmul);
     app.add_option("--plans", o.plans, PLANS_HELP);
     app.add_option("--tokenizer", o.tokenizer, "tokenizer.model to keep with the checkpoints; default: the one beside the data, if there is one");
     add_count(app, "--log-every", o.log_every, "Steps between lines on the screen; the log has every step");
@@ -308,6 +309,7 @@ inline void print_run(const TrainOptions& o, const Model& m, const DeviceInfo& d
            (long long)o.seq_len, (long long)(accumulate * o.tbptt), processes.c_str(), comm.world > 1 ? ", processes" : "", (long long)o.steps, human((double)o.steps * (double)o.global_batch).c_str());
     printf("  memory   %s parameters and optimizer%s, %s activations (recompute %s)\n", human_bytes((double)m.w.arena.bytes()).c_str(), parallel.sharded ? " a rank" : "",
            human_bytes((double)m.acts.bytes()).c_str(), recompute_name(m.acts.recompute));
+    if (m.acts.fp8) printf("  products large ones in fp8, but for those of weight gradients\n");
     if (o.tbptt > 1)
         printf("  tbptt    sequences of %lld tokens in %lld chunks, the state carried and held constant\n", (long long)o.sequence(), (long long)o.tbptt);
     if (comm.active()) print_ranks(comm, parallel);
@@ -412,6 +414,7 @@ struct Trainer {
     void set_up() {
         select_gpu(comm.world > 1 ? comm.local_rank % std::max(1, device_count()) : o.gpu);
         device = device_info();
+        const bool fp8 = use_fp8(o.matmul);
         data = std::make_unique<Mixture>(o.data, config.vocab_size);
         if (!o.val.empty()) val = std::make_unique<Shards>(o.val, config.vocab_size);
         identity = data_identity(*data);
@@ -428,12 +431,12 @@ struct Trainer {
         const size_t val_bytes = val ? state_bytes(m->layout, o.micro_batch, multiples.back() * o.seq_len) : 0;
         const size_t staging = (size_t)DataParallel::staging_bytes(m->layout, comm, o.bucket, o.reduce == "bf16");
         const size_t carried_bytes = o.tbptt > 1 ? state_bytes(m->layout, o.micro_batch, o.sequence(), true) : 0;
-        const size_t other_bytes = val_bytes + carried_bytes + (size_t)parameter_bytes(m->layout, true, own) + staging;
-        const Recompute level = choose_recompute(o.recompute, m->layout, o.micro_batch, o.seq_len, other_bytes);
+        const size_t other_bytes = val_bytes + carried_bytes + (size_t)parameter_bytes(m->layout, true, own, fp8) + staging;
+        const Recompute level = choose_recompute(o.recompute, m->layout, o.micro_batch, o.seq_len, other_bytes, fp8);
         o.recompute = recompute_name(level);
         options = options_to_json(app);
-        m->w.create(m->layout, true, own);
-        m->acts.create(m->layout, o.micro_batch, o.seq_len, true, level);
+        m->w.create(m->layout, true, own, fp8);
+        m->acts.create(m->layout, o.micro_batch, o.seq_len, true, level, fp8);
         if (o.tbptt > 1) carried.create(m->layout, o.micro_batch, o.sequence(), m->stream, true);
         parallel = std::make_unique<DataParallel>(comm, *m, o.zero, o.bucket, o.reduce == "bf16");
         if (val) validation = std::make_unique<Validation>(*m, comm, *val, multiples, o.micro_batch, o.seq_len, o.val_batches);
@@ -646,6 +649,8 @@ inline void run_info(const InfoOptions& o) {
     for (Recompute level : {Recompute::none, Recompute::light, Recompute::full})
         printf("    activations, recompute %-6s    %s; in use altogether %s\n", recompute_name(level), human_bytes((double)activation_bytes(layout, B, T, true, level)).c_str(),
                human_bytes((double)memory_in_use(layout, B, T, level)).c_str());
+    const int64_t fp8_bytes = memory_in_use(layout, B, T, Recompute::none, true) - memory_in_use(layout, B, T, Recompute::none);
+    if (HAS_FP8) printf("    --matmul fp8                     %s more\n", human_bytes((double)fp8_bytes).c_str());
     printf("    sequence state of generation     %s\n", human_bytes((double)state_bytes(layout, 1, T)).c_str());
     printf("\n  training flops a token at length %lld: %s\n", (long long)T, human(flops_per_token(layout, T)).c_str());
 }

@@ -8,7 +8,7 @@
 #include "plans.h"
 
 struct BenchOptions {
-    std::string model = "samba-421m", recompute = "auto", graphs = "on", plans, json;
+    std::string model = "samba-421m", recompute = "auto", graphs = "on", matmul = "bf16", plans, json;
     int64_t micro_batch = 8, seq_len = 0, accumulate = 8, repeats = 20;
     int gpu = 0;
 };
@@ -22,6 +22,7 @@ inline CLI::App* add_bench(CLI::App& app, BenchOptions& o) {
     add_count(*command, "--repeats", o.repeats, "Passes and steps to time; the median counts");
     command->add_option("--recompute", o.recompute, "As in training")->check(CLI::IsMember({"auto", "none", "light", "full"}))->capture_default_str();
     command->add_option("--graphs", o.graphs, "As in training")->check(CLI::IsMember({"on", "off"}))->capture_default_str();
+    add_matmul(*command, o.matmul);
     command->add_option("--plans", o.plans, PLANS_HELP);
     command->add_option("--json", o.json, "Also write the results to this file");
     command->add_option("--gpu", o.gpu, "Index of the GPU to use")->capture_default_str();
@@ -70,9 +71,10 @@ inline std::string readable_operation(const std::string& name, const Layout& lay
 inline std::map<std::string, OperationCost> add_up(const Recorder& recorder, const Layout& layout, const DeviceInfo& device, int64_t steps) {
     std::map<std::string, OperationCost> costs;
     for (const Recorder::Call& call : recorder.calls) {
+        const bool fp8 = call.name.find("-fp8") != std::string::npos;      // twice the rate
         OperationCost& cost = costs[readable_operation(call.name, layout)];
         const std::pair<double, const char*> bounds[] = {{device.bandwidth > 0 ? call.bytes / device.bandwidth : 0, "memory"},
-                                                         {device.peak_bf16 > 0 ? call.flops / device.peak_bf16 : 0, "tensor cores"},
+                                                         {device.peak_bf16 > 0 ? call.flops / (fp8 ? 2 : 1) / device.peak_bf16 : 0, "tensor cores"},
                                                          {device.special_rate > 0 ? call.special / device.special_rate : 0, "special functions"}};
         const auto& bound = *std::max_element(std::begin(bounds), std::end(bounds));
         cost.calls++;
@@ -113,6 +115,7 @@ struct Bench {
     const DeviceInfo device;
     const Config config;
     const int64_t B, T;
+    const bool fp8;
     Model m;
     Recompute level = Recompute::none;
     std::vector<int> tokens, targets;      // (B,T)
@@ -120,19 +123,21 @@ struct Bench {
     nlohmann::ordered_json report;
 
     explicit Bench(const BenchOptions& o)
-        : o(o), device(device_info()), config(load_config(o.model)), B(o.micro_batch), T(o.seq_len > 0 ? o.seq_len : config.seq_len), m(config), tokens(B * T), targets(B * T) {
-        level = choose_recompute(o.recompute, m.layout, B, T, (size_t)parameter_bytes(m.layout, true));
-        m.w.create(m.layout, true);
-        m.acts.create(m.layout, B, T, true, level);
+        : o(o), device(device_info()), config(load_config(o.model)), B(o.micro_batch), T(o.seq_len > 0 ? o.seq_len : config.seq_len),
+          fp8(use_fp8(o.matmul)), m(config), tokens(B * T), targets(B * T) {
+        level = choose_recompute(o.recompute, m.layout, B, T, (size_t)parameter_bytes(m.layout, true, fp8), fp8);
+        m.w.create(m.layout, true, {0, m.layout.elements()}, fp8);
+        m.acts.create(m.layout, B, T, true, level, fp8);
         initialise(m, 1);
         for (int64_t i = 0; i < B * T; i++) {
             tokens[i] = (int)(counter_uniform(7, i) * config.vocab_size);
             targets[i] = (int)(counter_uniform(8, i) * config.vocab_size);
         }
         report = {{"model", config.name}, {"device", device.name}, {"build", BUILD_NAME}, {"commit", SAMBA_COMMIT}, {"micro_batch", B}, {"seq_len", T},
-                  {"recompute", recompute_name(level)}, {"graphs", o.graphs}, {"flops_per_token", flops_per_token(m.layout, T)}};
-        printf("%s on %s (%s), %lld x %lld tokens, recompute %s, graphs %s\n", config.name.c_str(), device.name.c_str(), BUILD_NAME, (long long)B, (long long)T,
-               recompute_name(level), o.graphs.c_str());
+                  {"recompute", recompute_name(level)}, {"graphs", o.graphs}, {"matmul", o.matmul},
+                  {"flops_per_token", flops_per_token(m.layout, T)}};
+        printf("%s on %s (%s), %lld x %lld tokens, recompute %s, graphs %s%s\n", config.name.c_str(), device.name.c_str(), BUILD_NAME,
+               (long long)B, (long long)T, recompute_name(level), o.graphs.c_str(), fp8 ? ", large products in fp8" : "");
         plan_matmuls(m, Comm(), o.plans, (int)B, T, o.accumulate > 1);
     }
 
@@ -157,7 +162,7 @@ struct Bench {
     }
 
     void show_memory() {
-        const double used = (double)device.total_bytes - (double)device_free_bytes(), predicted = (double)memory_in_use(m.layout, B, T, level);
+        const double used = (double)device.total_bytes - (double)device_free_bytes(), predicted = (double)memory_in_use(m.layout, B, T, level, fp8);
         printf("GPU memory in use %s, predicted %s (%+.1f%%)\n", human_bytes(used).c_str(), human_bytes(predicted).c_str(), 100 * (predicted / used - 1));
         report["memory_bytes"] = used;
         report["predicted_bytes"] = predicted;

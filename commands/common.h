@@ -64,6 +64,23 @@ inline void select_gpu(int index) {
     device_select(index);
 }
 
+// Precision of a training step's large matrix products
+inline CLI::Option* add_matmul(CLI::App& app, std::string& precision) {
+    return app.add_option("--matmul", precision, "Large matrix products, but those of weight gradients: in fp8 (H100, H200), or as the build has them")
+        ->check(CLI::IsMember({"bf16", "fp8"}))->capture_default_str();
+}
+constexpr bool HAS_FP8 = ON_GPU && sizeof(floatX) == 2;    // of this build
+// Whether fp8 is wanted; refused where there is no such product
+inline bool use_fp8(const std::string& precision) {
+    if (precision != "fp8") return false;
+    if (!HAS_FP8) fail("--matmul fp8: the build %s has no such products; use a GPU build in bf16 (make)", BUILD_NAME);
+    const DeviceInfo device = device_info();
+    if (device.compute_major != 9)
+        fail("--matmul fp8: %s has compute capability %d.%d, and products with a scale for each row need 9.0 (H100, H200); leave the option out",
+             device.name.c_str(), device.compute_major, device.compute_minor);
+    return true;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // What memory a plan takes, by a dry run of it
 
@@ -76,9 +93,9 @@ inline Config load_config(const std::string& model) {
 }
 
 // Bytes of activations at a recompute level, by a dry run of the plan
-inline size_t activation_bytes(const Layout& layout, int64_t B, int64_t T, bool training, Recompute level) {
+inline size_t activation_bytes(const Layout& layout, int64_t B, int64_t T, bool training, Recompute level, bool fp8 = false) {
     Activations dry;
-    dry.B = B; dry.T = T; dry.training = training; dry.recompute = level;
+    dry.B = B; dry.T = T; dry.training = training; dry.recompute = level; dry.fp8 = fp8;
     dry.plan(layout);
     return dry.bytes();
 }
@@ -90,31 +107,35 @@ inline size_t state_bytes(const Layout& layout, int64_t B, int64_t max_context, 
     return dry.arena.bytes();
 }
 // Of one process that owns this part of the flat order
-inline int64_t parameter_bytes(const Layout& layout, bool training, Range own) {
+inline int64_t parameter_bytes(const Layout& layout, bool training, Range own, bool fp8 = false) {
     Parameters dry;
     dry.own = own;
-    dry.plan(layout, training);
+    dry.plan(layout, training, fp8);
     return (int64_t)dry.arena.bytes();
 }
-inline int64_t parameter_bytes(const Layout& layout, bool training) { return parameter_bytes(layout, training, {0, layout.elements()}); }
+inline int64_t parameter_bytes(const Layout& layout, bool training, bool fp8 = false) {
+    return parameter_bytes(layout, training, {0, layout.elements()}, fp8);
+}
 
 // What the driver and the kernels' code take besides, on an H200 with CUDA 13
 constexpr int64_t DRIVER_BYTES = ON_GPU ? (int64_t)640 << 20 : 0;
 
 // Of a GPU that trains by itself
-inline int64_t memory_in_use(const Layout& layout, int64_t B, int64_t T, Recompute level) {
-    return parameter_bytes(layout, true) + (int64_t)activation_bytes(layout, B, T, true, level) + (int64_t)ops::Matmul::WORKSPACE_BYTES + DRIVER_BYTES;
+inline int64_t memory_in_use(const Layout& layout, int64_t B, int64_t T, Recompute level, bool fp8 = false) {
+    return parameter_bytes(layout, true, fp8) + (int64_t)activation_bytes(layout, B, T, true, level, fp8) +
+           (int64_t)ops::Matmul::WORKSPACE_BYTES + DRIVER_BYTES;
 }
 
 constexpr size_t MEMORY_RESERVE = (size_t)768 << 20;       // for the driver, cuBLASLt and fragmentation
 
-inline Recompute choose_recompute(const std::string& wanted, const Layout& layout, int64_t B, int64_t T, size_t other_bytes) {
+inline Recompute choose_recompute(const std::string& wanted, const Layout& layout, int64_t B, int64_t T, size_t other_bytes, bool fp8 = false) {
     for (Recompute level : {Recompute::none, Recompute::light, Recompute::full}) {
         if (wanted == recompute_name(level)) return level;
-        if (wanted == "auto" && activation_bytes(layout, B, T, true, level) + other_bytes + MEMORY_RESERVE <= device_free_bytes()) return level;
+        if (wanted == "auto" && activation_bytes(layout, B, T, true, level, fp8) + other_bytes + MEMORY_RESERVE <= device_free_bytes()) return level;
     }
     fail("--micro-batch %lld with --seq-len %lld needs %s even with --recompute full, and %s are free; use a smaller --micro-batch", (long long)B, (long long)T,
-         human_bytes((double)(activation_bytes(layout, B, T, true, Recompute::full) + other_bytes)).c_str(), human_bytes((double)device_free_bytes()).c_str());
+         human_bytes((double)(activation_bytes(layout, B, T, true, Recompute::full, fp8) + other_bytes)).c_str(),
+         human_bytes((double)device_free_bytes()).c_str());
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@
 // memory, a second kernel adds the blocks in order. The number of blocks is fixed, so the result is the same on every GPU.
 #pragma once
 #include "device.cuh"
+#include "fp8.cuh"
 #include "measure.cuh"
 
 namespace gpu {
@@ -32,9 +33,11 @@ template <class X> __global__ void rmsnorm_forward_kernel(X* out, float* rstd, c
 }
 
 // A row in a warp's registers: nothing is read twice, and no warp waits for another. A lane has `ITEMS` times 4 values; d <= 128 ITEMS.
+// FP8: what is written is quantised too (fp8.cuh), while the row is at hand.
 constexpr int RMSNORM_WARPS = 8;           // of a block
-template <int ITEMS, class X>
-__global__ void __launch_bounds__(RMSNORM_WARPS * WARP) rmsnorm_forward_warp_kernel(X* out, float* rstd, const float* x, const float* weight, int64_t N, int d, float eps) {
+template <int ITEMS, bool FP8, class X>
+__global__ void __launch_bounds__(RMSNORM_WARPS * WARP)
+rmsnorm_forward_warp_kernel(X* out, Quantised copy, float* rstd, const float* x, const float* weight, int64_t N, int d, float eps) {
     const int64_t row = (int64_t)blockIdx.x * RMSNORM_WARPS + threadIdx.x / WARP;
     const int first = threadIdx.x % WARP * 4;
     if (row >= N) return;
@@ -49,6 +52,8 @@ __global__ void __launch_bounds__(RMSNORM_WARPS * WARP) rmsnorm_forward_warp_ker
         for (int k = 0; k < 4; k++) square += xs[i][k] * xs[i][k];
     const float r = 1.f / sqrtf(warp_sum(square) / d + eps);
     if (first == 0) rstd[row] = r;
+    [[maybe_unused]] uint2 words[ITEMS];
+    [[maybe_unused]] uint32_t halves = 0;
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
         const int j = first + i * 4 * WARP;
@@ -58,19 +63,34 @@ __global__ void __launch_bounds__(RMSNORM_WARPS * WARP) rmsnorm_forward_warp_ker
 #pragma unroll
         for (int k = 0; k < 4; k++) ys[k] = from_float<X>(xs[i][k] * r * ws[k]);
         store_vec(out + row * d + j, ys);
+        if constexpr (FP8 && sizeof(X) == 2) {
+            words[i] = words_of(ys);
+            halves = larger_halves(larger_halves(halves, words[i].x), words[i].y);
+        }
+    }
+    if constexpr (FP8) {
+        const uint32_t most = __reduce_max_sync(0xffffffffu, larger_half(halves));
+        const float inverse = inverse_scale(most);
+        if (first == 0) copy.scale[row] = scale_of(most);
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++)
+            if (const int j = first + i * 4 * WARP; j < d) *(uint32_t*)(copy.q + row * d + j) = quantise_four(words[i].x, words[i].y, inverse);
     }
 }
 
-inline void rmsnorm_forward(floatX* out /*(N,d)*/, float* rstd /*(N)*/, const float* x /*(N,d)*/, const float* weight /*(d)*/, int64_t N, int d, float eps, Stream stream) {
-    const Operation op("rmsnorm forward", (double)N * d * (4 + sizeof(floatX)), 0, stream);
+inline void rmsnorm_forward(floatX* out /*(N,d)*/, float* rstd /*(N)*/, const float* x /*(N,d)*/, const float* weight /*(d)*/, int64_t N, int d,
+                            float eps, Stream stream, Quantised copy = {} /*of out, where wanted*/) {
+    const Operation op("rmsnorm forward", (double)N * d * (4 + sizeof(floatX) + (copy.q ? 1 : 0)), 0, stream);
     const bool vector = d % 4 == 0 && aligned_16(out) && aligned_16(x) && aligned_16(weight);
     const unsigned blocks = (unsigned)ceil_div(N, RMSNORM_WARPS);
     const int threads = RMSNORM_WARPS * WARP, items = (int)ceil_div(d, 4 * WARP);
-    if (vector && items <= 8) rmsnorm_forward_warp_kernel<8><<<blocks, threads, 0, stream>>>(out, rstd, x, weight, N, d, eps);
-    else if (vector && items <= 12) rmsnorm_forward_warp_kernel<12><<<blocks, threads, 0, stream>>>(out, rstd, x, weight, N, d, eps);
-    else if (vector && items <= 24) rmsnorm_forward_warp_kernel<24><<<blocks, threads, 0, stream>>>(out, rstd, x, weight, N, d, eps);
+    const auto launch = [&](auto kernel) { kernel<<<blocks, threads, 0, stream>>>(out, copy, rstd, x, weight, N, d, eps); };
+    if (vector && items <= 8) launch(copy.q ? rmsnorm_forward_warp_kernel<8, true, floatX> : rmsnorm_forward_warp_kernel<8, false, floatX>);
+    else if (vector && items <= 12) launch(copy.q ? rmsnorm_forward_warp_kernel<12, true, floatX> : rmsnorm_forward_warp_kernel<12, false, floatX>);
+    else if (vector && items <= 24) launch(copy.q ? rmsnorm_forward_warp_kernel<24, true, floatX> : rmsnorm_forward_warp_kernel<24, false, floatX>);
     else rmsnorm_forward_kernel<<<(unsigned)N, row_threads(d), 0, stream>>>(out, rstd, x, weight, d, eps);
     LAUNCH_CHECK();
+    if (copy.q && !(vector && items <= 24)) quantise_rows(copy, out, N, d, stream);
 }
 
 // partial (gridDim.x, d): the part of dweight from rows blockIdx.x, blockIdx.x + gridDim.x, ... Each thread meets the same

@@ -37,9 +37,9 @@ struct Fixture {
     int64_t T;
     std::vector<int> tokens, targets;
 
-    Fixture(const Config& c, int B, int64_t T, Recompute level = Recompute::none, uint64_t seed = 1) : m(c), B(B), T(T) {
-        m.w.create(m.layout, true);
-        m.acts.create(m.layout, B, T, true, level);
+    Fixture(const Config& c, int B, int64_t T, Recompute level = Recompute::none, uint64_t seed = 1, bool fp8 = false) : m(c), B(B), T(T) {
+        m.w.create(m.layout, true, {0, m.layout.elements()}, fp8);
+        m.acts.create(m.layout, B, T, true, level, fp8);
         initialise(m, seed);
         tokens = random_tokens(B * T, c.vocab_size, 100 + seed);
         targets = random_tokens(B * T, c.vocab_size, 200 + seed);

@@ -234,6 +234,7 @@ BAD_RUNS = {
     "both lengths": (["--tokens", "1m"], "--steps and --tokens are both given"),
     "a sequence longer than the data": (["--seq-len", "100k", "--global-batch", "0"], "smaller --seq-len or more data"),
     "a bad validation length": (["--val-lengths", "1x,half"], "--val-lengths half"),
+    "a precision that does not exist": (["--matmul", "int8"], "--matmul"),
     "a config file that is not there": (["--config", "/nowhere.toml"], "/nowhere.toml"),
 }
 
@@ -246,6 +247,15 @@ def test_bad_options_get_one_clear_line(world, tmp_path, name):
         at = arguments.index(change[0])
         del arguments[at:at + 2]
     assert expected in error_line(run(*arguments, *change))
+
+
+def test_fp8_is_refused_where_there_is_none(world, tmp_path, reference):
+    if run(PROGRAM, "info", "--device").stdout.startswith("gpu"):
+        pytest.skip("a GPU may have it")
+    for arguments in (command(world, tmp_path / "run"), [PROGRAM, "bench", "--model", "tiny"]):
+        assert "--matmul fp8: the build" in error_line(run(*arguments, "--matmul", "fp8"))
+    assert not (tmp_path / "run").exists()
+    assert records(reference, "run")[0]["options"]["matmul"] == "bf16"
 
 
 def test_a_token_outside_the_vocabulary_is_named(world, tmp_path):

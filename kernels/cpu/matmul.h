@@ -43,8 +43,8 @@ inline void sgemm(CBLAS_TRANSPOSE ta, CBLAS_TRANSPOSE tb, int64_t m, int64_t n, 
 #endif
 
 template <class R>
-void matmul_forward(Matmul&, R* y /*(M,N) row stride ldy*/, int64_t ldy, const R* x /*(M,K) row stride ldx*/, int64_t ldx, const R* w /*(N,K)*/,
-                    int64_t M, int N, int K, Stream = {}) {
+void matmul_forward(Matmul&, R* y /*(M,N) row stride ldy*/, int64_t ldy, const R* x /*(M,K) row stride ldx*/, int64_t ldx,
+                    std::type_identity_t<const R*> w /*(N,K)*/, int64_t M, int N, int K, Stream = {}) {
 #ifdef SAMBA_OPENBLAS
     if constexpr (std::is_same_v<R, float>) return sgemm(CblasNoTrans, CblasTrans, M, N, K, x, ldx, w, K, 0.f, y, ldy);
 #endif
@@ -57,8 +57,8 @@ void matmul_forward(Matmul&, R* y /*(M,N) row stride ldy*/, int64_t ldy, const R
 }
 
 template <class R>
-void matmul_residual(Matmul&, R* y /*(M,N)*/, const R* residual /*(M,N), may equal y*/, const R* x /*(M,K)*/, const R* w /*(N,K)*/,
-                     int64_t M, int N, int K, Stream = {}) {
+void matmul_residual(Matmul&, R* y /*(M,N)*/, const R* residual /*(M,N), may equal y*/, const R* x /*(M,K)*/,
+                     std::type_identity_t<const R*> w /*(N,K)*/, int64_t M, int N, int K, Stream = {}) {
 #ifdef SAMBA_OPENBLAS
     if constexpr (std::is_same_v<R, float>) {
         if (y != residual) memcpy(y, residual, sizeof(R) * M * N);
@@ -74,8 +74,8 @@ void matmul_residual(Matmul&, R* y /*(M,N)*/, const R* residual /*(M,N), may equ
 }
 
 template <class R>
-void matmul_dgrad(Matmul&, R* dx /*(M,K) row stride lddx*/, int64_t lddx, const R* dy /*(M,N) row stride lddy*/, int64_t lddy, const R* w /*(N,K)*/,
-                  int64_t M, int N, int K, bool accumulate, Stream = {}) {
+void matmul_dgrad(Matmul&, R* dx /*(M,K) row stride lddx*/, int64_t lddx, const R* dy /*(M,N) row stride lddy*/, int64_t lddy,
+                  std::type_identity_t<const R*> w /*(N,K)*/, int64_t M, int N, int K, bool accumulate, Stream = {}) {
 #ifdef SAMBA_OPENBLAS
     if constexpr (std::is_same_v<R, float>) return sgemm(CblasNoTrans, CblasNoTrans, M, K, N, dy, lddy, w, K, accumulate ? 1.f : 0.f, dx, lddx);
 #endif

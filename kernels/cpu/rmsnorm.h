@@ -5,12 +5,14 @@
 #include <cmath>
 #include <type_traits>
 #include "../device.cuh"
+#include "../quantised.h"
 #include "sum.h"
 
 namespace cpu {
 
 template <class R>
-void rmsnorm_forward(R* out /*(N,d)*/, R* rstd /*(N)*/, const R* x /*(N,d)*/, const R* weight /*(d)*/, int64_t N, int d, float eps, Stream = {}) {
+void rmsnorm_forward(R* out /*(N,d)*/, R* rstd /*(N)*/, const R* x /*(N,d)*/, const R* weight /*(d)*/, int64_t N, int d, float eps,
+                     Stream = {}, Quantised = {}) {
 #pragma omp parallel for
     for (int64_t i = 0; i < N; i++) {
         const R* xi = x + i * d;
