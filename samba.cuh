@@ -465,6 +465,7 @@ public:
     }
     void rewind() { used = 0; }            // what was taken before may be overwritten by what is taken next
     void allocate(const char* what) { rewind(); base = (char*)device_alloc(peak, what); }
+    size_t taken() const { return used; }
     size_t bytes() const { return peak; }
 };
 
@@ -528,12 +529,13 @@ struct Activations {
     size_t bytes() const { return kept.bytes() + scratch.bytes(); }
 
 private:
-    void plan_layer(const Config& c, const Layer& layer, LayerActivations& a);
+    size_t plan_layer(const Config& c, const Layer& layer, LayerActivations& a);
+    int64_t head_rows(const Config& c, size_t gradient_bytes) const;
     size_t workspace_bytes(const Layout& layout) const;
 };
 
-// Keeping or recomputing is nothing but the arena that a tensor comes from.
-inline void Activations::plan_layer(const Config& c, const Layer& layer, LayerActivations& a) {
+// Keeping or recomputing is nothing but the arena that a tensor comes from. Returns the bytes of the gradients, which are scratch at every level.
+inline size_t Activations::plan_layer(const Config& c, const Layer& layer, LayerActivations& a) {
     const int64_t BT = B * T;
     const int d = c.d_model, e = c.d_inner(), N = c.d_state, R = c.dt_rank(), F = layer.d_ff;
     Arena& cheap = training && recompute == Recompute::none ? kept : scratch;
@@ -560,7 +562,8 @@ inline void Activations::plan_layer(const Config& c, const Layer& layer, LayerAc
         a.out = cheap.take<floatX>(BT * F);
         break;
     }
-    if (!training) return;
+    if (!training) return 0;
+    const size_t before = scratch.taken();
     switch (layer.kind) {
     case Kind::mamba:
         a.d_out = scratch.take<floatX>(BT * e);
@@ -581,6 +584,16 @@ inline void Activations::plan_layer(const Config& c, const Layer& layer, LayerAc
         a.dn = scratch.take<floatX>(BT * d);
         break;
     }
+    return scratch.taken() - before;
+}
+
+// Logits exist for some rows at a time: equal parts of what fits where the layers' gradients are, or of 256 MiB. Not of what is free at this level of
+// recomputation: the level changes no bit.
+inline int64_t Activations::head_rows(const Config& c, size_t gradient_bytes) const {
+    const int64_t BT = B * T, room = (int64_t)gradient_bytes - round_up(BT * c.d_model * (int64_t)sizeof(floatX), 256);   // beside dn_f
+    const int64_t most = std::clamp<int64_t>(std::max<int64_t>(room, 256 << 20) / (c.vocab_size * (int64_t)sizeof(floatX)), 1, BT);
+    const int64_t rows = ceil_div(BT, ceil_div(BT, most)), whole_tiles = round_up(rows, 128);
+    return whole_tiles <= most ? whole_tiles : rows;
 }
 
 inline size_t Activations::workspace_bytes(const Layout& layout) const {
@@ -624,12 +637,13 @@ inline void Activations::plan(const Layout& layout) {
         else x[l] = two[l % 2];
     }
     layers.assign(L, LayerActivations{});
-    for (size_t l = 0; l < L; l++) plan_layer(c, layout.layers[l], layers[l]);
-    // The head comes when no layer's scratch is alive. Logits exist for a few rows at a time: at most 256 MiB.
+    size_t gradient_bytes = 0;
+    for (size_t l = 0; l < L; l++) gradient_bytes = std::max(gradient_bytes, plan_layer(c, layout.layers[l], layers[l]));
+    // The head comes when no layer's scratch is alive.
     rstd_f = kept.take<float>(BT);
     n_f = kept.take<floatX>(BT * d);
     scratch.rewind();
-    logit_rows = std::clamp<int64_t>(((int64_t)256 << 20) / (V * (int64_t)sizeof(floatX)), 1, BT);
+    logit_rows = head_rows(c, gradient_bytes);
     logits = scratch.take<floatX>(logit_rows * V);
     if (!training) return;
     dn_f = scratch.take<floatX>(BT * d);
