@@ -120,12 +120,12 @@ struct DataParallel {
             copy_on_device(norms + rank, local_norm, sizeof(float), m.stream);
         }
         comm.after_compute("own numbers");
+        if (sharded) comm.gather(norms, 1);          // first: what test_without_an_event_the_bits_are_others looks at is in them
         comm.gather(stats, 2);
-        if (sharded) comm.gather(norms, 1);
         comm.before_compute("everybody's numbers");
+        comm.delay_compute();
         if (sharded) ops::global_norm(m.acts.norm, norms, N, clip, m.acts.workspace, m.stream);
         else ops::global_norm(m.acts.norm, m.w.grads, m.w.n, clip, m.acts.workspace, m.stream);
-        comm.delay_compute();
         adamw(m, options, decay_all);
         if (sharded) gather_weights();
     }

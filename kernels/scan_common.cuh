@@ -8,7 +8,7 @@
 // Past-the-end steps have dt = 0, so a = 1 and no input; past-the-end channels and states are zeros and are not stored. Where a document
 // starts (starts = 1) the state before it is dropped.
 // Two pairs of kernels: scan_mma.cuh for bf16 and 16 states, on tensor cores, which training uses; scan_any.cuh for the rest. scan_forward.cuh is the
-// first pair's forward pass for short batches: narrow blocks, each of whole sequences, fill the GPU there. All save h before
+// first pair's forward pass where those blocks do not fill the GPU: narrow ones, each of whole sequences, do. All save h before
 // every tile of steps, as X, for the backward pass, which goes from the last tile to the first, remakes the states of a tile and goes back through
 // them with lambda. dB and dC are sums over channels: inside a block, then over the blocks by a second kernel in a fixed order. Nothing is
 // atomic: the same inputs give the same bits.
@@ -139,13 +139,16 @@ template <int PENDING> __device__ inline void copy_wait() { asm volatile("cp.asy
 struct ScanSegments {
     int64_t count, tiles;                                             // segments a sequence, tiles a segment
 };
-// One segment when the blocks of all sequences fill the GPU, `resident` a multiprocessor, more than half; otherwise enough segments to fill
-// it, but of no less than 8 tiles. Depends on the sizes and the GPU's number of multiprocessors alone.
-inline ScanSegments scan_segments(int B, int64_t T, int e, int channels, int resident) {
+inline int64_t scan_processors() {
     int device = 0, processors = 1;
     CUDA_CHECK(cudaGetDevice(&device));
     CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-    const int64_t blocks = B * ceil_div(e, channels), tiles = scan_tiles(T), places = (int64_t)processors * resident;
+    return processors;
+}
+// One segment when the blocks of all sequences fill the GPU, `resident` a multiprocessor, more than half; otherwise enough segments to fill
+// it, but of no less than 8 tiles. Depends on the sizes and the GPU's number of multiprocessors alone.
+inline ScanSegments scan_segments(int B, int64_t T, int e, int channels, int resident) {
+    const int64_t blocks = B * ceil_div(e, channels), tiles = scan_tiles(T), places = scan_processors() * resident;
     int64_t count = 2 * blocks > places ? 1 : places / blocks;
     if (count > tiles / 8) count = tiles / 8 > 0 ? tiles / 8 : 1;
     const int64_t length = ceil_div(tiles, count);

@@ -87,7 +87,20 @@ struct Gate {
     __device__ void wait(uint32_t turn) {
         while (!test(turn)) {}
     }
+    // The first look does not hold the warp up, so what the compiler places behind it is not held up either
+    __device__ void look_and_wait(uint32_t turn) {
+        uint32_t open;
+        asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(open) : "r"(address()), "r"(turn & 1) : "memory");
+        if (!open) wait(turn);
+    }
 };
+// On Hopper the row warps hand registers to the scan warps.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define SCAN_MMA_REGISTERS(change, count) asm volatile("setmaxnreg." change ".sync.aligned.u32 " count ";")
+#else
+#define SCAN_MMA_REGISTERS(change, count)
+#endif
+
 // Shared memory to zeros, by all threads of the block
 template <class T> __device__ inline void clear_shared(T& v) {
     for (int i = threadIdx.x; i < (int)(sizeof(T) / 4); i += THREADS) ((uint32_t*)&v)[i] = 0u;
@@ -688,13 +701,6 @@ template <bool ALL> struct RowsBack {
         add_rows(out.dD_dbias + (segment * p.e + blockIdx.x * CH) * 2);
     }
 };
-
-// On Hopper the row warps hand registers to the scan warps.
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#define SCAN_MMA_REGISTERS(change, count) asm volatile("setmaxnreg." change ".sync.aligned.u32 " count ";")
-#else
-#define SCAN_MMA_REGISTERS(change, count)
-#endif
 
 template <bool VEC>
 __global__ void __launch_bounds__(THREADS, 1) backward_kernel(ScanGradients<bf16> out, ScanInput<bf16> p) {

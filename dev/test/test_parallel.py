@@ -724,11 +724,18 @@ def single_gpu(world, tmp_path_factory):
     return out
 
 
+# Each event, and how late collectives and computing must be, in microseconds, for its absence to show. One rank's collectives move nothing: what
+# shows is that their data cannot be read meanwhile, and that what is written meanwhile is undone. What is read or written once a step needs a
+# collective that has begun before the late computing comes, and lasts longer.
+EARLY, LATE, AROUND = ("1", "2000"), ("2000", "0"), ("4000", "2000")
+EVENTS = {"gradients": EARLY, "own numbers": AROUND, "own weights": AROUND, "summed gradients": LATE, "everybody's numbers": AROUND, "new weights": LATE}
+
+
 @needs_gpu
 @pytest.mark.parametrize("zero", [0, 1])
 def test_nccl_with_one_rank_changes_no_bit(world, tmp_path, single_gpu, zero):
     """Every collective, bucket and event of a run on many GPUs, with one; and once more with delays, which show an event that is missing."""
-    for collectives, compute in (("0", "0"), ("2000", "0"), ("1", "2000")):
+    for collectives, compute in sorted({("0", "0"), *EVENTS.values()}):
         out = tmp_path / f"delay_{collectives}_{compute}"
         result = run(*on_gpu(options(world, out, "--collectives", "nccl", "--zero", zero, "--bucket", "8k", steps=20)),
                      env={**ENVIRONMENT, "SAMBA_TEST_DELAY": collectives, "SAMBA_TEST_DELAY_COMPUTE": compute})
@@ -737,18 +744,13 @@ def test_nccl_with_one_rank_changes_no_bit(world, tmp_path, single_gpu, zero):
         assert same_bits(state(out, 20), state(single_gpu, 20))
 
 
-# Each event is needed, and the test above would see that it is missing: without it, and with the stream late that it waits for,
-# the bits are others, or the run fails.
-EVENTS = {"gradients": "compute", "own numbers": "compute", "own weights": "compute",
-          "summed gradients": "collectives", "everybody's numbers": "collectives", "new weights": "collectives"}
-
-
+# Each event is needed, and the test above would see that it is missing: without it the bits are others, or the run fails.
 @needs_gpu
 @pytest.mark.parametrize("event", EVENTS)
 def test_without_an_event_the_bits_are_others(world, tmp_path, single_gpu, event):
-    late = {"SAMBA_TEST_DELAY": "1", "SAMBA_TEST_DELAY_COMPUTE": "2000"} if EVENTS[event] == "compute" else {"SAMBA_TEST_DELAY": "2000"}
+    collectives, compute = EVENTS[event]
     result = run(*on_gpu(options(world, tmp_path / "run", "--collectives", "nccl", "--bucket", "8k", steps=20)),
-                 env={**ENVIRONMENT, "SAMBA_TEST_DROP": event, **late})
+                 env={**ENVIRONMENT, "SAMBA_TEST_DROP": event, "SAMBA_TEST_DELAY": collectives, "SAMBA_TEST_DELAY_COMPUTE": compute})
     stopped = not (tmp_path / "run/step_00000020").exists()            # a word read too early may also be the one that asks to stop
     assert result.returncode != 0 or stopped or not same_bits(state(tmp_path / "run", 20), state(single_gpu, 20))
 

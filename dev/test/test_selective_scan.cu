@@ -271,6 +271,12 @@ const ScanCase SCAN_CASES[] = {
     {1, 3000, 36, 40, 0, true, true},
     {1, 600, 1608, 16, 8},       // narrow blocks of channels that fill the GPU, with no segments
     {1, 601, 1650, 16, 0, true, true},
+    {1, 2307, 40, 16, 8},        // narrow blocks whose last segment is a part of a tile
+    {1, 130, 1610, 16, 1, true, true},
+    // On 132 multiprocessors:
+    {34, 150, 200, 16, 8, true, true},   // narrow blocks, as wide ones would leave half of the GPU idle
+    {132, 45, 136, 16, 8, true, true},   // wide blocks
+    {132, 41, 33, 16},
 };
 
 // bf16 build: besides the rounding of the results, states are kept in bf16 between the passes, and dB and dC are sums of products of bf16
@@ -288,7 +294,7 @@ TEST(ScanGpu, MatchesTwin) {
 TEST(ScanGpu, ErrorBounds) {
     REQUIRE_GPU();
     const double bound = sizeof(floatX) == 2 ? 4e-3 : 1e-5, sum_bound = sizeof(floatX) == 2 ? 2e-3 : 1e-5;
-    for (const ScanCase& c : {ScanCase{4, 512, 192, 16, 96, false}, ScanCase{1, 4099, 72, 16, 8, false}}) {
+    for (const ScanCase& c : {ScanCase{4, 512, 192, 16, 96, false}, ScanCase{132, 64, 192, 16, 96, false}, ScanCase{1, 4099, 72, 16, 8, false}}) {
         ScanData d(c, 45);
         d.round<floatX>();
         const ScanResult got = run_gpu(d), want = run_twin<double>(d);
@@ -311,7 +317,8 @@ TEST(ScanGpu, Extremes) {
 // Whole tiles and tails, segments, groups of states
 TEST(ScanGpu, SameBitsEveryTime) {
     REQUIRE_GPU();
-    for (const ScanCase& c : {ScanCase{8, 256, 1056, 16, 8}, ScanCase{2, 300, 200, 16, 8}, ScanCase{1, 5000, 40, 16}, ScanCase{1, 400, 1608, 16}, ScanCase{1, 100, 40, 64}}) {
+    for (const ScanCase& c : {ScanCase{8, 256, 1056, 16, 8}, ScanCase{2, 300, 200, 16, 8}, ScanCase{132, 45, 136, 16, 8}, ScanCase{1, 5000, 40, 16},
+                              ScanCase{1, 400, 1608, 16}, ScanCase{1, 100, 40, 64}}) {
         const ScanData d(c, 51);
         GpuScan scan(d);
         scan.run();
