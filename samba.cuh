@@ -465,6 +465,7 @@ public:
     }
     void rewind() { used = 0; }            // what was taken before may be overwritten by what is taken next
     void allocate(const char* what) { rewind(); base = (char*)device_alloc(peak, what); }
+    size_t taken() const { return used; }
     size_t bytes() const { return peak; }
 };
 
@@ -511,8 +512,8 @@ struct Activations {
     uint8_t* greedy;                       // (B,T)         1: the target is what greedy decoding chooses; not in training
     float* loss;                           // (1)           mean, accumulated over micro-batches
     float* norm;                           // (2)           gradient norm and clip factor
-    float* dx;                             // (B,T,d)       gradient of the residual stream
-    floatX* dy;                            // (B,T,d)       its rounded copy: what the layer's last GEMM gets
+    ResidualGradient<floatX> dx;           // (B,T,d)       gradient of the residual stream; high: what the layer's last GEMM gets
+    floatX* dx_parallel;                   // (B,T,d)       high, between the parts of a parallel block
     void* workspace;                       //               of whichever operation runs
     Arena kept, scratch;
     int64_t rope_position = -1, rope_T = -1;   // what `rope` holds
@@ -528,12 +529,13 @@ struct Activations {
     size_t bytes() const { return kept.bytes() + scratch.bytes(); }
 
 private:
-    void plan_layer(const Config& c, const Layer& layer, LayerActivations& a);
+    size_t plan_layer(const Config& c, const Layer& layer, LayerActivations& a);
+    int64_t head_rows(const Config& c, size_t gradient_bytes) const;
     size_t workspace_bytes(const Layout& layout) const;
 };
 
-// Keeping or recomputing is nothing but the arena that a tensor comes from.
-inline void Activations::plan_layer(const Config& c, const Layer& layer, LayerActivations& a) {
+// Keeping or recomputing is nothing but the arena that a tensor comes from. Returns the bytes of the gradients, which are scratch at every level.
+inline size_t Activations::plan_layer(const Config& c, const Layer& layer, LayerActivations& a) {
     const int64_t BT = B * T;
     const int d = c.d_model, e = c.d_inner(), N = c.d_state, R = c.dt_rank(), F = layer.d_ff;
     Arena& cheap = training && recompute == Recompute::none ? kept : scratch;
@@ -560,7 +562,8 @@ inline void Activations::plan_layer(const Config& c, const Layer& layer, LayerAc
         a.out = cheap.take<floatX>(BT * F);
         break;
     }
-    if (!training) return;
+    if (!training) return 0;
+    const size_t before = scratch.taken();
     switch (layer.kind) {
     case Kind::mamba:
         a.d_out = scratch.take<floatX>(BT * e);
@@ -581,6 +584,16 @@ inline void Activations::plan_layer(const Config& c, const Layer& layer, LayerAc
         a.dn = scratch.take<floatX>(BT * d);
         break;
     }
+    return scratch.taken() - before;
+}
+
+// Logits exist for some rows at a time: equal parts of what fits where the layers' gradients are, or of 256 MiB. Not of what is free at this level of
+// recomputation: the level changes no bit.
+inline int64_t Activations::head_rows(const Config& c, size_t gradient_bytes) const {
+    const int64_t BT = B * T, room = (int64_t)gradient_bytes - round_up(BT * c.d_model * (int64_t)sizeof(floatX), 256);   // beside dn_f
+    const int64_t most = std::clamp<int64_t>(std::max<int64_t>(room, 256 << 20) / (c.vocab_size * (int64_t)sizeof(floatX)), 1, BT);
+    const int64_t rows = ceil_div(BT, ceil_div(BT, most)), whole_tiles = round_up(rows, 128);
+    return whole_tiles <= most ? whole_tiles : rows;
 }
 
 inline size_t Activations::workspace_bytes(const Layout& layout) const {
@@ -624,17 +637,20 @@ inline void Activations::plan(const Layout& layout) {
         else x[l] = two[l % 2];
     }
     layers.assign(L, LayerActivations{});
-    for (size_t l = 0; l < L; l++) plan_layer(c, layout.layers[l], layers[l]);
-    // The head comes when no layer's scratch is alive. Logits exist for a few rows at a time: at most 256 MiB.
+    size_t gradient_bytes = 0;
+    for (size_t l = 0; l < L; l++) gradient_bytes = std::max(gradient_bytes, plan_layer(c, layout.layers[l], layers[l]));
+    // The head comes when no layer's scratch is alive.
     rstd_f = kept.take<float>(BT);
     n_f = kept.take<floatX>(BT * d);
     scratch.rewind();
-    logit_rows = std::clamp<int64_t>(((int64_t)256 << 20) / (V * (int64_t)sizeof(floatX)), 1, BT);
+    logit_rows = head_rows(c, gradient_bytes);
     logits = scratch.take<floatX>(logit_rows * V);
     if (!training) return;
     dn_f = scratch.take<floatX>(BT * d);
-    dx = kept.take<float>(BT * d);
-    dy = kept.take<floatX>(BT * d);
+    const bool any_parallel = std::any_of(layout.layers.begin(), layout.layers.end(), [](const Layer& l) { return l.parallel; });
+    dx.high = kept.take<floatX>(BT * d);
+    dx.low = HAS_LOW_PLANE<floatX> ? kept.take<int8_t>(BT * d) : nullptr;
+    dx_parallel = any_parallel ? kept.take<floatX>(BT * d) : nullptr;
 }
 
 // Parameters in working precision; for training also master copy, gradients and moments, flat and in the same order: all
@@ -780,6 +796,7 @@ struct Pass {
     int64_t T;
     SequenceState* state;                  // null: the sequence begins here and is not continued
     bool add = false;                      // backward: to the gradients of matrices that the step's earlier micro-batches left
+    ResidualGradient<floatX> dx_sum{};     // backward: the sum so far. acts.dx, but between the parts of a parallel block
     int64_t BT() const { return B * T; }
     LayerState* layer_state(size_t l) const { return state ? &state->layers[l] : nullptr; }
 };
@@ -828,7 +845,7 @@ inline void mamba_forward(Pass& p, const Layer& layer, LayerActivations& a, floa
     ops::matmul_residual(m.matmul, x_next, x, a.out, m.w(layer.mamba.out_proj), p.BT(), d, e, m.stream);                     // (B,T,d)
 }
 
-// In: acts.dx, acts.dy = dL/dx_next. Out: the same of x, and += the gradients of the layer's parameters. A state (held) is a
+// In: acts.dx = dL/dx_next. Out: the same of x, and += the gradients of the layer's parameters. A state (held) is a
 // constant: it gets no gradient.
 inline void mamba_backward(Pass& p, const Layer& layer, LayerActivations& a, const float* x, LayerState* s) {
     Model& m = p.m;
@@ -838,7 +855,7 @@ inline void mamba_backward(Pass& p, const Layer& layer, LayerActivations& a, con
     const int d = c.d_model, e = c.d_inner(), N = c.d_state, R = c.dt_rank(), R2N = R + 2 * N, B = p.B;
     const int64_t T = p.T, BT = p.BT();
     const Stream stream = m.stream;
-    const floatX *dy = m.acts.dy, *halo_in = s ? s->halo : nullptr;
+    const floatX *dy = m.acts.dx.high, *halo_in = s ? s->halo : nullptr;
     const float* h_in = s ? s->h : nullptr;
     void* workspace = m.acts.workspace;
 
@@ -856,7 +873,7 @@ inline void mamba_backward(Pass& p, const Layer& layer, LayerActivations& a, con
                          workspace, B, T, e, stream);                                                                        // dx
     ops::matmul_dgrad(m.matmul, a.dn, d, a.d_in, 2 * e, w(t.in_proj), BT, 2 * e, d, false, stream);                          // (B,T,d)
     ops::matmul_wgrad(m.matmul, w.grad(t.in_proj), a.d_in, 2 * e, a.n, d, BT, 2 * e, d, p.add, stream);
-    ops::rmsnorm_backward(m.acts.dx, m.acts.dy, w.grad(t.norm), a.dn, x, a.rstd, w(t.norm), workspace, BT, d, true, stream); // dx +=
+    ops::rmsnorm_backward(m.acts.dx, p.dx_sum, w.grad(t.norm), a.dn, a.n, x, a.rstd, w(t.norm), workspace, BT, d, stream);   // dx +=
     if (s) mamba_advance(p, *s);
 }
 
@@ -894,7 +911,7 @@ inline void attention_backward(Pass& p, const Layer& layer, LayerActivations& a,
     const int d = c.d_model, H = c.n_head, G = c.n_kv_head, hd = c.head_dim, B = p.B;
     const int64_t T = p.T, BT = p.BT(), position = s ? p.state->position : 0, capacity = s ? s->capacity : 0;
     const Stream stream = m.stream;
-    const floatX* dy = m.acts.dy;
+    const floatX* dy = m.acts.dx.high;
 
     attention_inner(p, layer, a, x, s, make_missing(m.acts.recompute));
     ops::matmul_dgrad(m.matmul, a.d_out, c.q_dim(), dy, d, w(t.proj), BT, d, c.q_dim(), false, stream);                      // (B,T,H hd)
@@ -905,7 +922,8 @@ inline void attention_backward(Pass& p, const Layer& layer, LayerActivations& a,
                             c.rope ? m.acts.rope : nullptr, stream);                                                         // (B,T,(H+2G)hd)
     ops::matmul_dgrad(m.matmul, a.dn, d, a.d_in, c.qkv_dim(), w(t.qkv), BT, c.qkv_dim(), d, false, stream);                  // (B,T,d)
     ops::matmul_wgrad(m.matmul, w.grad(t.qkv), a.d_in, c.qkv_dim(), a.n, d, BT, c.qkv_dim(), d, p.add, stream);
-    ops::rmsnorm_backward(m.acts.dx, m.acts.dy, w.grad(t.norm), a.dn, x, a.rstd, w(t.norm), m.acts.workspace, BT, d, true, stream);  // dx +=
+    ops::rmsnorm_backward(m.acts.dx, p.dx_sum, w.grad(t.norm), a.dn, a.n, x, a.rstd, w(t.norm), m.acts.workspace, BT, d, stream);    // dx +=
+    p.dx_sum = m.acts.dx;
     if (s) attention_advance(p, *s, a);
 }
 
@@ -933,9 +951,9 @@ inline void mlp_backward(Pass& p, const Layer& layer, LayerActivations& a, const
     const int d = m.config().d_model, F = layer.d_ff;
     const int64_t BT = p.BT();
     const Stream stream = m.stream;
-    const floatX* dy = m.acts.dy;
-    // In a parallel block the attention, next in backward, must still see the gradient of the block's output in dy.
-    floatX* dy_next = layer.parallel ? nullptr : m.acts.dy;
+    const floatX* dy = m.acts.dx.high;
+    // In a parallel block the attention, next in backward, must still see the gradient of the block's output: the sum goes to another place.
+    const ResidualGradient<floatX> dx = layer.parallel ? ResidualGradient<floatX>{m.acts.dx_parallel, m.acts.dx.low} : m.acts.dx;
 
     const Make missing = make_missing(m.acts.recompute);
     mlp_inner(p, layer, a, x_norm, missing);
@@ -944,7 +962,8 @@ inline void mlp_backward(Pass& p, const Layer& layer, LayerActivations& a, const
     ops::matmul_wgrad(m.matmul, w.grad(t.w3), dy, d, a.out, F, BT, d, F, p.add, stream);
     ops::matmul_dgrad(m.matmul, a.dn, d, a.d_in, 2 * F, w(t.w1), BT, 2 * F, d, false, stream);                               // (B,T,d)
     ops::matmul_wgrad(m.matmul, w.grad(t.w1), a.d_in, 2 * F, a.n, d, BT, 2 * F, d, p.add, stream);
-    ops::rmsnorm_backward(m.acts.dx, dy_next, w.grad(t.norm), a.dn, x_norm, a.rstd, w(t.norm), m.acts.workspace, BT, d, true, stream);  // dx +=
+    ops::rmsnorm_backward(dx, p.dx_sum, w.grad(t.norm), a.dn, a.n, x_norm, a.rstd, w(t.norm), m.acts.workspace, BT, d, stream);      // dx +=
+    p.dx_sum = dx;
 }
 
 // =====================================================================================================================
@@ -1030,8 +1049,9 @@ inline void forward_backward_from(SequenceState* state, Model& m, int B, int64_t
     forward_layers(m, B, T, state);
     head_forward_backward(m, BT, weight, p.add);
     ops::mean_losses(acts.loss, acts.losses, BT, !first, weight, m.stream);
-    ops::rmsnorm_backward(acts.dx, acts.dy, m.w.grad(t.norm_f), acts.dn_f, acts.x.back(), acts.rstd_f, m.w(t.norm_f), acts.workspace, BT, d,
-                          false, m.stream);                                                                                  // dx =
+    ops::rmsnorm_backward(acts.dx, {}, m.w.grad(t.norm_f), acts.dn_f, acts.n_f, acts.x.back(), acts.rstd_f, m.w(t.norm_f), acts.workspace, BT, d,
+                          m.stream);                                                                                         // dx =
+    p.dx_sum = acts.dx;
     for (size_t l = m.layout.layers.size(); l-- > 0;) {
         const Layer& layer = m.layout.layers[l];
         const ProfilerRange range("backward, " + layer_name(m.layout, l));

@@ -481,6 +481,28 @@ TEST(ModelFile, OfAnotherModelIsRefused) {
     }
 }
 
+// The plan alone: nothing is allocated, but a GPU build asks the GPU how much workspace its kernels want
+TEST(Plan, LogitsLieWhereTheLayersGradientsWere) {
+    REQUIRE_DEVICE();
+    for (const char* name : {"samba-421m", "samba-1.3b", "llama-438m-swa-paral"}) {
+        Config c = config_from_name(name), no_head = c;
+        no_head.vocab_size = 2;
+        int64_t rows = 0;
+        for (Recompute level : {Recompute::none, Recompute::light, Recompute::full}) {
+            SCOPED_TRACE(std::string(name) + " " + recompute_name(level));
+            Activations acts, without;
+            for (Activations* a : {&acts, &without}) a->B = 8, a->T = 4096, a->training = true, a->recompute = level;
+            acts.plan(Layout(c));
+            without.plan(Layout(no_head));
+            EXPECT_EQ(acts.bytes() - acts.kept.bytes(), without.bytes() - without.kept.bytes()) << "the head takes no more scratch memory";
+            EXPECT_GT(acts.logit_rows, 2 * ((256 << 20) / (c.vocab_size * (int64_t)sizeof(floatX))));
+            EXPECT_EQ(acts.logit_rows % 128, 0);
+            if (level == Recompute::none) rows = acts.logit_rows;
+            EXPECT_EQ(acts.logit_rows, rows) << "the sums over rows are the same at every level";
+        }
+    }
+}
+
 TEST(Flops, PerTokenOfSamba421mIsThePapers) {
     // spec 7.1: 2.70 GFLOP with all parameters counted; vectors and norms add under 0.1%
     EXPECT_NEAR(flops_per_token(Layout(config_from_name("samba-421m")), 4096), 2.70e9, 0.01e9);

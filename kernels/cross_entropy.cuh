@@ -14,7 +14,7 @@
 
 namespace gpu {
 
-constexpr int CROSS_ENTROPY_THREADS = 1024;
+constexpr int CROSS_ENTROPY_THREADS = 512, CROSS_ENTROPY_BLOCKS = 3;   // of a multiprocessor: so many rows of up to 75 KB are on their way
 
 // What a thread has of a row: vectors threadIdx.x, threadIdx.x + THREADS, ... of W logits. SHARED: copied once to shared memory, all on their way at
 // once; each thread reads what it has copied itself. Otherwise read from memory each time.
@@ -58,7 +58,7 @@ template <class L> __device__ inline RowSoftmax row_softmax(const L& logits) {
 }
 
 template <int W, bool SHARED, bool GRADIENT, class X>
-__global__ void __launch_bounds__(CROSS_ENTROPY_THREADS, 2)
+__global__ void __launch_bounds__(CROSS_ENTROPY_THREADS, CROSS_ENTROPY_BLOCKS)
 cross_entropy_kernel(float* losses, uint8_t* greedy, X* gradient, const X* logits /*== gradient if GRADIENT*/, const int* targets, float scale, int V) {
     const int64_t row = blockIdx.x;
     logits += row * V;
@@ -85,7 +85,7 @@ cross_entropy_kernel(float* losses, uint8_t* greedy, X* gradient, const X* logit
 template <bool GRADIENT>
 inline void launch_cross_entropy(float* losses, uint8_t* greedy, floatX* gradient, const floatX* logits, const int* targets, float scale, int64_t M, int V, Stream stream) {
     constexpr int W = 16 / sizeof(floatX);
-    constexpr size_t MOST_SHARED = 96 << 10;                            // of a block; two share a multiprocessor of an A100 or H100 up to there
+    constexpr size_t MOST_SHARED = 96 << 10;                            // of a block; two share a multiprocessor of an H100 up to there, three up to 75 KB
     const size_t bytes = (size_t)V * sizeof(floatX);
     const bool vector = V % W == 0 && aligned_16(logits), shared = vector && bytes <= MOST_SHARED;
     auto kernel = !vector ? cross_entropy_kernel<1, false, GRADIENT, floatX>

@@ -1,18 +1,23 @@
-// The product before SwiGLU's gradient, with that gradient in its epilogue, for Hopper (code built for sm_90a), bf16. With dy (M,d), w3 (d,F)
-// and gate|up (M,2F):
-//   dh = dy w3         da = dh b s (1 + a (1 - s))         db = dh a s                 a gate, b up, s = sigma(a)
-// and h = a s b once more where the forward pass did not keep it. dh is never rounded, nor in memory: 4 of 14 bytes F a row are saved.
+// Products with SwiGLU behind or before them, for Hopper (code built for sm_90a), bf16. a gate, b up, s = sigma(a):
+//   forward    a|b = n (w1|w2)^T      h = a s b                                         n (M,d), w1|w2 (2F,d), a|b (M,2F), h (M,F)
+//   backward   dh = dy w3             da = dh b s (1 + a (1 - s))      db = dh a s      dy (M,d), w3 (d,F); h once more where it was not kept
+// a and b are rounded to bf16 before h is made of them, as they are elsewhere; dh is never rounded, nor in memory.
 //
 // A block is three warpgroups and has a multiprocessor to itself: one thread of the first feeds a ring of stages in shared memory through TMA,
-// the other two multiply 64 rows each of a tile of 128 x 256 by wgmma, fp32 sums in registers. Tiles come in a fixed order that keeps what
-// neighbouring blocks read in L2. A stage is 64 of k: 128 rows of dy and 256 columns of w3. After the last one of a tile come four for the
-// epilogue, 64 columns each: they bring a and b, and da and db take their places (and h the third). TMA stores them from there, while the next
-// tile's stages are filled. A pair of blocks (a cluster) works on two tiles above each other: each loads half of w3's columns for both.
+// the other two multiply 64 rows each of a tile of 128 x 256 by wgmma, fp32 sums in registers. A stage is 64 of k: 128 rows of the left matrix
+// and 256 columns of the right; forward 128 columns of a and the same of b. A pair of blocks (a cluster) works on two tiles above each other:
+// each loads half of the right matrix for both. Tiles come in a fixed order that keeps what neighbouring blocks read in L2. What follows a tile:
+//   forward    Three warps of the first warpgroup finish it from shared memory, where the other two put it, rounded, before they go on with the
+//              next one: the tensor cores hardly wait.
+//   backward   The two warpgroups do it. Four more stages, 64 columns each, bring a and b, and da and db take their places (and h the third).
+//              TMA stores them from there, while the next tile's stages are filled. (Finished beside the tensor cores, like forward, it took 14.3 ms
+//              a step of Samba-421M on an H200 for 9.4; 12.0 where forward left h's derivatives, so that no more than two products an element
+//              were to be made. Not the arithmetic, then; what it is was not found.)
 //
-// Flops 2 M d F: Samba-421M (M 32768, d 1536, F 4096) 412 GFLOP, 0.42 ms at the nominal 989 TFLOP/s; bytes M (2 d + 8 F) + 2 d F = 1.19 GB,
-// 0.28 ms at 4.2 TB/s.
-// H200, 40 in a row: 0.769 ms, cuBLASLt's product and the pass over memory 0.86 (the product alone 0.63); in a training step 0.770 and 0.90.
-// The like for w1|w2 with SwiGLU behind it was written and left out: 1.33 ms for 1.42 in a row, but 1.34 for 1.30 in a step, whose clock is lower.
+// Flops, Samba-421M (M 32768, d 1536, F 4096): forward 825 GFLOP, 0.83 ms at the nominal 989 TFLOP/s; backward 412, 0.42 ms. Bytes: forward
+// M (2 d + 6 F) + 4 d F = 0.93 GB, 0.31 ms at 3 TB/s; backward M (2 d + 8 F) + 2 d F = 1.19 GB, 0.40 ms.
+// In a training step on an H200: forward 1.23 ms, cuBLASLt's product and the pass 1.33 (the product alone 1.14); backward 0.78, product and
+// pass 0.90.
 #pragma once
 #include <initializer_list>
 
@@ -21,14 +26,26 @@
 
 namespace gpu::sm90 {
 
-constexpr int GEMM_M = 128, GEMM_N = 256, GEMM_K = 64, GEMM_STAGES = 4, GEMM_CLUSTER = 2;
+constexpr int GEMM_M = 128, GEMM_N = 256, GEMM_K = 64, GEMM_CLUSTER = 2;
 constexpr int GEMM_LEFT = GEMM_M * GEMM_K * 2, GEMM_RIGHT = GEMM_N * GEMM_K * 2, GEMM_STAGE = GEMM_LEFT + GEMM_RIGHT;   // bytes
-constexpr int GEMM_SHARED = GEMM_STAGES * GEMM_STAGE + 2 * GEMM_STAGES * 8;
 constexpr int GEMM_BAND = 16;                                             // tiles above each other that are worked on before the next column
-constexpr int GEMM_CHUNKS = GEMM_N / 64;                                  // of the epilogue
-constexpr int SLAB = 64 * GEMM_M * 2;                                     // bytes of 64 columns of a tile: 128 rows of 128 bytes
+constexpr int GEMM_CHUNKS = GEMM_N / 64;                                  // of a tile: 64 columns
+constexpr int SLAB = 64 * GEMM_M * 2;                                     // bytes of these: 128 rows of 128 bytes
+constexpr int GEMM_FINISHERS = 3;                                         // warps that finish a tile of forward
 
-struct GemmSize { int F, k_steps, row_tiles, column_tiles; };
+// Shared memory: the stages, forward also a tile's results, barriers
+template <bool BACKWARD> struct GemmShared {
+    static constexpr int STAGES = BACKWARD ? 4 : 3, RESULT = STAGES * GEMM_STAGE, BARRIERS = RESULT + (BACKWARD ? 0 : GEMM_CHUNKS * SLAB);
+    static constexpr int BYTES = BARRIERS + (2 * STAGES + 2) * 8;
+    uint32_t stages, result, barriers;                                    // addresses
+    __device__ explicit GemmShared(uint32_t at) : stages(at), result(at + RESULT), barriers(at + BARRIERS) {}
+    __device__ uint32_t result_full() const { return barriers + 2 * STAGES * 8; }
+    __device__ uint32_t result_empty() const { return result_full() + 8; }
+    // The 16 bytes `chunk` of a row of the result
+    __device__ uint32_t place(int row, int chunk) const { return result + chunk / 8 * SLAB + row * 128 + ((chunk % 8) ^ (row % 8)) * 16; }
+};
+
+struct GemmSize { int64_t M; int F, k_steps, row_tiles, column_tiles; };
 
 // A (rows, columns) matrix as boxes of `box_rows` rows x 64 columns; what is past its ends reads as zeros and is not written
 inline CUtensorMap matrix_map(const bf16* p, int64_t rows, int64_t columns, int box_rows) {
@@ -68,14 +85,21 @@ __device__ inline void arrive_at(uint32_t bar, int rank) {
                  ::"r"(bar), "r"(rank) : "memory");
 }
 
+__device__ inline uint4 load_shared(uint32_t at) {
+    uint4 v;
+    asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
+    return v;
+}
+
 #define SM90_ACC128                                                                                                                            \
     SM90_ACC64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95," \
                "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,"  \
                "%123,%124,%125,%126,%127"
-// c (64 x 256) (+)= a b, 16 of k; a along rows, b along columns
-__device__ inline void wgmma_256(float (&c)[128], uint64_t a, uint64_t b, int add) {
-    asm volatile(SM90_ADD("%130") "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" SM90_ACC128 "}, %128, %129, add, 1, 1, 0, 1;\n}"
-                 : SM90_F32("+f", c, 0), SM90_F32("+f", c, 32), SM90_F32("+f", c, 64), SM90_F32("+f", c, 96) : "l"(a), "l"(b), "r"(add));
+// c (64 x 256) (+)= a b, 16 of k; a along rows, b along rows or columns
+template <int B_COLUMNS> __device__ inline void wgmma_256(float (&c)[128], uint64_t a, uint64_t b, int add) {
+    asm volatile(SM90_ADD("%130") "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" SM90_ACC128 "}, %128, %129, add, 1, 1, 0, %131;\n}"
+                 : SM90_F32("+f", c, 0), SM90_F32("+f", c, 32), SM90_F32("+f", c, 64), SM90_F32("+f", c, 96)
+                 : "l"(a), "l"(b), "r"(add), "n"(B_COLUMNS));
 }
 
 // Tile n of the cluster's: `row` of this block's 128 rows, `column` in units of a tile
@@ -88,85 +112,161 @@ __device__ inline GemmTile gemm_tile(const GemmSize& s, int n) {
 __device__ inline int gemm_tiles(const GemmSize& s) { return (s.row_tiles + GEMM_CLUSTER - 1) / GEMM_CLUSTER * s.column_tiles; }
 
 // The stages as one goes round them
-struct Turn {
+template <bool BACKWARD> struct Turn {
+    using Shared = GemmShared<BACKWARD>;
     int stage = 0, parity = 0;
-    __device__ uint32_t at(uint32_t shared) const { return shared + stage * GEMM_STAGE; }
-    __device__ uint32_t full(uint32_t bars) const { return bars + stage * 8; }
-    __device__ uint32_t empty(uint32_t bars) const { return bars + (GEMM_STAGES + stage) * 8; }
-    __device__ void next() { if (++stage == GEMM_STAGES) stage = 0, parity ^= 1; }
+    __device__ uint32_t at(const Shared& shared) const { return shared.stages + stage * GEMM_STAGE; }
+    __device__ uint32_t full(const Shared& shared) const { return shared.barriers + stage * 8; }
+    __device__ uint32_t empty(const Shared& shared) const { return shared.barriers + (Shared::STAGES + stage) * 8; }
+    __device__ void next() { if (++stage == Shared::STAGES) stage = 0, parity ^= 1; }
 };
 
-__device__ inline void gemm_produce(uint32_t shared, uint32_t bars, const CUtensorMap* dy, const CUtensorMap* w3, const CUtensorMap* gate_up,
+// right: forward (2F, d), 128 rows of w1 from one block and the same of w2 from the other; backward (d, F), two slabs of 64 x 64 from each
+template <bool BACKWARD>
+__device__ inline void gemm_produce(const GemmShared<BACKWARD>& shared, const CUtensorMap* left, const CUtensorMap* right, const CUtensorMap* gate_up,
                                     const GemmSize& s) {
-    const int first_slab = cluster_rank() * GEMM_N / 64 / GEMM_CLUSTER;
-    Turn turn;
+    const int rank = cluster_rank();
+    Turn<BACKWARD> turn;
     for (int n = blockIdx.x / GEMM_CLUSTER; n < gemm_tiles(s); n += gridDim.x / GEMM_CLUSTER) {
         const GemmTile tile = gemm_tile(s, n);
         for (int k = 0; k < s.k_steps; k++, turn.next()) {
-            const uint32_t to = turn.at(shared), full = turn.full(bars);
-            barrier_wait(turn.empty(bars), turn.parity ^ 1);
+            const uint32_t to = turn.at(shared), full = turn.full(shared);
+            barrier_wait(turn.empty(shared), turn.parity ^ 1);
             barrier_expect(full, GEMM_STAGE);
-            matrix_load(to, dy, full, k * GEMM_K, tile.row);
-            for (int slab = first_slab; slab < first_slab + GEMM_N / 64 / GEMM_CLUSTER; slab++)          // of 64 rows (k) x 64 columns
-                matrix_load_all(to + GEMM_LEFT + slab * GEMM_K * 128, w3, full, tile.column * GEMM_N + slab * 64, k * GEMM_K);
+            matrix_load(to, left, full, k * GEMM_K, tile.row);
+            if (BACKWARD)
+                for (int slab = rank * 2; slab < rank * 2 + 2; slab++)
+                    matrix_load_all(to + GEMM_LEFT + slab * GEMM_K * 128, right, full, tile.column * GEMM_N + slab * 64, k * GEMM_K);
+            else
+                matrix_load_all(to + GEMM_LEFT + rank * SLAB, right, full, k * GEMM_K, rank * s.F + tile.column * GEMM_N / 2);
         }
-        for (int j = 0; j < GEMM_CHUNKS; j++, turn.next()) {
-            barrier_wait(turn.empty(bars), turn.parity ^ 1);
-            barrier_expect(turn.full(bars), 2 * SLAB);
+        for (int j = 0; BACKWARD && j < GEMM_CHUNKS; j++, turn.next()) {
+            barrier_wait(turn.empty(shared), turn.parity ^ 1);
+            barrier_expect(turn.full(shared), 2 * SLAB);
             for (int part = 0; part < 2; part++)
-                matrix_load(turn.at(shared) + part * SLAB, gate_up, turn.full(bars), part * s.F + tile.column * GEMM_N + j * 64, tile.row);
+                matrix_load(turn.at(shared) + part * SLAB, gate_up, turn.full(shared), part * s.F + tile.column * GEMM_N + j * 64, tile.row);
         }
     }
 }
 
 __device__ inline float2 floats(uint32_t v) { return make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u)); }
-struct SwigluGradient { float da, db, h; };
-__device__ inline SwigluGradient swiglu_gradient(float dh, float a, float b) {
-    const float s = sigmoid<bf16>(a), as = a * s;
-    return {dh * b * (s + fmaf(-as, s, as)), dh * as, as * b};
-}
-
-template <bool MAKE_H> struct GemmConsumer {
-    const uint32_t shared, bars;
-    const CUtensorMap *dgate_up, *h;                                     // boxes of 64 rows
+// What the two warpgroups that multiply have in common
+template <bool BACKWARD> struct GemmConsumer {
+    const GemmShared<BACKWARD>& shared;
     const GemmSize& s;
     const int consumer = which_consumer(), lane = threadIdx.x % WARP;
     // Where load_blocks and store_blocks find this lane's row of 16 rows x 16 columns, but for the 16-byte chunk
     const int row = consumer * 64 + threadIdx.x / WARP % 4 * 16 + lane % 16, half = lane / 16;
-    Turn turn, last;                                                     // last: the stage from which the tile before is being stored,
-    bool storing = false;                                                // if there is one
+    Turn<BACKWARD> turn;
 
-    __device__ void release(const Turn& t) const {                       // by one thread of the warpgroup
+    __device__ GemmConsumer(const GemmShared<BACKWARD>& shared, const GemmSize& s) : shared(shared), s(s) {}
+    __device__ void release(const Turn<BACKWARD>& t) const {             // by one thread of the warpgroup
         if (threadIdx.x % WARPGROUP == 0)
-            for (int rank = 0; rank < GEMM_CLUSTER; rank++) arrive_at(t.empty(bars), rank);
+            for (int rank = 0; rank < GEMM_CLUSTER; rank++) arrive_at(t.empty(shared), rank);
     }
-    __device__ void release_last() {
-        if (!storing) return;
-        if (threadIdx.x % WARPGROUP == 0) matrix_store_wait<0>();
-        release(last);
-        storing = false;
-    }
-    __device__ void multiply(float (&c)[128]) {
-        Turn before;
+    // meanwhile(): while the first step runs
+    template <class F> __device__ void multiply(float (&c)[128], F meanwhile) {
+        Turn<BACKWARD> before;
         for (int k = 0; k < s.k_steps; k++, turn.next()) {
-            barrier_wait(turn.full(bars), turn.parity);
+            barrier_wait(turn.full(shared), turn.parity);
             const uint64_t a = descriptor(turn.at(shared) + consumer * 64 * 128, 0);
-            const uint64_t b = descriptor(turn.at(shared) + GEMM_LEFT, GEMM_K * 128);
+            const uint64_t b = descriptor(turn.at(shared) + GEMM_LEFT, BACKWARD ? GEMM_K * 128 : 0);
             wgmma_fence();
 #pragma unroll
-            for (int i = 0; i < GEMM_K / 16; i++) wgmma_256(c, a + i * 32 / 16, b + i * 2048 / 16, k + i > 0);
+            for (int i = 0; i < GEMM_K / 16; i++) wgmma_256<BACKWARD>(c, a + i * 32 / 16, b + i * (BACKWARD ? 2048 : 32) / 16, k + i > 0);
             wgmma_commit();
             if (k > 0) {                                                 // the step before is done
                 wgmma_wait<1>();
                 release(before);
             } else {
-                release_last();                                          // while the first step runs
+                meanwhile();
             }
             before = turn;
         }
         wgmma_wait<0>();
         hold(c);
         release(before);
+    }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Forward
+
+struct SwigluForwardConsumer : GemmConsumer<false> {
+    using GemmConsumer::GemmConsumer;
+    __device__ void hand_over(const float (&c)[128]) const {
+#pragma unroll
+        for (int i = 0; i < GEMM_N / 16; i++) {
+            uint32_t rounded[4];
+#pragma unroll
+            for (int r = 0; r < 4; r++) rounded[r] = pack(c[8 * i + 2 * r], c[8 * i + 2 * r + 1]);
+            store_blocks(shared.place(row, 2 * i + half), rounded);
+        }
+        fence_async();                                                   // TMA will read it
+        __syncwarp();
+        if (lane == 0) barrier_arrive(shared.result_full());
+    }
+    __device__ void run() {
+        int parity = 1;
+        for (int n = blockIdx.x / GEMM_CLUSTER; n < gemm_tiles(s); n += gridDim.x / GEMM_CLUSTER, parity ^= 1) {
+            float c[128];
+            multiply(c, [] {});
+            barrier_wait(shared.result_empty(), parity);
+            hand_over(c);
+        }
+    }
+};
+
+__device__ inline uint32_t swiglu_pair(uint32_t gate, uint32_t up) {
+    const float2 a = floats(gate), b = floats(up);
+    return pack(a.x * sigmoid<bf16>(a.x) * b.x, a.y * sigmoid<bf16>(a.y) * b.y);
+}
+// By GEMM_FINISHERS warps from the block's second one on: a and b leave through TMA, half a warp makes a row of 128 columns of h
+__device__ inline void finish_forward(const GemmShared<false>& shared, const CUtensorMap* gate_up, bf16* h, const GemmSize& s) {
+    const int lane = threadIdx.x % WARP, finisher = threadIdx.x / WARP - 1, chunk = lane % 16;
+    int parity = 0;
+    for (int n = blockIdx.x / GEMM_CLUSTER; n < gemm_tiles(s); n += gridDim.x / GEMM_CLUSTER, parity ^= 1) {
+        const GemmTile tile = gemm_tile(s, n);
+        const int column = tile.column * GEMM_N / 2;
+        barrier_wait(shared.result_full(), parity);
+        if (threadIdx.x == WARP) {
+            for (int j = 0; j < GEMM_CHUNKS; j++) matrix_store(gate_up, shared.result + j * SLAB, j / 2 * s.F + column + j % 2 * 64, tile.row);
+            tma_store_commit();
+        }
+#pragma unroll 4
+        for (int pair = finisher; pair < GEMM_M / 2; pair += GEMM_FINISHERS) {
+            const int row = pair * 2 + lane / 16;
+            const uint4 a = load_shared(shared.place(row, chunk)), b = load_shared(shared.place(row, GEMM_N / 16 + chunk));
+            const uint4 out = make_uint4(swiglu_pair(a.x, b.x), swiglu_pair(a.y, b.y), swiglu_pair(a.z, b.z), swiglu_pair(a.w, b.w));
+            if (tile.row + row < s.M) *(uint4*)(h + (int64_t)(tile.row + row) * s.F + column + chunk * 8) = out;
+        }
+        if (threadIdx.x == WARP) matrix_store_wait<0>();
+        __syncwarp();
+        if (lane == 0) barrier_arrive(shared.result_empty());
+    }
+    if (threadIdx.x == WARP) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Backward
+
+struct SwigluGradient { float da, db, h; };
+__device__ inline SwigluGradient swiglu_gradient(float dh, float a, float b) {
+    const float s = sigmoid<bf16>(a), as = a * s;
+    return {dh * b * (s + fmaf(-as, s, as)), dh * as, as * b};
+}
+
+template <bool MAKE_H> struct SwigluBackwardConsumer : GemmConsumer<true> {
+    using GemmConsumer::GemmConsumer;
+    const CUtensorMap *dgate_up, *h;                                     // boxes of 64 rows
+    Turn<true> last;                                                     // the stage from which the tile before is being stored,
+    bool storing = false;                                                // if there is one
+
+    __device__ void release_last() {
+        if (!storing) return;
+        if (threadIdx.x % WARPGROUP == 0) matrix_store_wait<0>();
+        release(last);
+        storing = false;
     }
     __device__ uint32_t place(int i) const { return turn.at(shared) + row * 128 + ((2 * i + half) ^ (row % 8)) * 16; }   // of 16 columns 16 i ..
 
@@ -200,7 +300,7 @@ template <bool MAKE_H> struct GemmConsumer {
     __device__ void finish(const float (&c)[128], const GemmTile& tile) {
 #pragma unroll
         for (int j = 0; j < GEMM_CHUNKS; j++, turn.next()) {
-            barrier_wait(turn.full(bars), turn.parity);
+            barrier_wait(turn.full(shared), turn.parity);
             differentiate(c + 32 * j);
             fence_async();
             named_sync(3 + consumer, WARPGROUP);
@@ -215,10 +315,11 @@ template <bool MAKE_H> struct GemmConsumer {
     __device__ void run() {
         for (int n = blockIdx.x / GEMM_CLUSTER; n < gemm_tiles(s); n += gridDim.x / GEMM_CLUSTER) {
             float c[128];
-            multiply(c);
+            multiply(c, [this] { release_last(); });
             finish(c, gemm_tile(s, n));
         }
         release_last();
+        if (threadIdx.x % WARPGROUP == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
     }
 };
 #endif // SAMBA_SM90A_CODE
@@ -228,51 +329,75 @@ template <bool MAKE_H> struct GemmConsumer {
 #else
 #define SM90_CLUSTER __cluster_dims__(GEMM_CLUSTER, 1, 1)
 #endif
-template <bool MAKE_H>
+// in: backward's gate_up; out: forward's gate_up, backward's dgate_up; h_map: backward's h if MAKE_H; h: forward's
+template <bool BACKWARD, bool MAKE_H>
 __global__ void SM90_CLUSTER __launch_bounds__(BLOCK, 1)
-swiglu_gemm_kernel(const __grid_constant__ CUtensorMap dy, const __grid_constant__ CUtensorMap w3, const __grid_constant__ CUtensorMap gate_up,
-                   const __grid_constant__ CUtensorMap dgate_up, const __grid_constant__ CUtensorMap h, const GemmSize s) {
+swiglu_gemm_kernel(const __grid_constant__ CUtensorMap left, const __grid_constant__ CUtensorMap right, const __grid_constant__ CUtensorMap in,
+                   const __grid_constant__ CUtensorMap out, const __grid_constant__ CUtensorMap h_map, bf16* h, const GemmSize s) {
 #ifdef SAMBA_SM90A_CODE
-    const uint32_t shared = shared_address(sm90_shared), bars = shared + GEMM_STAGES * GEMM_STAGE;
+    using Shared = GemmShared<BACKWARD>;
+    const Shared shared(shared_address(sm90_shared));
     if (threadIdx.x == 0) {
-        for (int i = 0; i < GEMM_STAGES; i++) barrier_init(bars + i * 8, 1), barrier_init(bars + (GEMM_STAGES + i) * 8, 2 * GEMM_CLUSTER);
+        for (int i = 0; i < Shared::STAGES; i++)
+            barrier_init(shared.barriers + i * 8, 1), barrier_init(shared.barriers + (Shared::STAGES + i) * 8, 2 * GEMM_CLUSTER);
+        barrier_init(shared.result_full(), 2 * WARPGROUP / WARP), barrier_init(shared.result_empty(), GEMM_FINISHERS);
         barrier_init_done();
     }
     cluster_sync();
     if (threadIdx.x < WARPGROUP) {
-        registers_down<40>();
-        if (threadIdx.x == 0) gemm_produce(shared, bars, &dy, &w3, &gate_up, s);
+        registers_down<BACKWARD ? 40 : 152>();
+        if (threadIdx.x == 0) gemm_produce<BACKWARD>(shared, &left, &right, &in, s);
+        if constexpr (!BACKWARD)
+            if (threadIdx.x >= WARP) finish_forward(shared, &out, h, s);
     } else {
-        registers_up<232>();
-        GemmConsumer<MAKE_H>{shared, bars, &dgate_up, &h, s}.run();
-        if (threadIdx.x % WARPGROUP == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+        registers_up<BACKWARD ? 232 : 176>();
+        if constexpr (BACKWARD) {
+            SwigluBackwardConsumer<MAKE_H> consumer(shared, s);
+            consumer.dgate_up = &out, consumer.h = &h_map;
+            consumer.run();
+        } else {
+            SwigluForwardConsumer(shared, s).run();
+        }
     }
     __syncwarp();
     cluster_sync();                                                      // nobody arrives at barriers of a block that has gone
 #endif
 }
 
-// Does the kernel take these sizes and addresses (null: not given) on this GPU?
+// Do the kernels take these sizes and addresses (null: not given) on this GPU?
 inline bool swiglu_gemm_usable(std::initializer_list<const void*> arrays, int64_t M, int F, int d) {
     const bool aligned = std::all_of(arrays.begin(), arrays.end(), [](const void* p) { return (uintptr_t)p % 16 == 0; });
     return aligned && F % GEMM_N == 0 && d % 8 == 0 && M < ((int64_t)1 << 31) - GEMM_M * GEMM_CLUSTER && usable();
 }
 
-// dgate_up (M,2F) from dy (M,d), w3 (d,F), gate_up (M,2F); and h (M,F) if given
-inline void swiglu_gemm_backward(bf16* dgate_up, bf16* h, const bf16* dy, const bf16* w3, const bf16* gate_up, int64_t M, int F, int d,
-                                 Stream stream) {
+template <bool BACKWARD, bool MAKE_H>
+inline void launch_swiglu_gemm(const CUtensorMap& left, const CUtensorMap& right, const CUtensorMap& in, const CUtensorMap& out,
+                               const CUtensorMap& h_map, bf16* h, int64_t M, int F, int d, Stream stream) {
     int device = 0, processors = 0;
     CUDA_CHECK(cudaGetDevice(&device));
     CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-    const GemmSize size{F, (int)ceil_div(d, GEMM_K), (int)ceil_div(M, GEMM_M), F / GEMM_N};
+    const GemmSize size{M, F, (int)ceil_div(d, GEMM_K), (int)ceil_div(M, GEMM_M), F / (BACKWARD ? GEMM_N : GEMM_N / 2)};
     const int64_t tiles = ceil_div(size.row_tiles, GEMM_CLUSTER) * size.column_tiles;
     const unsigned blocks = (unsigned)std::min<int64_t>(processors / GEMM_CLUSTER, tiles) * GEMM_CLUSTER;
-    const CUtensorMap dy_map = matrix_map(dy, M, d, GEMM_M), w3_map = matrix_map(w3, d, F, GEMM_K);
-    const CUtensorMap in = matrix_map(gate_up, M, 2 * (int64_t)F, GEMM_M), out = matrix_map(dgate_up, M, 2 * (int64_t)F, 64), h_map = h ? matrix_map(h, M, F, 64) : out;
-    auto kernel = h ? swiglu_gemm_kernel<true> : swiglu_gemm_kernel<false>;
-    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, GEMM_SHARED));
-    kernel<<<blocks, BLOCK, GEMM_SHARED, stream>>>(dy_map, w3_map, in, out, h_map, size);
+    auto kernel = swiglu_gemm_kernel<BACKWARD, MAKE_H>;
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, GemmShared<BACKWARD>::BYTES));
+    kernel<<<blocks, BLOCK, GemmShared<BACKWARD>::BYTES, stream>>>(left, right, in, out, h_map, h, size);
     LAUNCH_CHECK();
+}
+
+// gate_up (M,2F) and h (M,F) from n (M,d), w1|w2 (2F,d)
+inline void swiglu_gemm_forward(bf16* h, bf16* gate_up, const bf16* n, const bf16* w12, int64_t M, int F, int d, Stream stream) {
+    const CUtensorMap left = matrix_map(n, M, d, GEMM_M), right = matrix_map(w12, 2 * (int64_t)F, d, GEMM_N / 2);
+    const CUtensorMap out = matrix_map(gate_up, M, 2 * (int64_t)F, GEMM_M);
+    launch_swiglu_gemm<false, true>(left, right, out, out, out, h, M, F, d, stream);
+}
+// dgate_up (M,2F) from dy (M,d), w3 (d,F), gate_up (M,2F); and h (M,F) if given
+inline void swiglu_gemm_backward(bf16* dgate_up, bf16* h, const bf16* dy, const bf16* w3, const bf16* gate_up, int64_t M, int F, int d,
+                                 Stream stream) {
+    const CUtensorMap left = matrix_map(dy, M, d, GEMM_M), right = matrix_map(w3, d, F, GEMM_K);
+    const CUtensorMap in = matrix_map(gate_up, M, 2 * (int64_t)F, GEMM_M), out = matrix_map(dgate_up, M, 2 * (int64_t)F, 64);
+    if (h) launch_swiglu_gemm<true, true>(left, right, in, out, matrix_map(h, M, F, 64), nullptr, M, F, d, stream);
+    else launch_swiglu_gemm<true, false>(left, right, in, out, out, nullptr, M, F, d, stream);
 }
 
 } // namespace gpu::sm90

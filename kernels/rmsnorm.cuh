@@ -1,17 +1,21 @@
 // RMSNorm over rows of d values.
-//   r_i = (mean_j x_ij^2 + eps)^(-1/2)        out_ij = x_ij r_i w_j
-//   dx_ij = r_i (w_j g_ij - x_ij r_i^2 / d * sum_k w_k g_ik x_ik)        dw_j = sum_i g_ij x_ij r_i        (g = dout)
-// x, dx, weight and all arithmetic fp32; out and dout are X. Saved for backward: x and r.
-// Bytes a row: forward 4d + 2d (bf16): 302 MB at 32768 x 1536, 0.10 ms at 3 TB/s. Backward 2d + 4d + 8d (+2d for dx_copy).
-// Forward: a warp a row, which it keeps in registers. Backward: a block a row; its second walk over the row finds it in L1. dweight: every block adds up its own rows in shared
-// memory, a second kernel adds the blocks in order. The number of blocks is fixed, so the result is the same on every GPU.
+//   r_i = (mean_j x_ij^2 + eps)^(-1/2)        xh_ij = x_ij r_i        out_ij = xh_ij w_j
+//   dx_ij = r_i (w_j g_ij - xh_ij / d * sum_k g_ik out_ik)        dw_j = sum_i g_ij xh_ij        (g = dout)
+// x, weight and all arithmetic fp32; out and dout are X, dx as residual_gradient.h says. Saved for backward: out, which the product behind needs
+// anyway, and r: xh = out / w, half the bytes of x. Where w is as good as zero, out says nothing of it, and x is read.
+// Bytes a row: forward 4d + 2d (bf16): 302 MB at 32768 x 1536, 0.10 ms at 3 TB/s. Backward 2d + 2d + 3d + 3d (bf16): 503 MB, 0.17 ms.
+// Forward: a warp a row, which it keeps in registers. Backward: a block a row, whose next row is on its way meanwhile. dweight: every thread
+// adds up its columns of the block's rows, a second kernel adds the blocks in order. The number of blocks is fixed, so the result is the same
+// on every GPU.
 #pragma once
+#include "cpu/rmsnorm.h"
 #include "device.cuh"
 #include "measure.cuh"
+#include "residual_gradient.h"
 
 namespace gpu {
 
-constexpr int RMSNORM_BLOCKS = 1024;   // of the backward kernel: as many partial sums of dweight
+constexpr int RMSNORM_BLOCKS = 512;    // of the backward kernel: as many partial sums of dweight
 
 // Threads for a row of `items` loads: a multiple of 32 up to 256 that leaves few idle in the last turn
 inline int row_threads(int64_t items) {
@@ -73,46 +77,117 @@ inline void rmsnorm_forward(floatX* out /*(N,d)*/, float* rstd /*(N)*/, const fl
     LAUNCH_CHECK();
 }
 
-// partial (gridDim.x, d): the part of dweight from rows blockIdx.x, blockIdx.x + gridDim.x, ... Each thread meets the same
-// columns in every row, so its sums in shared memory are its own and need no barrier.
-template <int W, class X>
-__global__ void rmsnorm_backward_kernel(float* dx, X* dx_copy, float* partial, const X* dout, const float* x, const float* rstd, const float* weight,
-                                        int64_t N, int d, bool accumulate) {
-    extern __shared__ float4 shared_floats[];
-    float* dweight = (float*)shared_floats;
-    for (int j = threadIdx.x * W; j < d; j += blockDim.x * W) store_vec(dweight + j, Vec<float, W>{});
-    for (int64_t row = blockIdx.x; row < N; row += gridDim.x) {
-        const float* xi = x + row * d;
-        const X* gi = dout + row * d;
-        float dot = 0;
-        for (int j = threadIdx.x * W; j < d; j += blockDim.x * W) {
-            const auto xs = load_vec<W>(xi + j), ws = load_vec<W>(weight + j);
-            const auto gs = load_vec<W>(gi + j);
+// What backward reads and writes. before.high null: dx = ..., not dx = before + ...
+template <class X> struct NormBackward {
+    ResidualGradient<X> dx, before;
+    float* partial;                        // (gridDim.x, d): the part of dweight from rows blockIdx.x, blockIdx.x + gridDim.x, ...
+    const X *dout, *out;
+    const float *x, *rstd, *weight;
+    int64_t N;
+    int d;
+};
+
+// Where w is as good as zero, n is put in as x r and counts as if w were 1.
+__device__ inline bool is_tiny(float w) { return fabsf(w) <= (float)cpu::RMSNORM_LEAST_WEIGHT; }
+__device__ inline float inverse_weight(float w) { return is_tiny(w) ? 1.f : 1.f / w; }
+__device__ inline float rmsnorm_gradient(float g, float n, float r, float w, float inverse, float pull) {
+    return fmaf(r * w, g, -(pull * inverse) * n);
+}
+
+// What a thread loads of a row
+template <class X> struct NormWords {
+    uint4 g, n;
+    GradientWords<X> before;
+    __device__ void load(const NormBackward<X>& p, int64_t at) {
+        g = *(const uint4*)(p.dout + at), n = *(const uint4*)(p.out + at);
+        if (p.before) before.load(p.before, at);
+    }
+};
+// The compiler must not keep as floats until later what is here in half as many registers
+__device__ inline void forget_floats(uint4& v) { asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)); }
+
+// A thread's columns, in all rows of its block
+template <class X> struct NormColumns {
+    static constexpr int W = VALUES<X>;
+    float w[W], inverse[W], sums[W] = {};
+    bool any_tiny = false;
+    __device__ void init(const float* weight) {
 #pragma unroll
-            for (int k = 0; k < W; k++) dot += ws[k] * to_float(gs[k]) * xs[k];
+        for (int k = 0; k < W; k++) w[k] = weight[k], inverse[k] = inverse_weight(w[k]), any_tiny |= is_tiny(w[k]);
+    }
+    __device__ void row(const NormBackward<X>& p, const NormWords<X>& words, int64_t at, float r, float pull) {
+        float g[W], n[W], dx[W] = {};
+        unpack<X>(g, words.g), unpack<X>(n, words.n);
+        if (p.before) words.before.join(dx);
+        if (any_tiny)
+#pragma unroll
+            for (int k = 0; k < W; k++)
+                if (is_tiny(w[k])) n[k] = p.x[at + k] * r;
+#pragma unroll
+        for (int k = 0; k < W; k++) {
+            sums[k] = fmaf(g[k], n[k], sums[k]);
+            dx[k] += rmsnorm_gradient(g[k], n[k], r, w[k], inverse[k], pull);
         }
-        const float r = rstd[row];
-        const float pull = block_sum(dot) * r * r / d;
-        for (int j = threadIdx.x * W; j < d; j += blockDim.x * W) {
-            const auto xs = load_vec<W>(xi + j), ws = load_vec<W>(weight + j);
-            const auto gs = load_vec<W>(gi + j);
-            auto sums = load_vec<W>(dweight + j);
-            Vec<float, W> dxs{};
-            if (accumulate) dxs = load_vec<W>(dx + row * d + j);
-            Vec<X, W> copy;
+        GradientWords<X> out;
+        out.split(dx);
+        out.store(p.dx, at);
+    }
+    __device__ void store_sums(float* partial) const {
 #pragma unroll
-            for (int k = 0; k < W; k++) {
-                const float g = to_float(gs[k]);
-                sums[k] += g * xs[k] * r;
-                dxs[k] += r * (ws[k] * g - xs[k] * pull);
-                copy[k] = from_float<X>(dxs[k]);
-            }
-            store_vec(dweight + j, sums);
-            store_vec(dx + row * d + j, dxs);
-            if (dx_copy) store_vec(dx_copy + row * d + j, copy);
+        for (int k = 0; k < W; k++) partial[k] = sums[k] * inverse[k];
+    }
+};
+
+// d / W threads, rounded up to whole warps
+constexpr int RMSNORM_MOST_COLUMNS = 3072;
+template <class X>
+__global__ void __launch_bounds__(RMSNORM_MOST_COLUMNS / VALUES<X>, VALUES<X> / 4) rmsnorm_backward_kernel(const NormBackward<X> p) {
+    constexpr int W = VALUES<X>;
+    __shared__ float dots[2][WARP];        // of the warps, in turns: one barrier a row
+    const int j = threadIdx.x * W, lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
+    const bool mine = j < p.d;
+    NormColumns<X> columns;
+    NormWords<X> next{};
+    if (mine) columns.init(p.weight + j), next.load(p, blockIdx.x * (int64_t)p.d + j);
+    int turn = 0;
+    for (int64_t row = blockIdx.x; row < p.N; row += gridDim.x, turn ^= 1) {
+        NormWords<X> now = next;
+        const float r = p.rstd[row];
+        if (mine && row + gridDim.x < p.N) next.load(p, (row + gridDim.x) * p.d + j);
+        float g[W], n[W], dot = 0.f;
+        unpack<X>(g, now.g), unpack<X>(n, now.n);
+#pragma unroll
+        for (int k = 0; k < W; k++) dot = fmaf(g[k], n[k], dot);
+        dot = warp_sum(dot);
+        if (lane == 0) dots[turn][threadIdx.x / WARP] = dot;
+        __syncthreads();
+        dot = warp_sum(lane < warps ? dots[turn][lane] : 0.f);
+        forget_floats(now.g), forget_floats(now.n);
+        if (mine) columns.row(p, now, row * p.d + j, r, dot * r / p.d);
+    }
+    if (mine) columns.store_sums(p.partial + (int64_t)blockIdx.x * p.d + j);
+}
+
+// Any d: a thread has a row's columns one after the other, reads them twice, and keeps its sums for dweight in shared memory
+template <class X> __global__ void rmsnorm_backward_any_kernel(const NormBackward<X> p) {
+    extern __shared__ float4 shared_floats[];
+    float* sums = (float*)shared_floats;   // the same columns in every row: no barrier
+    for (int j = threadIdx.x; j < p.d; j += blockDim.x) sums[j] = 0.f;
+    for (int64_t row = blockIdx.x; row < p.N; row += gridDim.x) {
+        const int64_t first = row * p.d;
+        float dot = 0.f;
+        for (int j = threadIdx.x; j < p.d; j += blockDim.x) dot = fmaf(to_float(p.dout[first + j]), to_float(p.out[first + j]), dot);
+        const float r = p.rstd[row], pull = block_sum(dot) * r / p.d;
+        for (int j = threadIdx.x; j < p.d; j += blockDim.x) {
+            const int64_t at = first + j;
+            const float w = p.weight[j], inverse = inverse_weight(w), g = to_float(p.dout[at]), n = is_tiny(w) ? p.x[at] * r : to_float(p.out[at]);
+            sums[j] += g * n * inverse;
+            const float dx = (p.before ? load_gradient<1>(p.before, at)[0] : 0.f) + rmsnorm_gradient(g, n, r, w, inverse, pull);
+            p.dx.high[at] = from_float<X>(dx);
+            if constexpr (HAS_LOW_PLANE<X>) p.dx.low[at] = low_plane(dx, p.dx.high[at]);
         }
     }
-    for (int j = threadIdx.x * W; j < d; j += blockDim.x * W) store_vec(partial + (int64_t)blockIdx.x * d + j, load_vec<W>(dweight + j));
+    for (int j = threadIdx.x; j < p.d; j += blockDim.x) p.partial[(int64_t)blockIdx.x * p.d + j] = sums[j];
 }
 
 // out_j += sum over rows of partial_j. A block adds 32 columns: 32 warps take the rows in turn, the warps' sums are added in order.
@@ -139,19 +214,26 @@ inline void add_column_sums(float* out /*(d) +=*/, const float* partial /*(rows,
 inline int64_t rmsnorm_backward_blocks(int64_t N) { return N < RMSNORM_BLOCKS ? N : RMSNORM_BLOCKS; }
 inline size_t rmsnorm_backward_workspace(int64_t N, int d) { return (size_t)rmsnorm_backward_blocks(N) * d * sizeof(float); }
 
-inline void rmsnorm_backward(float* dx /*(N,d)*/, floatX* dx_copy /*(N,d) or nullptr: dx after the update, rounded*/, float* dweight /*(d) +=*/, const floatX* dout /*(N,d)*/,
-                             const float* x /*(N,d)*/, const float* rstd /*(N)*/, const float* weight /*(d)*/, void* workspace, int64_t N, int d,
-                             bool accumulate /*dx += or dx =*/, Stream stream) {
-    const Operation op("rmsnorm backward", (double)N * d * (8 + 4 * accumulate + (dx_copy ? 2 : 1) * sizeof(floatX)), 0, stream);
-    float* partial = (float*)workspace;
+inline void rmsnorm_backward(ResidualGradient<floatX> dx /*(N,d)*/, ResidualGradient<floatX> before /*(N,d) or {}: dx = before + ...; may be dx*/,
+                             float* dweight /*(d) +=*/, const floatX* dout /*(N,d)*/, const floatX* out /*(N,d)*/, const float* x /*(N,d)*/,
+                             const float* rstd /*(N)*/, const float* weight /*(d)*/, void* workspace, int64_t N, int d, Stream stream) {
+    const double gradient_bytes = sizeof(floatX) + HAS_LOW_PLANE<floatX>;
+    const Operation op("rmsnorm backward", (double)N * d * (2 * sizeof(floatX) + (before ? 2 : 1) * gradient_bytes), 0, stream);
+    const NormBackward<floatX> p{dx, before, (float*)workspace, dout, out, x, rstd, weight, N, d};
     const unsigned blocks = (unsigned)rmsnorm_backward_blocks(N);
-    const size_t shared = (size_t)d * sizeof(float);
-    const bool vector = d % 4 == 0 && aligned_16(dx) && aligned_16(dx_copy) && aligned_16(dout) && aligned_16(x) && aligned_16(weight) && aligned_16(workspace);
-    auto kernel = vector ? rmsnorm_backward_kernel<4, floatX> : rmsnorm_backward_kernel<1, floatX>;
-    if (shared > 48 * 1024) CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
-    kernel<<<blocks, row_threads(vector ? d / 4 : d), shared, stream>>>(dx, dx_copy, partial, dout, x, rstd, weight, N, d, accumulate);
+    constexpr int W = VALUES<floatX>;
+    const bool vector = d % W == 0 && d <= RMSNORM_MOST_COLUMNS && aligned_16(dx.high) && aligned_16(dx.low) && aligned_16(before.high) &&
+                        aligned_16(before.low) && aligned_16(dout) && aligned_16(out);
+    if (vector) {
+        rmsnorm_backward_kernel<<<blocks, (unsigned)round_up(d / W, WARP), 0, stream>>>(p);
+    } else {
+        const size_t shared = (size_t)d * sizeof(float);
+        auto kernel = rmsnorm_backward_any_kernel<floatX>;
+        if (shared > 48 * 1024) CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
+        kernel<<<blocks, row_threads(d), shared, stream>>>(p);
+    }
     LAUNCH_CHECK();
-    add_column_sums(dweight, partial, blocks, d, stream);
+    add_column_sums(dweight, p.partial, blocks, d, stream);
 }
 
 } // namespace gpu

@@ -64,12 +64,16 @@ static void bench_attention(const Shape& s) {
 static void bench_elementwise(const Shape& s) {
     const int64_t BT = s.BT();
     const double d_elements = (double)BT * s.d;
-    Rotating<float> x(BT * s.d, COPIES), dx(BT * s.d, 2), rstd(BT, 1), weight(s.d, 1), grad(s.d, 1, 0.f), losses(BT, 1);
+    Rotating<float> x(BT * s.d, COPIES), rstd(BT, 1), weight(s.d, 1), grad(s.d, 1, 0.f), losses(BT, 1);
     Rotating<floatX> n(BT * s.d, COPIES), gate_up(BT * 2 * s.F, 2), h(BT * s.F, 2), dgate_up(BT * 2 * s.F, 2), wte((int64_t)s.V * s.d, 1, 0.02f);
     void* workspace = device_alloc(std::max(gpu::rmsnorm_backward_workspace(BT, s.d), gpu::embedding_backward_workspace(BT, s.V, s.d)), "workspace");
     print_row("rmsnorm forward", time_ms([&](int i) { gpu::rmsnorm_forward(n[i], rstd[0], x[i], weight[0], BT, s.d, 1e-5f, 0); }), d_elements * (4 + X));
-    print_row("rmsnorm backward (dx +=, copy)", time_ms([&](int i) { gpu::rmsnorm_backward(dx[i], n[i + 1], grad[0], n[i], x[i], rstd[0], weight[0], workspace, BT, s.d, true, 0); }),
-              d_elements * (12 + 2 * X));
+    // A gradient of the residual stream: its planes are two arrays of their own
+    Rotating<floatX> high(BT * s.d, 2), low(BT * s.d / 2, 2);
+    const auto gradient = [&](int i) { return ResidualGradient<floatX>{high[i], HAS_LOW_PLANE<floatX> ? (int8_t*)low[i] : nullptr}; };
+    print_row("rmsnorm backward (dx +=)", time_ms([&](int i) {
+        gpu::rmsnorm_backward(gradient(i), gradient(i), grad[0], n[i], n[i + 1], x[i], rstd[0], weight[0], workspace, BT, s.d, 0);
+    }), d_elements * (2 * X + 2 * (X + HAS_LOW_PLANE<floatX>)));
     print_row("swiglu forward", time_ms([&](int i) { gpu::swiglu_forward(h[i], gate_up[i], BT, s.F, 0); }), 3.0 * BT * s.F * X);
     print_row("swiglu backward", time_ms([&](int i) { gpu::swiglu_backward(dgate_up[i], h[i], gate_up[i], BT, s.F, 0); }), 5.0 * BT * s.F * X);
     std::vector<int> host(BT);
@@ -78,7 +82,8 @@ static void bench_elementwise(const Shape& s) {
     CUDA_CHECK(cudaMemcpy(tokens, host.data(), BT * sizeof(int), cudaMemcpyHostToDevice));
     Rotating<float> dwte((int64_t)s.V * s.d, 1, 0.f);
     print_row("embedding forward", time_ms([&](int i) { gpu::embedding_forward(x[i], tokens, wte[0], BT, s.d, 0); }), d_elements * (4 + X));
-    print_row("embedding backward", time_ms([&](int i) { gpu::embedding_backward(dwte[0], x[i], tokens, workspace, BT, s.V, s.d, 0); }), d_elements * 4);
+    print_row("embedding backward", time_ms([&](int i) { gpu::embedding_backward(dwte[0], gradient(i), tokens, workspace, BT, s.V, s.d, 0); }),
+              d_elements * (X + HAS_LOW_PLANE<floatX>));
     const int64_t rows = std::min<int64_t>(BT, 4096);
     Rotating<floatX> logits(rows * s.V, 3, 5.f);
     print_row("cross entropy fused, 4096 rows", time_ms([&](int i) { gpu::cross_entropy_fused(losses[0], logits[i], tokens, 1e-5f, rows, s.V, 0); }), 2.0 * rows * s.V * X);

@@ -3,6 +3,7 @@
 #ifndef SAMBA_CPU
 #include "../../kernels/embedding.cuh"
 #endif
+#include "gradient_planes.h"
 #include "test_util.h"
 
 namespace {
@@ -19,9 +20,9 @@ TEST(Embedding, BackwardMatchesFiniteDifferences) {
     const int64_t BT = 11;
     const auto tokens = some_tokens(BT, V, 1, 0.3);
     auto wte = random_values(V * d, 2);
-    const auto dout = random_values(BT * d, 3);
+    auto dout = random_values(BT * d, 3);
     std::vector<double> dwte(V * d, 0.0), out(BT * d);
-    cpu::embedding_backward(dwte.data(), dout.data(), tokens.data(), nullptr, BT, V, d);
+    cpu::embedding_backward(dwte.data(), ResidualGradient<double>{dout.data(), nullptr}, tokens.data(), nullptr, BT, V, d);
     auto f = [&] {
         cpu::embedding_forward(out.data(), tokens.data(), wte.data(), BT, d);
         double sum = 0;
@@ -30,7 +31,7 @@ TEST(Embedding, BackwardMatchesFiniteDifferences) {
     };
     expect_gradient(f, wte, dwte, "dwte");
     auto twice = dwte;
-    cpu::embedding_backward(twice.data(), dout.data(), tokens.data(), nullptr, BT, V, d);
+    cpu::embedding_backward(twice.data(), ResidualGradient<double>{dout.data(), nullptr}, tokens.data(), nullptr, BT, V, d);
     for (size_t i = 0; i < dwte.size(); i++) EXPECT_DOUBLE_EQ(twice[i], 2 * dwte[i]) << "the gradient is added";
 }
 
@@ -55,14 +56,15 @@ TEST(Embedding, ForwardGpu) {
 void backward_gpu(int64_t BT, int V, int d, double frequent) {
     SCOPED_TRACE("BT " + std::to_string(BT) + " V " + std::to_string(V) + " d " + std::to_string(d) + " frequent " + std::to_string(frequent));
     const auto tokens = some_tokens(BT, V, 1, frequent);
-    const auto dout = random_values(BT * d, 2), start = random_values((size_t)V * d, 3);
-    auto ref = rounded<float>(start);
-    cpu::embedding_backward(ref.data(), rounded<float>(dout).data(), tokens.data(), nullptr, BT, V, d);
+    const auto start = random_values((size_t)V * d, 3);
+    Planes device_dout(random_values(BT * d, 2));
+    auto ref = rounded<float>(start), dout = device_dout.values();
+    cpu::embedding_backward(ref.data(), ResidualGradient<double>{dout.data(), nullptr}, tokens.data(), nullptr, BT, V, d);
     DeviceBuffer<int> device_tokens(tokens);
-    DeviceBuffer<float> device_dout(to_type<float>(dout)), dwte(to_type<float>(start)), again(to_type<float>(start));
+    DeviceBuffer<float> dwte(to_type<float>(start)), again(to_type<float>(start));
     DeviceBuffer<char> workspace(gpu::embedding_backward_workspace(BT, V, d));
-    gpu::embedding_backward(dwte.ptr, device_dout.ptr, device_tokens.ptr, workspace.ptr, BT, V, d, Stream{});
-    gpu::embedding_backward(again.ptr, device_dout.ptr, device_tokens.ptr, workspace.ptr, BT, V, d, Stream{});
+    gpu::embedding_backward(dwte.ptr, device_dout.get(), device_tokens.ptr, workspace.ptr, BT, V, d, Stream{});
+    gpu::embedding_backward(again.ptr, device_dout.get(), device_tokens.ptr, workspace.ptr, BT, V, d, Stream{});
     EXPECT_LT(rel_l2(to_double(dwte.host()), ref), tolerance<float>());
     EXPECT_EQ(dwte.host(), again.host()) << "two runs must give the same bits";
 }

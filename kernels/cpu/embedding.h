@@ -1,6 +1,7 @@
 // Token embedding, CPU twin of kernels/embedding.cuh.   out[i,:] = wte[tokens[i],:]     dwte[tokens[i],:] += dout[i,:]
 #pragma once
 #include "../device.cuh"
+#include "../residual_gradient.h"
 
 namespace cpu {
 
@@ -17,7 +18,7 @@ inline size_t embedding_backward_workspace(int64_t /*BT*/, int /*V*/, int /*d*/)
 
 // Threads share the columns, not the positions: each sum runs over positions in order, whatever the number of threads.
 template <class R>
-void embedding_backward(R* dwte /*(V,d) +=*/, const R* dout /*(BT,d)*/, const int* tokens, void* /*workspace*/, int64_t BT, int V, int d, Stream = {}) {
+void embedding_backward(R* dwte /*(V,d) +=*/, ResidualGradient<R> dout /*(BT,d)*/, const int* tokens, void* /*workspace*/, int64_t BT, int V, int d, Stream = {}) {
     constexpr int COLUMNS = 64;
 #pragma omp parallel for
     for (int first = 0; first < d; first += COLUMNS) {
@@ -25,7 +26,7 @@ void embedding_backward(R* dwte /*(V,d) +=*/, const R* dout /*(BT,d)*/, const in
         for (int64_t i = 0; i < BT; i++) {
             if (tokens[i] < 0 || tokens[i] >= V) continue;
             R* row = dwte + (int64_t)tokens[i] * d;
-            for (int c = first; c < last; c++) row[c] += dout[i * d + c];
+            for (int c = first; c < last; c++) row[c] += dout.high[i * d + c];
         }
     }
 }
