@@ -60,15 +60,6 @@ template <int HD> __device__ inline uint32_t lane_b() {
 // `at` (column 0) moved to a column that is a multiple of 16
 __device__ inline uint32_t at_column(uint32_t at, int column) { return (at ^ (column % 64 * 2)) + column / 64 * 128; }
 
-__device__ inline void copy_async_16(uint32_t to, const void* from, bool real) {            // not real: 16 zero bytes
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(real ? 16 : 0) : "memory");
-}
-__device__ inline void copy_async_4(uint32_t to, const void* from, bool real) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(real ? 4 : 0) : "memory");
-}
-__device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int PENDING = 0> __device__ inline void copy_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
-
 // What this lane copies of a tile that starts at p: its first 16 bytes. Hoisted out of loops, it saves registers there.
 template <int HD> __device__ inline const bf16* lane_source(const bf16* p, int64_t stride) {
     return p + threadIdx.x / (HD / 8) * stride + threadIdx.x % (HD / 8) * 8;
@@ -81,7 +72,7 @@ template <int ROWS, int HD, int THREADS> __device__ inline void load_tile(uint32
 #pragma unroll
     for (int i = 0; i < ROWS / STEP; i++) {
         const int row = row0 + i * STEP;
-        copy_async_16(tile + row * HD * 2 + (chunk ^ (row % 8)) * 16, p, row < valid);
+        copy_async<16>(tile + row * HD * 2 + (chunk ^ (row % 8)) * 16, p, row < valid);
         p += STEP * stride;
     }
 }
@@ -95,7 +86,7 @@ __device__ inline void load_tile_ring(uint32_t tile, const Args<bf16>& a, int b,
         const int p = n0 + row;
         const bool real = p >= a.oldest() && p < a.T;
         const bf16* from = !real ? here : p < 0 ? a.ring_row(b, g, p, value) : here + p * a.row();
-        copy_async_16(tile + row * HD * 2 + (chunk ^ (row % 8)) * 16, from + chunk * 8, real);
+        copy_async<16>(tile + row * HD * 2 + (chunk ^ (row % 8)) * 16, from + chunk * 8, real);
     }
 }
 
@@ -340,7 +331,7 @@ __device__ inline void load_query_stage(const Args<bf16>& a, int b, int h, int i
     load_tile<BM, HD, THREADS>(stages + stage * 2 * TILE + TILE, lane_source<HD>(douts, a.out_row()), a.out_row(), a.T - i0);
     if (t < 2 * BM) {                                                   // rows past T get zeros, and so add nothing
         const bool real = i0 + t % BM < a.T;
-        copy_async_4(shared_address(statistics + stage * 2 * BM + t), (t < BM ? a.lse2 : a.delta) + a.stat(b, h) + (real ? i0 + t % BM : 0), real);
+        copy_async<4>(shared_address(statistics + stage * 2 * BM + t), (t < BM ? a.lse2 : a.delta) + a.stat(b, h) + (real ? i0 + t % BM : 0), real);
     }
     copy_async_commit();
 }
@@ -586,7 +577,7 @@ template <int HD> __global__ void __launch_bounds__(PRODUCT_WARPS* WARP, 2) back
                 const bf16* from = a.ds + (kept ? ds_block(b * a.H + h, i / DS_EDGE, n, a.T, a.window) : 0) + threadIdx.x * 8;
 #pragma unroll
                 for (int part = 0; part < DS_BLOCK / (THREADS * 8); part++)
-                    copy_async_16(stage + K_BYTES + q * DS_BLOCK * 2 + (part * THREADS + threadIdx.x) * 16, from + part * THREADS * 8, kept);
+                    copy_async<16>(stage + K_BYTES + q * DS_BLOCK * 2 + (part * THREADS + threadIdx.x) * 16, from + part * THREADS * 8, kept);
             }
         }
         copy_async_commit();

@@ -52,10 +52,6 @@ __device__ inline float load_fresh(const __nv_bfloat16* p) {
     const unsigned short bits = __ldcg((const unsigned short*)p);
     return __bfloat162float(__ushort_as_bfloat16(bits));
 }
-__device__ inline void copy_16(void* to_shared, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((unsigned)__cvta_generic_to_shared(to_shared)), "l"(from) : "memory");
-}
-__device__ inline void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 template <class X> __device__ inline float round_to(float v) { return to_float(from_float<X>(v)); }
 __device__ inline float fast_sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
 

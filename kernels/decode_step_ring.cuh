@@ -13,7 +13,6 @@ constexpr int STAGE = TILE * PITCH, STAGES = 12;
 // ---------------------------------------------------------------------------------------------------------------------
 // Barriers and copies
 
-__device__ inline unsigned shared_address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
 __device__ inline void mbarrier_init(unsigned bar, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
 }
@@ -34,9 +33,6 @@ __device__ inline void bulk_copy(unsigned to, const void* from, unsigned bytes, 
 // Counts as an arrival when this thread's cp.async are through, and as one to wait for from now on
 __device__ inline void copies_arrive(unsigned bar) { asm volatile("cp.async.mbarrier.arrive.shared::cta.b64 [%0];" ::"r"(bar) : "memory"); }
 #endif
-__device__ inline void copy_16_to(unsigned to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
 __device__ inline uint4 load_shared(unsigned at) {
     uint4 v;
     asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
@@ -138,8 +134,8 @@ struct Producer {
                 for (int i = warp * WARP + lane; i < n * chunks; i += PRODUCERS) {
                     const int key = quotient(i, chunks), c = (i - key * chunks) * 16;
                     const char* src = from + key * token + c;
-                    copy_16_to(ring.stage() + key * row + c, src);
-                    copy_16_to(ring.stage() + (TOKENS + key) * row + c, src + a.G * row);
+                    copy_async<16>(ring.stage() + key * row + c, src);
+                    copy_async<16>(ring.stage() + (TOKENS + key) * row + c, src + a.G * row);
                 }
                 copies_arrive(ring.full_bar());
                 __syncwarp();

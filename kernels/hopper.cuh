@@ -13,7 +13,7 @@
 namespace gpu {
 namespace sm90 {
 
-using attn::bf16, attn::pack, attn::shared_address;
+using attn::bf16, attn::pack;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Can it run?

@@ -123,18 +123,6 @@ __device__ inline float scan_sum_lanes(const float (&v)[4], int q) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Copies to shared memory in the background
-
-// BYTES (4, 8, 16) of them; zeros if not live. 16 pass the L1 cache by.
-template <int BYTES> __device__ inline void copy_async(void* to, const void* from, bool live) {
-    const uint32_t at = (uint32_t)__cvta_generic_to_shared(to);
-    if constexpr (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(live ? 16 : 0) : "memory");
-    else asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(at), "l"(from), "r"(live ? BYTES : 0), "n"(BYTES) : "memory");
-}
-__device__ inline void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int PENDING> __device__ inline void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
-
-// ---------------------------------------------------------------------------------------------------------------------
 // Segments
 
 struct ScanSegments {

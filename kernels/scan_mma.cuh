@@ -315,7 +315,7 @@ template <class S, bool ALL> struct RowsForward {
                     move((uint2*)s.bc[slot(i)] + w + thread, bc + w / 8 * p.ldbc, (w + thread) / 8 < left_fetch + row, 4);
             bc += NEXT * p.ldbc, left_fetch -= NEXT;
         }
-        copy_commit();
+        copy_async_commit();
     }
     __device__ void prepare(int i) {
         auto& to = s.stages[stage(i)];
@@ -357,10 +357,10 @@ template <class S, bool ALL> struct RowsForward {
     __device__ void run(int tiles) {
         const int count = (tiles - group + S::GROUPS - 1) / S::GROUPS;
         for (int i = 0; i < S::SLOTS - 1; i++) fetch(i, count);
-        copy_wait<S::SLOTS - 2>();                                    // tile 0 is here
+        copy_async_wait<S::SLOTS - 2>();                                    // tile 0 is here
         if (count > 0) prepare(0);
         for (int i = 0; i < count; i++) {
-            copy_wait<S::SLOTS - 3>();                                // tile i + 1 is here
+            copy_async_wait<S::SLOTS - 3>();                                // tile i + 1 is here
             if (i + 1 < count) prepare(i + 1);
             fetch(i + S::SLOTS - 1, count);
             s.done[stage(i)].wait((uint32_t)(i / 2));
@@ -677,7 +677,7 @@ template <bool ALL> struct RowsBack {
             s.inputs.template fetch_states<ALL>(i, saved, p.e - (int)blockIdx.x * CH, mine.thread);
             saved -= (int64_t)p.e * 16;
         }
-        copy_commit();
+        copy_async_commit();
     }
     __device__ void prepare(int i) {
         BackwardStage& stage = s.stages[i & 1];
@@ -769,11 +769,11 @@ template <bool ALL> struct RowsBack {
     }
     __device__ void run(int64_t segment, int count) {
         for (int i = 0; i < 3; i++) fetch(i, count);
-        copy_wait<2>();
+        copy_async_wait<2>();
         __syncwarp();
         prepare(0);
         for (int i = 0; i < count; i++) {
-            copy_wait<1>();                                           // tile i + 1 is here
+            copy_async_wait<1>();                                           // tile i + 1 is here
             __syncwarp();
             if (i + 1 < count) prepare(i + 1);
             fetch(i + 3, count);
