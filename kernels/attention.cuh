@@ -9,7 +9,7 @@
 // Forward: a block owns a tile of queries and visits the key tiles of its window, the diagonal first; online softmax in the
 // exp2 domain. Backward: blocks that own keys make dk and dv (they loop over the group's query heads) and keep dS in memory
 // (attention_common.cuh); blocks that own queries make dq = dS K from it: 5 products, every sum has one owner and a fixed order, no
-// atomics, no fp32 dq buffer. Where dS does not fit its workspace (DS_LIMIT), or keys come from the ring, the second kernel makes S and
+// atomics, no fp32 dq buffer. Where dS does not fit its workspace (ds_limit), or keys come from the ring, the second kernel makes S and
 // dP again: 7 products. Precision: fp32 sums, softmax and statistics; P and dS are rounded to bf16 for their second product.
 //
 // Flops per (query, visible key) pair: 4 hd forward, 10 hd backward. Samba-421M (B 8, T 4096, window 2048, 12 heads of 128): 309 and
@@ -60,15 +60,6 @@ template <int HD> __device__ inline uint32_t lane_b() {
 // `at` (column 0) moved to a column that is a multiple of 16
 __device__ inline uint32_t at_column(uint32_t at, int column) { return (at ^ (column % 64 * 2)) + column / 64 * 128; }
 
-__device__ inline void copy_async_16(uint32_t to, const void* from, bool real) {            // not real: 16 zero bytes
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(real ? 16 : 0) : "memory");
-}
-__device__ inline void copy_async_4(uint32_t to, const void* from, bool real) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(real ? 4 : 0) : "memory");
-}
-__device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int PENDING = 0> __device__ inline void copy_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
-
 // What this lane copies of a tile that starts at p: its first 16 bytes. Hoisted out of loops, it saves registers there.
 template <int HD> __device__ inline const bf16* lane_source(const bf16* p, int64_t stride) {
     return p + threadIdx.x / (HD / 8) * stride + threadIdx.x % (HD / 8) * 8;
@@ -81,7 +72,7 @@ template <int ROWS, int HD, int THREADS> __device__ inline void load_tile(uint32
 #pragma unroll
     for (int i = 0; i < ROWS / STEP; i++) {
         const int row = row0 + i * STEP;
-        copy_async_16(tile + row * HD * 2 + (chunk ^ (row % 8)) * 16, p, row < valid);
+        copy_async<16>(tile + row * HD * 2 + (chunk ^ (row % 8)) * 16, p, row < valid);
         p += STEP * stride;
     }
 }
@@ -95,7 +86,7 @@ __device__ inline void load_tile_ring(uint32_t tile, const Args<bf16>& a, int b,
         const int p = n0 + row;
         const bool real = p >= a.oldest() && p < a.T;
         const bf16* from = !real ? here : p < 0 ? a.ring_row(b, g, p, value) : here + p * a.row();
-        copy_async_16(tile + row * HD * 2 + (chunk ^ (row % 8)) * 16, from + chunk * 8, real);
+        copy_async<16>(tile + row * HD * 2 + (chunk ^ (row % 8)) * 16, from + chunk * 8, real);
     }
 }
 
@@ -340,7 +331,7 @@ __device__ inline void load_query_stage(const Args<bf16>& a, int b, int h, int i
     load_tile<BM, HD, THREADS>(stages + stage * 2 * TILE + TILE, lane_source<HD>(douts, a.out_row()), a.out_row(), a.T - i0);
     if (t < 2 * BM) {                                                   // rows past T get zeros, and so add nothing
         const bool real = i0 + t % BM < a.T;
-        copy_async_4(shared_address(statistics + stage * 2 * BM + t), (t < BM ? a.lse2 : a.delta) + a.stat(b, h) + (real ? i0 + t % BM : 0), real);
+        copy_async<4>(shared_address(statistics + stage * 2 * BM + t), (t < BM ? a.lse2 : a.delta) + a.stat(b, h) + (real ? i0 + t % BM : 0), real);
     }
     copy_async_commit();
 }
@@ -586,7 +577,7 @@ template <int HD> __global__ void __launch_bounds__(PRODUCT_WARPS* WARP, 2) back
                 const bf16* from = a.ds + (kept ? ds_block(b * a.H + h, i / DS_EDGE, n, a.T, a.window) : 0) + threadIdx.x * 8;
 #pragma unroll
                 for (int part = 0; part < DS_BLOCK / (THREADS * 8); part++)
-                    copy_async_16(stage + K_BYTES + q * DS_BLOCK * 2 + (part * THREADS + threadIdx.x) * 16, from + part * THREADS * 8, kept);
+                    copy_async<16>(stage + K_BYTES + q * DS_BLOCK * 2 + (part * THREADS + threadIdx.x) * 16, from + part * THREADS * 8, kept);
             }
         }
         copy_async_commit();
@@ -935,11 +926,21 @@ template <class X> inline void forward(const Args<X>& a, bool portable, Stream s
 // dS may take so much memory: the shape of the head needs 1.66 GB; a larger batch goes in parts. Head_dim 64 has as much of it as 128 and half
 // the products: there making it again is faster (H200, 24 heads: 3.3 ms against 3.5 portable, 2.3 against 2.5 on the Hopper path).
 constexpr int64_t DS_LIMIT = (int64_t)2 << 30;
+// The limit on this device. The Hopper path makes dS again at head_dim 128, too, where memory is slow: writing and reading 4 bytes a pair takes
+// longer than two products on an H100 (3.4 TB/s: 1.88 ms kept, 1.82 again, at the shape of the head), not on an H200 (4.8 TB/s: 1.67, 1.86).
+inline int64_t ds_limit(int hd) {
+    static signed char known[64] = {};                                   // per device: 0 not asked, 1 slow, -1 fast; races write equal values
+    int device = 0;
+    if (cudaGetDevice(&device) != cudaSuccess) return DS_LIMIT;
+    signed char& answer = known[device % 64];
+    if (!answer) answer = device_info().bandwidth < 4e12 ? 1 : -1;
+    return hd == 128 && answer > 0 && sm90::usable() ? 0 : DS_LIMIT;
+}
 // Workspace of backward: lse2 | delta | ends | dS
 struct Workspace {
     int sequences = 0;                                                   // of which dS is kept at a time
     int64_t statistics, ends, ds;                                        // bytes; T rounded up to the tiles of the Hopper path
-    Workspace(int B, int64_t T, int H, int hd, int64_t window, bool bf16_inputs, int64_t limit = DS_LIMIT)
+    Workspace(int B, int64_t T, int H, int hd, int64_t window, bool bf16_inputs, int64_t limit)
         : statistics(B * H * round_up(T, 128) * 4), ends(round_up(B * T * 4, 256)) {
         const int64_t one = ds_elements(H, T, (int)window) * (int64_t)sizeof(bf16), fit = std::min<int64_t>(limit / one, B);
         if (bf16_inputs && (hd == 128 || hd == 256) && fit > 0) sequences = (int)ceil_div(B, ceil_div(B, fit));   // equal parts
@@ -980,7 +981,6 @@ template <class X> inline void backward(const Args<X>& a, bool portable, Stream 
     }
     if constexpr (std::is_same_v<X, bf16>)
         if (!portable && sm90::backward_supported(a)) {                  // has statistics of its own, padded, and turns back by itself
-            sm90::run_statistics(a, stream);
             backward_bf16(a, true, stream);
             return;
         }
@@ -1039,7 +1039,7 @@ inline void attention_forward(floatX* out, float* lse, const floatX* qkv, const 
 
 // 16-byte aligned
 inline size_t attention_backward_workspace(int B, int64_t T, int H, int, int hd, int64_t window) {
-    return attn::Workspace(B, T, H, hd, window <= 0 ? T : std::min(window, T), sizeof(floatX) == 2).bytes();
+    return attn::Workspace(B, T, H, hd, window <= 0 ? T : std::min(window, T), sizeof(floatX) == 2, attn::ds_limit(hd)).bytes();
 }
 
 // Gradients of this call's queries, keys and values; those of earlier calls, in the ring, are constants. Every element of dqkv is written.
@@ -1051,7 +1051,7 @@ inline void attention_backward(floatX* dqkv, const floatX* dout, const floatX* o
     attn::Args<floatX> a = attention_args(qkv, ring, capacity, position, starts, B, T, H, G, hd, window);
     if (B * T == 0) return;
     a.dqkv = dqkv, a.dout = dout, a.saved_out = out, a.lse = const_cast<float*>(lse), a.rope = rope;
-    attn::Workspace(B, T, H, hd, std::min<int64_t>(a.window, T), sizeof(floatX) == 2).give(a, workspace);
+    attn::Workspace(B, T, H, hd, std::min<int64_t>(a.window, T), sizeof(floatX) == 2, attn::ds_limit(hd)).give(a, workspace);
     const Operation op("attention backward", (double)B * T * (4 * H + 4 * G) * hd * sizeof(floatX), 10 * attn::visible_pairs(a) * hd, stream);
     attn::backward(a, portable, stream);
 }

@@ -91,7 +91,6 @@ __device__ inline void ds_store(bf16* block, int r, int half, uint32_t n0, uint3
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-__device__ inline uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 __device__ inline float exp2_fast(float x) {                    // ex2.approx: 2 ulp, exp2(-inf) = 0
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -13,9 +13,11 @@
 // Tiles that no query of the item sees are never loaded, halves that a warpgroup does not see not multiplied; only 64 x 64 blocks on an
 // edge (diagonal, window, document, ring) are masked.
 //
-// Backward: blocks that own keys make dk and dv (S^T, dP^T, P^T dO, dS^T Q) and keep dS in memory (attention_common.cuh), blocks that
-// own queries then make dq = dS K: 5 products, no atomics, no fp32 dq buffer. Where dS does not fit its workspace, keys come from the
-// ring, or head_dim is 64, the second kernel makes S and dP again: 7 products. dq and dk are turned back by RoPE's angles on their way out.
+// Backward has two forms; neither has atomics or an fp32 dq buffer. With dS kept: a pass over out and dout makes delta; blocks that own keys make
+// dk and dv (S^T, dP^T, P^T dO, dS^T Q) and keep dS in memory (attention_common.cuh); blocks that own queries make dq = dS K: 5 products. With dS
+// made again: blocks that own queries make dq (S, dP, dS K) and, from tiles that they load anyway, delta; those that own keys then dk and
+// dv: 7 products, half the bytes. The second form is taken where keys come from the ring, head_dim is 64, or memory is slow or small (ds_limit() in
+// attention.cuh). An item's gradients are stored in the next item's first step. dq and dk are turned back by RoPE's angles on their way out.
 // Precision as in the portable path: fp32 sums and softmax; P and dS rounded to bf16 for their product.
 //
 // Flops per visible pair: 4 hd forward, 10 hd backward. Samba-421M (B 8, T 4096, window 2048, 12 heads of 128): 309 and 773 GFLOP a
@@ -38,9 +40,6 @@ template <int = 0> inline bool forward_if_supported(const Args<bf16>& a, Stream 
 }
 inline bool backward_supported(const Args<bf16>& a) {
     return supported(a, a.dqkv) && ((uintptr_t)a.dout | (uintptr_t)a.saved_out | (uintptr_t)a.lse2 | (uintptr_t)a.rope) % 16 == 0;
-}
-template <int = 0> inline void run_statistics(const Args<bf16>& a, Stream stream) {
-    a.hd == 64 ? launch_statistics<64>(a, stream) : launch_statistics<128>(a, stream);
 }
 template <int = 0> inline void run_backward(const Args<bf16>& a, Stream stream) {
     a.hd == 64 ? launch_backward<64>(a, stream) : launch_backward<128>(a, stream);

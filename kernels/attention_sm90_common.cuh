@@ -221,14 +221,22 @@ inline bool supported(const Args<bf16>& a, const void* other) {          // T * 
            std::max<int64_t>(a.T * a.row(), a.ring ? a.capacity * 2 * a.G * a.hd : 0) < (int64_t)1 << 39;
 }
 
+// EARLY: blocks may start where those of the kernel before have ended, and wait for it (results_wait) before they read its results
+enum Start { ORDERLY, EARLY };
 // One block a multiprocessor, over tiles x heads (or groups)
 template <class Kernel, class... Maps>
-inline void launch_resident(Kernel kernel, Problem a, int64_t owners, bool last_first, int shared, Stream stream, const Maps&... maps) {
+inline void launch_resident(Kernel kernel, Problem a, int64_t owners, bool last_first, Start start, int shared, Stream stream, const Maps&... maps) {
     const int blocks = multiprocessors();
     a.schedule = schedule(ceil_div(a.T, ROWS), owners, blocks, last_first);
     a.heads = (int)(owners / a.B);
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
-    kernel<<<std::min(blocks, a.schedule.items), BLOCK, shared, stream>>>(maps..., a);
+    cudaLaunchAttribute early{};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = std::min(blocks, a.schedule.items), config.blockDim = BLOCK, config.dynamicSmemBytes = shared, config.stream = stream;
+    config.attrs = &early, config.numAttrs = start == EARLY;
+    CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, maps..., a));
     LAUNCH_CHECK();
 }
 inline Problem problem(const Args<bf16>& a) {

@@ -46,6 +46,7 @@ template <int NR> __device__ inline bool online_softmax(float (&s)[NR], Statisti
             y += s[n * 4 + half * 2 + 1] = exp2_fast(fmaf(s[n * 4 + half * 2 + 1], c, -stat.base[half]));
         }
         stat.sum[half] += x + y;
+        asm volatile("" : "+f"(stat.sum[half]));                         // sums are formed here, among exp2, not behind the next wait
     }
     return raise;
 }
@@ -144,6 +145,12 @@ template <int HD> struct ForwardConsumer {
         const KeyTile tile = key_tile(work, j, a.prefix);
         mask_keys(s, a, work, tile, tile.n0 + (now == UPPER ? 64 : 0), N, work.i0 + row, work.i0 + consumer * 64, all);
     }
+    // The product with the values of tile n - 1 is done
+    __device__ void output_done() {
+        wgmma_wait<0>();
+        hold(o), hold(p);
+        rings.values.release(n - 1);
+    }
     // The first tile of all: nothing to overlap with
     template <int N> __device__ void begin() {
         rings.queries.wait_full(0);
@@ -169,11 +176,14 @@ template <int HD> struct ForwardConsumer {
         const Statistics old = stat;
         if (j == 0) stat = Statistics{};
         const bool raised = online_softmax(part_of<N>(s), stat, shrink, c);
-        wgmma_wait<0>();
-        hold(o), hold(p);
-        rings.values.release(n - 1);
-        if (j == 0) store(before, old);
-        else if (raised) rescale(o, shrink);
+        // The wait stands in the branches so that it comes after softmax: in one block with it, the compiler moves it to the front
+        if (j == 0) {
+            output_done();
+            store(before, old);
+        } else {
+            output_done();
+            if (raised) rescale(o, shrink);
+        }
         pack_operand(part_of<N>(p), part_of<N>(s));
         parts = now;
     }
@@ -259,8 +269,8 @@ forward(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__ CUt
 
 static_assert(forward_shared<128>() <= SHARED_LIMIT);
 template <int HD> inline void launch_forward(const Args<bf16>& a, Stream stream) {
-    launch_resident(a.ring || a.starts ? forward<HD, true> : forward<HD, false>, problem(a), (int64_t)a.B * a.H, true, forward_shared<HD>(), stream,
-                    qkv_map(a, ROWS), ring_map(a), tensor_map(a.out, a.B, a.T, a.H, HD, 16));
+    launch_resident(a.ring || a.starts ? forward<HD, true> : forward<HD, false>, problem(a), (int64_t)a.B * a.H, true, ORDERLY, forward_shared<HD>(),
+                    stream, qkv_map(a, ROWS), ring_map(a), tensor_map(a.out, a.B, a.T, a.H, HD, 16));
 }
 
 } // namespace sm90

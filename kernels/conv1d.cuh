@@ -114,18 +114,18 @@ template <int W, class X> __global__ void __launch_bounds__(CONV_THREADS, 4) con
     if (c >= p.e) return;
     const int count = (int)min((int64_t)p.rows, p.T - first);
     ConvQueue<W, X> queue{(Vec<X, W>(*)[CONV_THREADS])conv_shared, p.x + at * p.ldx + c, p.ldx};
-    for (int i = 0; i < CONV_GROUPS - 1; i++) queue.ask(i, count), copy_commit();
+    for (int i = 0; i < CONV_GROUPS - 1; i++) queue.ask(i, count), copy_async_commit();
     float w[CONV_WIDTH][W], b[W], x[CONV_HALO][W];
     conv_load_weights(w, b, p, c);
 #pragma unroll
     for (int i = 0; i < CONV_HALO; i++) conv_load_row<W>(x[i], p, sequence, first - CONV_HALO + i, c);
     X* to = u + at * p.e + c;
     for (int i = 0; 4 * i < count; i++, to += 4 * (int64_t)p.e) {
-        copy_wait<CONV_GROUPS - 2>();
+        copy_async_wait<CONV_GROUPS - 2>();
         Vec<X, W> now[4];
 #pragma unroll
         for (int k = 0; k < 4; k++) now[k] = queue.take(i, k);
-        queue.ask(i + CONV_GROUPS - 1, count), copy_commit();
+        queue.ask(i + CONV_GROUPS - 1, count), copy_async_commit();
         conv_four_rows<W>(to, p.e, now, x, w, b, count - 4 * i);
     }
 }
@@ -187,14 +187,14 @@ __global__ void __launch_bounds__(CONV_THREADS, 4) conv1d_backward_kernel(X* dx,
     const int count = (int)min((int64_t)p.rows, p.T - first), past = (int)min((int64_t)p.rows + CONV_HALO, p.T - first);
     Queue xs{(Vec<X, W>(*)[CONV_THREADS])conv_shared, p.x + at * p.ldx + c, p.ldx};
     Queue dus{(Vec<X, W>(*)[CONV_THREADS])((char*)conv_shared + Queue::BYTES), du + at * p.e + c, p.e};
-    for (int i = 0; i < CONV_GROUPS - 1; i++) xs.ask(i, past), dus.ask(i, past), copy_commit();
+    for (int i = 0; i < CONV_GROUPS - 1; i++) xs.ask(i, past), dus.ask(i, past), copy_async_commit();
     ConvBack<W, X> back;
     conv_load_weights(back.w, back.b, p, c);
 #pragma unroll
     for (int i = 0; i < CONV_HALO; i++) conv_load_row<W>(back.x[4 + i], p, sequence, first - CONV_HALO + i, c);
     X* to = dx + (at - CONV_HALO) * lddx + c;
     for (int i = 0; 4 * i < count + CONV_HALO; i++, to += 4 * lddx) {
-        copy_wait<CONV_GROUPS - 2>();
+        copy_async_wait<CONV_GROUPS - 2>();
         Vec<X, W> g[4];
 #pragma unroll
         for (int k = 0; k < CONV_HALO; k++)
@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(CONV_THREADS, 4) conv1d_backward_kernel(X* dx,
 #pragma unroll
             for (int j = 0; j < W; j++) back.x[CONV_HALO + k][j] = to_float(v[j]);
         }
-        xs.ask(i + CONV_GROUPS - 1, past), dus.ask(i + CONV_GROUPS - 1, past), copy_commit();
+        xs.ask(i + CONV_GROUPS - 1, past), dus.ask(i + CONV_GROUPS - 1, past), copy_async_commit();
 #pragma unroll
         for (int k = 0; k < 4; k++) {
             back.row(k, g[k], 4 * i < p.rows);         // rows past the sequence's end have du = 0

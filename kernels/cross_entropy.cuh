@@ -25,8 +25,9 @@ template <int W, bool SHARED, class X> struct RowLogits {
         if constexpr (SHARED) {
             extern __shared__ float4 shared_row[];
             for (int v = threadIdx.x * W; v < V; v += CROSS_ENTROPY_THREADS * W)
-                asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared((X*)shared_row + v)), "l"(logits + v) : "memory");
-            asm volatile("cp.async.wait_all;" ::: "memory");
+                copy_async<16>((X*)shared_row + v, logits + v);
+            copy_async_commit();
+            copy_async_wait();
             row = (const X*)shared_row;
         }
     }

@@ -147,11 +147,15 @@ inline void decode_embed(float* x, floatX* xw, float* squares, float* cos_sin, c
 }
 inline void decode_sample(int* tokens, int* emitted, int64_t* position, int64_t* drawn, uint8_t* seen, float* x, floatX* xw, float* squares, float* cos_sin, const float* logits, const uint64_t* keys,
                           const float* norm, const floatX* embedding, double rope_base, SampleOptions options, int B, int V, int choices, int d, int hd, Stream stream) {
-    const size_t bytes = (size_t)choices * sizeof(float);
-    const bool in_shared = bytes + 4096 <= (size_t)decode::gpu().shared;
-    decode::launch(decode::sample_kernel<floatX>, dim3((unsigned)B), decode::SAMPLE_THREADS, in_shared ? bytes : 0, stream,
-                   decode::SampleArgs{tokens, emitted, position, drawn, seen, logits, keys, options, V, choices, in_shared},
-                   decode::EmbedArgs<floatX>{x, xw, squares, cos_sin, norm, embedding, d, hd, decode::rope_turns(hd, rope_base)});
+    const auto draw = [&](auto kernel, int ranks) {        // of a sequence
+        const int each = (int)ceil_div(choices, ranks * decode::SAMPLE_THREADS);
+        decode::launch_clusters(kernel, dim3((unsigned)(B * ranks)), ranks, decode::SAMPLE_THREADS, 0, stream,
+                                decode::SampleArgs{tokens, emitted, position, drawn, seen, logits, keys, options, B, V, choices, each},
+                                decode::EmbedArgs<floatX>{x, xw, squares, cos_sin, norm, embedding, d, hd, decode::rope_turns(hd, rope_base)});
+    };
+    if (decode::gpu().major < 9) draw(decode::sample_kernel<floatX, 1>, 1);
+    else if (B <= 8) draw(decode::sample_kernel<floatX, 8>, 8);
+    else draw(decode::sample_kernel<floatX, 4>, 4);        // all clusters at once
 }
 
 } // namespace gpu

@@ -52,27 +52,32 @@ __device__ inline float load_fresh(const __nv_bfloat16* p) {
     const unsigned short bits = __ldcg((const unsigned short*)p);
     return __bfloat162float(__ushort_as_bfloat16(bits));
 }
-__device__ inline void copy_16(void* to_shared, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((unsigned)__cvta_generic_to_shared(to_shared)), "l"(from) : "memory");
-}
-__device__ inline void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 template <class X> __device__ inline float round_to(float v) { return to_float(from_float<X>(v)); }
 __device__ inline float fast_sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
 
-// A launch that may begin before the kernel in front of it has ended
-template <class Kernel, class... Args> inline void launch(Kernel kernel, dim3 grid, int threads, size_t shared, Stream stream, Args... args) {
+// A launch that may begin before the kernel in front of it has ended. cluster: blocks that run together
+template <class Kernel, class... Args>
+inline void launch_clusters(Kernel kernel, dim3 grid, int cluster, int threads, size_t shared, Stream stream, Args... args) {
     if (shared > 48 * 1024) CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = dim3((unsigned)threads);
     config.dynamicSmemBytes = shared;
     config.stream = stream;
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &attribute;
-    config.numAttrs = gpu().dependent_launch ? 1 : 0;
+    cudaLaunchAttribute attributes[2]{};
+    config.attrs = attributes;
+    if (gpu().dependent_launch) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (cluster > 1) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+        attributes[config.numAttrs++].val.clusterDim = {(unsigned)cluster, 1, 1};
+    }
     CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args...));
+}
+template <class Kernel, class... Args> inline void launch(Kernel kernel, dim3 grid, int threads, size_t shared, Stream stream, Args... args) {
+    launch_clusters(kernel, grid, 1, threads, shared, stream, args...);
 }
 
 } // namespace decode

@@ -203,13 +203,14 @@ __global__ void __launch_bounds__(THREADS, 2) linear_kernel(const __nv_bfloat16*
             early = early_operands(out, first, stride, count, s.B);
             for (int i = threadIdx.x; i < s.B * width * 4; i += THREADS) {
                 const int b = i / (width * 4), j = i % (width * 4) * 8;
-                copy_16(xs + b * ld + j, in.in + (int64_t)b * s.K + k0 * 32 + j);
+                copy_async<16>(xs + b * ld + j, in.in + (int64_t)b * s.K + k0 * 32 + j);
             }
             for (int b = warp; b < s.B; b += WARPS) {
                 const float r = row_scale(in, b, s.K);
                 if (lane == 0) scale[b] = r;
             }
-            copies_done();
+            copy_async_commit();
+            copy_async_wait();
             __syncthreads();
         }
         int n = 0, turn = 0;

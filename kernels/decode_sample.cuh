@@ -1,6 +1,9 @@
 // The end of a decode step: a token is drawn from the logits (sample_token() in kernels/cpu/decode.h), and its embedding is the next
 // x. Weights are integers and their sums exact, so that blocks can add them in any order. A cut (top-k, top-p) is found bit by
 // bit: the lowest rank so that what ranks above weighs enough.
+//
+// Between two steps nothing else can run, so that the draw's 4 V bytes a sequence do not matter, but its latency does: on Hopper a
+// cluster of 8 or 4 blocks takes a sequence, a thread some neighbouring logits, which it keeps; blocks read each other's sums in shared memory.
 #pragma once
 #include "decode_linear.cuh"
 #include "random.h"
@@ -12,7 +15,7 @@ namespace decode {
 // ---------------------------------------------------------------------------------------------------------------------
 // The end of a step: a token is drawn, and its embedding is the next x. One block a sequence.
 
-constexpr int SAMPLE_THREADS = 1024;
+constexpr int SAMPLE_THREADS = 1024;       // of a block
 
 template <class X> struct EmbedArgs {
     float* x;                              // (B,d)
@@ -30,10 +33,10 @@ inline RopeTurns rope_turns(int hd, double base) {
     return turns;
 }
 
-// xw and squares of a sequence's x (value(i), i < d), by the whole block
-template <class X, class Value> __device__ inline void norm_row(X* xw, float* squares, const float* norm, int d, Value value) {
+// xw and squares of a sequence's x (value(i), i < d), by `stride` threads of which this is the first-th
+template <class X, class Value> __device__ inline void norm_row(X* xw, float* squares, const float* norm, int d, int first, int stride, Value value) {
     const int tiles = (d + ROWS - 1) / ROWS;
-    for (int i = threadIdx.x; i < tiles * ROWS; i += blockDim.x) {
+    for (int i = first; i < tiles * ROWS; i += stride) {
         const float v = i < d ? value(i) : 0.f;
         if (i < d) xw[i] = from_float<X>(v * norm[i]);
         float square = v * v;
@@ -47,11 +50,12 @@ template <class X, class Value> __device__ inline void norm_row(X* xw, float* sq
 template <class X> __global__ void norm_kernel(X* xw, float* squares, const float* x, const float* norm, int d) {
     wait_for_input();
     const int64_t b = blockIdx.x;
-    norm_row(xw + b * d, squares + b * ((d + ROWS - 1) / ROWS), norm, d, [&](int i) { return __ldcg(x + b * d + i); });
+    norm_row(xw + b * d, squares + b * ((d + ROWS - 1) / ROWS), norm, d, threadIdx.x, blockDim.x, [&](int i) { return __ldcg(x + b * d + i); });
 }
 
-template <class X> __device__ inline void embed_token(const EmbedArgs<X>& a, int64_t b, int token) {
-    norm_row(a.xw + b * a.d, a.squares + b * ((a.d + ROWS - 1) / ROWS), a.norm, a.d, [&](int i) {
+// Columns of the whole row, from `first` on in steps of `stride` threads
+template <class X> __device__ inline void embed_token(const EmbedArgs<X>& a, int64_t b, int token, int first, int stride) {
+    norm_row(a.xw + b * a.d, a.squares + b * ((a.d + ROWS - 1) / ROWS), a.norm, a.d, first, stride, [&](int i) {
         const float v = to_float(a.embedding[(int64_t)token * a.d + i]);
         a.x[b * a.d + i] = v;
         return v;
@@ -69,21 +73,7 @@ template <class X> __device__ inline void embed_position(const EmbedArgs<X>& a, 
 template <class X> __global__ void __launch_bounds__(SAMPLE_THREADS) embed_kernel(EmbedArgs<X> a, const int* tokens, const int64_t* position) {
     wait_for_input();
     embed_position(a, blockIdx.x, position[blockIdx.x]);
-    embed_token(a, blockIdx.x, tokens[blockIdx.x]);
-}
-
-template <class T> __device__ inline T block_total(T x) {                       // integers: exact in any order; every thread gets it
-    __shared__ T partial[WARP];
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-#pragma unroll
-    for (int o = WARP / 2; o > 0; o /= 2) x += __shfl_xor_sync(0xffffffffu, x, o);
-    __syncthreads();
-    if (lane == 0) partial[warp] = x;
-    __syncthreads();
-    x = partial[lane];
-#pragma unroll
-    for (int o = WARP / 2; o > 0; o /= 2) x += __shfl_xor_sync(0xffffffffu, x, o);
-    return x;
+    embed_token(a, blockIdx.x, tokens[blockIdx.x], threadIdx.x, blockDim.x);
 }
 
 // Of (value, index) the greatest value, the lowest index among equals: as one integer to maximise. Values in the order of their keys.
@@ -93,70 +83,65 @@ __device__ inline unsigned order_key(float x) {
 }
 __device__ inline uint64_t ranked(float x, int i) { return (uint64_t)order_key(x) << 32 | (0xffffffffu - (unsigned)i); }
 
-// The lowest rank so that what ranks there or above weighs at least `target`. weight(rank(i), i) of this thread's i, begin to end.
-template <class Rank, class Weight> __device__ inline uint64_t cut(uint64_t target, int begin, int end, Rank rank, Weight weight) {
-    uint64_t at = 0;
-    for (int bit = 63; bit >= 0; bit--) {
-        if (bit == 31) bit = 15, at |= 0xffff0000ull;  // indices are below 2^16: the upper half of their complement is ones
-        const uint64_t candidate = at | 1ull << bit;
-        uint64_t sum = 0;
-        for (int i = begin; i < end; i++)
-            if (rank(i) >= candidate) sum += weight(i);
-        if (block_total(sum) >= target) at = candidate;
+// ---------------------------------------------------------------------------------------------------------------------
+// The threads of a sequence: RANKS blocks: 1, or a cluster
+
+template <int RANKS> __device__ inline void ranks_meet() {
+#if __CUDA_ARCH__ >= 900
+    if constexpr (RANKS > 1) {
+        asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+        return;
     }
-    return at;
+#endif
+    __syncthreads();
+}
+// *p of block `rank`
+template <int RANKS> __device__ inline uint64_t load_from_rank(const uint64_t* p, int rank) {
+#if __CUDA_ARCH__ >= 900
+    if constexpr (RANKS > 1) {
+        uint64_t v;
+        unsigned at;
+        asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"((unsigned)__cvta_generic_to_shared(p)), "r"(rank));
+        asm volatile("ld.shared::cluster.u64 %0, [%1];" : "=l"(v) : "r"(at) : "memory");
+        return v;
+    }
+#endif
+    return *p;
 }
 
-// The draw where nothing is cut: by 4 neighbouring indices a thread, chunk after chunk. First the sum of each chunk, then the draw's
-// place in its chunk. -1 in all threads but the one that has it.
-template <class Value> __device__ inline int draw_from_all(int choices, Value value, float top, float scale, double uniform) {
-    constexpr int EACH = 4, CHUNK = SAMPLE_THREADS * EACH, MOST = 65536 / CHUNK;
-    __shared__ uint64_t sums[MOST][WARP];              // of a chunk's warps
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, chunks = (choices + CHUNK - 1) / CHUNK;
-    const auto mass = [&](int i) { return i < choices ? (uint64_t)(exp2f((value(i) - top) * scale) * (float)SAMPLE_MASS) : 0; };
-    const auto warp_total = [](uint64_t x) {
-#pragma unroll
-        for (int o = WARP / 2; o > 0; o /= 2) x += __shfl_xor_sync(0xffffffffu, x, o);
-        return x;
-    };
-    for (int c = 0; c < chunks; c++) {
-        uint64_t mine = 0;
-#pragma unroll
-        for (int k = 0; k < EACH; k++) mine += mass(c * CHUNK + warp * WARP * EACH + k * WARP + lane);       // in any order; banks differ
-        mine = warp_total(mine);
-        if (lane == 0) sums[c][warp] = mine;
-    }
-    __syncthreads();
-    uint64_t total = 0, until[MOST];                   // of the chunks up to this one; the same in all threads
-#pragma unroll
-    for (int c = 0; c < MOST; c++) {
-        if (c < chunks) total += warp_total(sums[c][lane]);
-        until[c] = total;
-    }
-    const uint64_t drawn = min((uint64_t)(uniform * (double)total), total - 1);
-    int chunk = 0;
-    uint64_t before = 0;
-#pragma unroll
-    for (int c = 0; c < MOST - 1; c++)
-        if (drawn >= until[c]) chunk = c + 1, before = until[c];
-    before += warp_total(lane < warp ? sums[chunk][lane] : 0);
-    uint64_t own[EACH], sum = 0;
-#pragma unroll
-    for (int k = 0; k < EACH; k++) sum += own[k] = mass(chunk * CHUNK + (int)threadIdx.x * EACH + k);
-    uint64_t upto = sum;                               // of the warp's lanes up to this one
+// add(x, y) of all threads' values, exact in any order; every thread gets it. `turn` (0, 1) changes from call to call, so that what one call
+// left is not overwritten by the next before all have read it. *before: the sum of the threads in front of this one, where wanted.
+template <int RANKS, class Add> __device__ inline uint64_t over_all(uint64_t x, int& turn, int rank, Add add, uint64_t* before = nullptr) {
+    __shared__ uint64_t of_warps[2][WARP], of_block[2];
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    turn ^= 1;
+    uint64_t upto = x;                                                          // of the warp's lanes up to this one
 #pragma unroll
     for (int o = 1; o < WARP; o *= 2) {
         const uint64_t other = __shfl_up_sync(0xffffffffu, upto, o);
-        if (lane >= o) upto += other;
+        if (lane >= o) upto = add(upto, other);
     }
-    before += upto - sum;
-    if (drawn < before || drawn >= before + sum) return -1;
+    if (lane == WARP - 1) of_warps[turn][warp] = upto;
+    __syncthreads();
+    uint64_t warps = of_warps[turn][lane];                                      // 32 of them: 1,024 threads
 #pragma unroll
-    for (int k = 0; k < EACH; k++) {
-        before += own[k];
-        if (drawn < before) return chunk * CHUNK + (int)threadIdx.x * EACH + k;
+    for (int o = 1; o < WARP; o *= 2) {
+        const uint64_t other = __shfl_up_sync(0xffffffffu, warps, o);
+        if (lane >= o) warps = add(warps, other);
     }
-    return -1;
+    const uint64_t in_front = __shfl_sync(0xffffffffu, warps, max(warp - 1, 0)), block = __shfl_sync(0xffffffffu, warps, WARP - 1);
+    if (before) *before = upto - x + (warp > 0 ? in_front : 0);
+    if constexpr (RANKS == 1) return block;
+    if (threadIdx.x == 0) of_block[turn] = block;
+    ranks_meet<RANKS>();
+    uint64_t total = 0;
+#pragma unroll
+    for (int r = 0; r < RANKS; r++) {
+        const uint64_t one = load_from_rank<RANKS>(&of_block[turn], r);
+        if (before && r < rank) *before += one;
+        total = add(total, one);
+    }
+    return total;
 }
 
 struct SampleArgs {
@@ -166,98 +151,107 @@ struct SampleArgs {
     const float* logits;
     const uint64_t* keys;
     SampleOptions options;
-    int V, choices;
-    bool in_shared;                        // the penalised logits fit in shared memory
+    int B, V, choices, each;               // each: logits of a thread
 };
 
-template <class X> __global__ void __launch_bounds__(SAMPLE_THREADS) sample_kernel(SampleArgs a, EmbedArgs<X> e) {
-    extern __shared__ float kept_logits[];
-    __shared__ uint64_t warp_totals[WARP];
-    __shared__ int chosen;
+template <class X, int RANKS> __global__ void __launch_bounds__(SAMPLE_THREADS) sample_kernel(SampleArgs a, EmbedArgs<X> e) {
+    constexpr int MOST_KEPT = RANKS > 1 ? 65536 / (RANKS * SAMPLE_THREADS) : 1;  // a thread's logits, in registers; there may be 65,536
+    __shared__ uint64_t chosen;                                                 // by this block: a token and one more, or 0
     wait_for_input();
-    const int b = blockIdx.x, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const int b = blockIdx.x / RANKS, rank = blockIdx.x % RANKS, thread = rank * SAMPLE_THREADS + threadIdx.x;
     const float* logits = a.logits + (int64_t)b * a.V;
     const uint8_t* seen = a.seen + (int64_t)b * a.V;
     const SampleOptions o = a.options;
-    const int64_t position = a.position[b] + 1;
-    embed_position(e, b, position);                    // the draw has no part in it
+    const int begin = min(a.choices, thread * a.each), count = min(a.choices - begin, a.each);
     const auto penalised = [&](int i) {
         float x = __ldcg(logits + i);
         if (o.penalty != 1.f && seen[i]) x = x > 0 ? x / o.penalty : x * o.penalty;
         return isnan(x) ? -INFINITY : x;
     };
-    // The greatest, by all threads side by side
-    uint64_t best = 0;
-#pragma unroll 16
-    for (int i = threadIdx.x; i < a.choices; i += SAMPLE_THREADS) {
-        const float x = penalised(i);
-        if (a.in_shared) kept_logits[i] = x;
-        best = max(best, ranked(x, i));
+    float kept[MOST_KEPT];
+    if constexpr (RANKS > 1) {
+#pragma unroll
+        for (int k = 0; k < MOST_KEPT; k++) kept[k] = k < count ? penalised(begin + k) : -INFINITY;
     }
+    const int64_t position = a.position[b] + 1, drawn_before = a.drawn[b];
+    const uint64_t key = a.keys[b];
+    if (rank == 0) embed_position(e, b, position);                              // the draw has no part in it
+    // use(value, index) of this thread's logits
+    const auto for_each = [&](auto use) {
+        if constexpr (RANKS > 1) {
 #pragma unroll
-    for (int s = WARP / 2; s > 0; s /= 2) best = max(best, __shfl_xor_sync(0xffffffffu, best, s));
-    if (lane == 0) warp_totals[warp] = best;
-    __syncthreads();
-    best = warp_totals[lane];
-#pragma unroll
-    for (int s = WARP / 2; s > 0; s /= 2) best = max(best, __shfl_xor_sync(0xffffffffu, best, s));
+            for (int k = 0; k < MOST_KEPT; k++)
+                if (k < count) use(kept[k], begin + k);
+        } else {
+            for (int k = 0; k < count; k++) use(penalised(begin + k), begin + k);
+        }
+    };
+    int turn = 0;
+    const auto most = [](uint64_t x, uint64_t y) { return max(x, y); };
+    const auto sum = [](uint64_t x, uint64_t y) { return x + y; };
+    uint64_t best = 0;
+    for_each([&](float x, int i) { best = max(best, ranked(x, i)); });
+    best = over_all<RANKS>(best, turn, rank, most);
     const int best_index = (int)(0xffffffffu - (unsigned)best);
-    const auto value = [&](int i) { return a.in_shared ? kept_logits[i] : penalised(i); };
     const bool any = (unsigned)(best >> 32) > order_key(-INFINITY);
-    if (threadIdx.x == 0) chosen = any ? best_index : -1;
-    const bool all_kept = (o.top_k <= 0 || o.top_k >= a.choices) && o.top_p >= 1.f;
-    if (any && o.temperature > 0 && all_kept) {
-        const int drawn = draw_from_all(a.choices, value, value(best_index), 1.44269504f / o.temperature, counter_uniform(a.keys[b], (uint64_t)a.drawn[b]));
-        if (drawn >= 0) chosen = drawn;
-    } else if (any && o.temperature > 0) {
-        // A thread has neighbouring indices, an odd number of them so that shared memory's banks differ
-        const int share = (a.choices + SAMPLE_THREADS - 1) / SAMPLE_THREADS | 1, begin = min(a.choices, (int)threadIdx.x * share), end = min(a.choices, begin + share);
-        const float top = value(best_index), scale = 1.44269504f / o.temperature;
-        const auto mass = [&](int i) { return (uint64_t)(exp2f((value(i) - top) * scale) * (float)SAMPLE_MASS); };
-        const auto rank = [&](int i) { return ranked(value(i), i); };
-        uint64_t lowest = 0;
-        if (o.top_k > 0 && o.top_k < a.choices) lowest = cut((uint64_t)o.top_k, begin, end, rank, [](int) { return 1ull; });
-        const auto my_mass = [&]() {
-            uint64_t sum = 0;
-            for (int i = begin; i < end; i++)
-                if (lowest == 0 || rank(i) >= lowest) sum += mass(i);
-            return sum;
+    if (threadIdx.x == 0) chosen = 0;
+    __syncthreads();
+    int drawn_token = -1;                                                       // where this thread has it
+    if (any && o.temperature > 0) {
+        const unsigned best_key = (unsigned)(best >> 32);
+        const float top = __uint_as_float(best_key & 0x80000000u ? best_key ^ 0x80000000u : ~best_key), scale = 1.44269504f / o.temperature;
+        const auto mass = [&](float x) { return (uint64_t)(exp2f((x - top) * scale) * (float)SAMPLE_MASS); };
+        uint64_t lowest = 0;                                                    // rank of those that are kept
+        // The lowest rank so that what ranks there or above weighs at least `target`
+        const auto cut = [&](uint64_t target, auto weight) {
+            uint64_t at = 0;
+            for (int bit = 63; bit >= 0; bit--) {
+                if (bit == 31) bit = 15, at |= 0xffff0000ull;                   // indices are below 2^16: the upper half of their complement is ones
+                const uint64_t candidate = at | 1ull << bit;
+                uint64_t mine = 0;
+                for_each([&](float x, int i) { mine += ranked(x, i) >= candidate ? weight(x) : 0; });
+                if (over_all<RANKS>(mine, turn, rank, sum) >= target) at = candidate;
+            }
+            return at;
         };
-        uint64_t mine = my_mass(), total = block_total(mine);
+        if (o.top_k > 0 && o.top_k < a.choices) lowest = cut((uint64_t)o.top_k, [](float) { return 1ull; });
+        uint64_t before = 0, total;
+        const auto weigh = [&]() {
+            uint64_t mine = 0;
+            for_each([&](float x, int i) { mine += ranked(x, i) >= lowest ? mass(x) : 0; });
+            total = over_all<RANKS>(mine, turn, rank, sum, &before);
+            return mine;
+        };
+        uint64_t mine = weigh();
         if (o.top_p < 1.f) {
             const uint64_t target = min(max((uint64_t)ceil((double)o.top_p * (double)total), (uint64_t)1), total);
-            lowest = max(lowest, cut(target, begin, end, rank, mass));
-            mine = my_mass(), total = block_total(mine);
+            lowest = max(lowest, cut(target, mass));
+            mine = weigh();
         }
-        const uint64_t drawn = min((uint64_t)(counter_uniform(a.keys[b], (uint64_t)a.drawn[b]) * (double)total), total - 1);
-        uint64_t until = mine;             // of the threads up to this one
-#pragma unroll
-        for (int s = 1; s < WARP; s *= 2) {
-            const uint64_t other = __shfl_up_sync(0xffffffffu, until, s);
-            if (lane >= s) until += other;
-        }
-        __syncthreads();
-        if (lane == WARP - 1) warp_totals[warp] = until;
-        __syncthreads();
-        for (int i = 0; i < warp; i++) until += warp_totals[i];
-        uint64_t before = until - mine;
-        if (drawn >= before && drawn < until)
-            for (int i = begin; i < end; i++) {
-                if (lowest > 0 && rank(i) < lowest) continue;
-                before += mass(i);
-                if (drawn < before) { chosen = i; break; }
-            }
+        const uint64_t drawn = min((uint64_t)(counter_uniform(key, (uint64_t)drawn_before) * (double)total), total - 1);
+        if (drawn >= before && drawn < before + mine)
+            for_each([&](float x, int i) {
+                if (ranked(x, i) >= lowest) before += mass(x);
+                if (drawn_token < 0 && drawn < before) drawn_token = i;
+            });
+    } else if (any && thread == 0) {
+        drawn_token = best_index;
     }
-    __syncthreads();
-    const int id = chosen, token = max(id, 0);
-    if (threadIdx.x == 0) {
-        a.emitted[a.drawn[b] % EMIT_SLOTS * gridDim.x + b] = id;
+    if (drawn_token >= 0) chosen = (uint64_t)drawn_token + 1;
+    ranks_meet<RANKS>();
+    uint64_t found = 0;
+#pragma unroll
+    for (int r = 0; r < RANKS; r++) found = max(found, load_from_rank<RANKS>(&chosen, r));
+    const int id = (int)found - 1, token = max(id, 0);
+    if (thread == 0) {
+        a.emitted[drawn_before % EMIT_SLOTS * a.B + b] = id;
         a.tokens[b] = token;
         a.seen[(int64_t)b * a.V + token] = 1;
         a.position[b] = position;
-        a.drawn[b]++;
+        a.drawn[b] = drawn_before + 1;
     }
-    embed_token(e, b, token);
+    embed_token(e, b, token, thread, RANKS * SAMPLE_THREADS);
+    if constexpr (RANKS > 1) ranks_meet<RANKS>();                               // no block ends while another reads its shared memory
 }
 
 } // namespace decode

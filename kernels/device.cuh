@@ -251,6 +251,17 @@ template <class T, int N> struct alignas(sizeof(T) * N) Vec {
 template <int N, class T> __device__ inline Vec<T, N> load_vec(const T* p) { return *reinterpret_cast<const Vec<T, N>*>(p); }
 template <int N, class T> __device__ inline void store_vec(T* p, const Vec<T, N>& v) { *reinterpret_cast<Vec<T, N>*>(p) = v; }
 
+__device__ inline uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
+// Copies into shared memory in the background: BYTES (4, 8 or 16) of them; zeros if not live. 16 pass the L1 cache by. A thread's copies since its
+// last commit are a group; it waits until no more than PENDING groups are under way.
+template <int BYTES> __device__ inline void copy_async(uint32_t to, const void* from, bool live = true) {
+    if constexpr (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(live ? 16 : 0) : "memory");
+    else asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(to), "l"(from), "r"(live ? BYTES : 0), "n"(BYTES) : "memory");
+}
+template <int BYTES> __device__ inline void copy_async(void* to, const void* from, bool live = true) { copy_async<BYTES>(shared_address(to), from, live); }
+__device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING = 0> __device__ inline void copy_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
+
 __host__ __device__ inline float to_float(float x) { return x; }
 __host__ __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 template <class T> __host__ __device__ inline T from_float(float x);

@@ -13,7 +13,7 @@
 namespace gpu {
 namespace sm90 {
 
-using attn::bf16, attn::pack, attn::shared_address;
+using attn::bf16, attn::pack;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Can it run?
@@ -80,6 +80,18 @@ constexpr int WARPGROUP = 128, BLOCK = 3 * WARPGROUP;                      // pr
 
 #ifdef __CUDACC__
 extern __shared__ __align__(1024) unsigned char sm90_shared[];
+
+// The next kernel may start its blocks, if it is launched so; the kernel before has ended, and its results are there
+__device__ inline void results_allow_next() {
+#ifdef SAMBA_SM90A_CODE
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ inline void results_wait() {
+#ifdef SAMBA_SM90A_CODE
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 #ifdef SAMBA_SM90A_CODE
 // ---------------------------------------------------------------------------------------------------------------------
@@ -243,7 +255,11 @@ template <int K> __device__ inline void pack_operand(uint32_t (&p)[K][4], const 
 
 // Four 8 x 8 blocks of bf16: lane l names row l % 8 of block l / 8, and has of each block two neighbours of row l / 4
 __device__ inline void load_blocks(uint32_t (&v)[4], uint32_t at) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(at) : "memory");
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(at) : "memory");
+}
+__device__ inline void load_shared(uint32_t (&v)[4], uint32_t at) {          // 16 bytes
+    asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(at) : "memory");
 }
 __device__ inline void store_blocks(uint32_t at, const uint32_t (&v)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");

@@ -67,11 +67,12 @@ template <class X> __device__ inline float scan_sigmoid(float x) {
     if constexpr (sizeof(X) == 2) return scan_rcp(1.f + scan_ex2(-x * SCAN_LOG2E));
     else return 1.f / (1.f + expf(-x));
 }
-// log(1 + e^x), which is x above 20 in fp32. Below e^x = 0.01 the sum 1 + e^x would lose digits: a series.
+// log(1 + e^x) = max(x, 0) + log(1 + p) with p = e^-|x|. Below p = 0.01 the sum 1 + p would lose digits: a series.
 template <class X> __device__ inline float scan_softplus(float x) {
     if constexpr (sizeof(X) == 2) {
-        const float p = scan_ex2(x * SCAN_LOG2E), log = scan_lg2(1.f + p) * SCAN_LN2, series = p * (1.f - p * (0.5f - p * 0.33333333f));
-        return x > 20.f ? x : p < 1e-2f ? series : log;
+        const float p = scan_ex2(fabsf(x) * -SCAN_LOG2E);
+        const float series = p * (SCAN_LOG2E - p * (0.5f * SCAN_LOG2E - p * (0.33333333f * SCAN_LOG2E))), log = scan_lg2(1.f + p);
+        return fmaf(p < 1e-2f ? series : log, SCAN_LN2, fmaxf(x, 0.f));
     } else {
         return x > 20.f ? x : log1pf(expf(x));
     }
@@ -120,18 +121,6 @@ __device__ inline float scan_sum_lanes(const float (&v)[4], int q) {
     const float top = (odd ? v[3] : v[2]) + __shfl_xor_sync(0xffffffffu, odd ? v[2] : v[3], 1);     // step 2 or 3
     return (high ? top : low) + __shfl_xor_sync(0xffffffffu, high ? low : top, 2);
 }
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Copies to shared memory in the background
-
-// BYTES (4, 8, 16) of them; zeros if not live. 16 pass the L1 cache by.
-template <int BYTES> __device__ inline void copy_async(void* to, const void* from, bool live) {
-    const uint32_t at = (uint32_t)__cvta_generic_to_shared(to);
-    if constexpr (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(live ? 16 : 0) : "memory");
-    else asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(at), "l"(from), "r"(live ? BYTES : 0), "n"(BYTES) : "memory");
-}
-__device__ inline void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int PENDING> __device__ inline void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Segments

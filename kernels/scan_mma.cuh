@@ -8,9 +8,9 @@
 // dt u is split in two bf16 numbers, high and low, in the two k places of a lane, so the product with B, which is bf16 already, has 16 bits.
 // All four lanes q hold the same two numbers, and a quarter of B: the sum over their eight k places is the product.
 //
-// A block is 192 channels of one sequence and has a multiprocessor to itself: twelve warps walk through time ("scan warps") and eight do what does
-// not depend on the state ("row warps": loads, softplus, gate, stores), each for one step of every tile of 8, a tile ahead of the scan warps
-// and a tile behind. Two stages of shared memory pass between them.
+// A block is 192 channels of one sequence and has a multiprocessor to itself: twelve warps walk through time ("scan warps") and others do what does
+// not depend on the state ("row warps": loads, softplus, gate, stores), a tile of 8 steps ahead of the scan warps and a tile behind. Two stages of
+// shared memory pass between them.
 #pragma once
 #include "scan_common.cuh"
 
@@ -74,24 +74,28 @@ struct Gate {
     __device__ uint32_t address() { return (uint32_t)__cvta_generic_to_shared(&barrier); }
     __device__ void init(int warps) { asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address()), "r"(warps * WARP) : "memory"); }
     __device__ void arrive() { asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(address()) : "memory"); }
-    __device__ bool test(uint32_t turn) {                             // may wait a little
+    __device__ bool look(uint32_t turn) {
         uint32_t open;
-#if __CUDA_ARCH__ >= 900
-#define SCAN_MMA_TEST "try_wait"
-#else
-#define SCAN_MMA_TEST "test_wait"
-#endif
-        asm volatile("{\n.reg .pred p;\nmbarrier." SCAN_MMA_TEST ".parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(open) : "r"(address()), "r"(turn & 1) : "memory");
+        asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                     : "=r"(open) : "r"(address()), "r"(turn & 1) : "memory");
         return open;
+    }
+    __device__ bool test(uint32_t turn) {                             // may wait a little
+#if __CUDA_ARCH__ >= 900
+        uint32_t open;
+        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                     : "=r"(open) : "r"(address()), "r"(turn & 1) : "memory");
+        return open;
+#else
+        return look(turn);
+#endif
     }
     __device__ void wait(uint32_t turn) {
         while (!test(turn)) {}
     }
-    // The first look does not hold the warp up, so what the compiler places behind it is not held up either
+    // Where there is work to do before the gate is passed: the compiler moves its first instruction up, and this one does not hold the warp there
     __device__ void look_and_wait(uint32_t turn) {
-        uint32_t open;
-        asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(open) : "r"(address()), "r"(turn & 1) : "memory");
-        if (!open) wait(turn);
+        if (!look(turn)) wait(turn);
     }
 };
 // On Hopper the row warps hand registers to the scan warps.
@@ -103,7 +107,7 @@ struct Gate {
 
 // Shared memory to zeros, by all threads of the block
 template <class T> __device__ inline void clear_shared(T& v) {
-    for (int i = threadIdx.x; i < (int)(sizeof(T) / 4); i += THREADS) ((uint32_t*)&v)[i] = 0u;
+    for (int i = threadIdx.x; i < (int)(sizeof(T) / 4); i += blockDim.x) ((uint32_t*)&v)[i] = 0u;
 }
 template <class Stage> struct Shared {
     Stage stages[2];
@@ -208,10 +212,8 @@ template <int ARRAYS> struct Inputs {
     __device__ bf16 state_value(int i, const Row& mine) const { return ((const bf16*)bc[i & 3][mine.row])[mine.lane]; }   // of B | C
 };
 // As operand B of mma8: word 2g + j is a quarter of the value of state column g of tile j, in both k places
-__device__ inline void store_quarters(uint32_t (&row)[16], int n, bf16 v) {
-    const float x = 0.25f * to_float(v);
-    row[n / 4 * 4 + n % 2 * 2 + n / 2 % 2] = pack(x, x);
-}
+__device__ inline uint32_t quarter(float x) { return pack(0.25f * x, 0.25f * x); }
+__device__ inline void store_quarters(uint32_t (&row)[16], int n, bf16 v) { row[n / 4 * 4 + n % 2 * 2 + n / 2 % 2] = quarter(to_float(v)); }
 
 // As operand B of mma16, the column of a step t and zeros beside it: lane g reads row 7t + 7 + g, which is row 8t + 7, where the step's
 // values are, if g = t. The others stay zeros.
@@ -243,18 +245,161 @@ __device__ inline void take_column(float (&to)[4], const float (&from)[4], int t
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Forward. Grid (channel blocks, B, segments). h_first (B,S,e,h_stride), or null for zeros.
-// Per (t,c): 8 bytes and 4 of saved states; 20 special functions.
+// Per (t,c): 8 bytes and 4 of saved states; 20 special functions. B 8, T 4096, d_inner 3072 on an H200: 0.698 ms, 66% of the bound of the special
+// functions. Twelve row warps with four channels a thread, as here, took 0.703 ms where eight with six took 0.736.
 
-struct ForwardStage {                                                 // + 1, + 4: the lanes' words fall in different banks
-    using Input = Inputs<3>;                                          // u, dt_raw, z
-    float4 pair[TILE][CH / 2 + 1];
-    uint32_t b[TILE][16];                                             // quarters
-    Diagonal c;
-    float y[TILE][CH + 4];
-    __device__ void clear() { clear_shared(c); }
+// What both forward kernels' blocks have between row warps and scan warps. S: the kernel's sizes, and its Stage. Row warps take the tiles in turns
+// of GROUPS; each group has two stages for its tiles between it and the scan warps, and SLOTS for those on their way from memory and these.
+template <class S> struct ForwardBlock {
+    static constexpr int QUADS = S::CHANNELS / 4, ROW_THREADS = S::STEPS * QUADS, ROW_WARPS = ROW_THREADS / WARP;   // a thread: 4 channels of a step
+    static constexpr int STAGES = 2 * S::GROUPS, RING = S::GROUPS * S::SLOTS, THREADS = (S::SCAN_WARPS + S::GROUPS * ROW_WARPS) * WARP;
+    static_assert(ROW_THREADS % WARP == 0 && S::SCAN_WARPS % 4 == 0 && S::GROUPS * ROW_WARPS % 4 == 0);
+    typename S::Stage stages[STAGES];                                 // tile i: i % STAGES
+    uint2 words[RING][3][ROW_THREADS];                                // u, dt_raw, z: each row thread's own. Tile i: i % RING
+    bf16 bc[RING][S::STEPS][32];                                      // B | C
+    Gate full[STAGES], done[STAGES];
+    __device__ void init(int scan_warps_of_tile = S::SCAN_WARPS) {
+        if (threadIdx.x < STAGES) full[threadIdx.x].init(ROW_WARPS), done[threadIdx.x].init(scan_warps_of_tile);
+        __syncthreads();                                              // for racecheck, which takes a barrier's first write for one to any word
+    }
+};
+// To be kept in its register: the compiler would make it again for every use
+__device__ inline int kept(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
+// A row thread of a forward kernel has four neighbouring channels at a step of every GROUPS-th tile, and copies words of B | C. i: the group's i-th
+// tile. ALL: all channels of the block are within the arrays and four of them may be moved at once.
+template <class S, bool ALL> struct RowsForward {
+    using Block = ForwardBlock<S>;
+    static constexpr int NEXT = S::GROUPS * S::STEPS, CHUNKS = S::STEPS * 8;      // steps from tile to tile; fours of B | C of a tile
+    Block& s;
+    const ScanInput<bf16>& p;
+    const int group, thread, row, column, live;                       // live: channels from the thread's to the array's end
+    int left_fetch, left_prepare, left_finish;                        // steps from the thread's one of the tile that is fetched (...) next to the end
+    const bf16 *from[3], *bc;                                         // of the tile that `fetch` fetches next
+    bf16* out;                                                        // of the tile that `finish` finishes next
+    int64_t start;                                                    // the thread's step, of (B,T), of the tile that `prepare` prepares next
+    float bias[4], D[4];
+
+    __device__ RowsForward(Block& s_, bf16* out_, const ScanInput<bf16>& p_, int row_warp, int64_t first_tile)
+        : s(s_), p(p_), group(row_warp / Block::ROW_WARPS), thread(kept(row_warp % Block::ROW_WARPS * WARP + (int)threadIdx.x % WARP)),
+          row(kept(thread / Block::QUADS)), column(kept(thread % Block::QUADS * 4)), live(p_.e - (int)blockIdx.x * S::CHANNELS - column) {
+        const int64_t first = (first_tile + group) * S::STEPS, tile = blockIdx.y * p.T + first;
+        const int channel = blockIdx.x * S::CHANNELS + column;
+        start = tile + row;
+        from[0] = p.u + start * p.e + channel, from[1] = p.dt_raw + start * p.e + channel, from[2] = p.z + start * p.ldz + channel;
+        bc = p.bc + (tile + thread / 8) * p.ldbc + thread % 8 * 4, out = out_ + start * p.e + channel;
+        left_fetch = left_prepare = left_finish = (int)min(p.T - first, (int64_t)1 << 30) - row;
+#pragma unroll
+        for (int k = 0; k < 4; k++) bias[k] = k < live ? p.dt_bias[channel + k] : 0.f, D[k] = k < live ? p.D[channel + k] : 0.f;
+    }
+    __device__ int stage(int i) const { return i % 2 * S::GROUPS + group; }
+    __device__ int slot(int i) const { return i % S::SLOTS * S::GROUPS + group; }
+    // Past the end: zeros
+    __device__ void move(uint2* to, const bf16* at, bool here, int live) const {
+        if (ALL) copy_async<8>(to, at, here);
+        else *(Vec<bf16, 4>*)to = scan_load<false>(at, 0, here ? live : 0);
+    }
+    __device__ void fetch(int i, int count) {
+        if (i < count) {
+#pragma unroll
+            for (int a = 0; a < 3; a++) {
+                move(&s.words[slot(i)][a][thread], from[a], left_fetch > 0, live);
+                from[a] += NEXT * (a == 2 ? p.ldz : (int64_t)p.e);
+            }
+#pragma unroll
+            for (int w = 0; w < CHUNKS; w += Block::ROW_THREADS)
+                if (w + Block::ROW_THREADS <= CHUNKS || w + thread < CHUNKS)
+                    move((uint2*)s.bc[slot(i)] + w + thread, bc + w / 8 * p.ldbc, (w + thread) / 8 < left_fetch + row, 4);
+            bc += NEXT * p.ldbc, left_fetch -= NEXT;
+        }
+        copy_async_commit();
+    }
+    __device__ void prepare(int i) {
+        auto& to = s.stages[stage(i)];
+        const uint2 raw = s.words[slot(i)][1][thread], us = s.words[slot(i)][0][thread];
+        float dt[4];
+        uint32_t input[4];
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            const uint32_t r = k < 2 ? raw.x : raw.y, u = k < 2 ? us.x : us.y;
+            dt[k] = scan_softplus<bf16>((k % 2 ? high(r) : low(r)) + bias[k]);
+            input[k] = split((k % 2 ? high(u) : low(u)) * dt[k]);
+        }
+        to.put(row, column, dt, input);
+        // Past the end there is no decay, and no input as u is zero; before the start of a document there is nothing
+        if (left_prepare <= 0 || (p.starts && p.starts[start])) to.put_dt(row, column, left_prepare <= 0 ? 0.f : SCAN_CUT);
+#pragma unroll
+        for (int w = 0; w < CHUNKS; w += Block::ROW_THREADS)
+            if (w + Block::ROW_THREADS <= CHUNKS || w + thread < CHUNKS)
+                to.put_bc((w + thread) / 8, thread % 8 * 4, ((const uint2*)s.bc[slot(i)])[w + thread]);
+        start += NEXT, left_prepare -= NEXT;
+        s.full[stage(i)].arrive();
+    }
+    __device__ void finish(int i) {
+        if (left_finish > 0) {
+            const uint2 us = s.words[slot(i)][0][thread], zs = s.words[slot(i)][2][thread];
+            const float4 y = *(const float4*)&s.stages[stage(i)].y[row][column];
+            float x[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                const uint32_t u = k < 2 ? us.x : us.y, v = k < 2 ? zs.x : zs.y;
+                const float z = k % 2 ? high(v) : low(v);
+                x[k] = fmaf(D[k], k % 2 ? high(u) : low(u), x[k]) * z * scan_sigmoid<bf16>(z);
+            }
+            scan_store<ALL>(out, 0, live, x);
+        }
+        out += NEXT * (int64_t)p.e, left_finish -= NEXT;
+    }
+    // Of `tiles` of the block. Prepared: one of the group's tiles ahead of the scan warps; on their way: SLOTS - 2 after it.
+    __device__ void run(int tiles) {
+        const int count = (tiles - group + S::GROUPS - 1) / S::GROUPS;
+        for (int i = 0; i < S::SLOTS - 1; i++) fetch(i, count);
+        copy_async_wait<S::SLOTS - 2>();                                    // tile 0 is here
+        if (count > 0) prepare(0);
+        for (int i = 0; i < count; i++) {
+            copy_async_wait<S::SLOTS - 3>();                                // tile i + 1 is here
+            if (i + 1 < count) prepare(i + 1);
+            fetch(i + S::SLOTS - 1, count);
+            s.done[stage(i)].wait((uint32_t)(i / 2));
+            finish(i);
+        }
+    }
+};
+template <bool VEC, class S>
+__device__ inline void rows_forward(ForwardBlock<S>& s, bf16* out, const ScanInput<bf16>& p, int64_t first_tile, int64_t count) {
+    const int row_warp = threadIdx.x / WARP - S::SCAN_WARPS;
+    if (VEC && (blockIdx.x + 1) * S::CHANNELS <= p.e) RowsForward<S, true>(s, out, p, row_warp, first_tile).run((int)count);
+    else RowsForward<S, false>(s, out, p, row_warp, first_tile).run((int)count);
+}
+
+struct Wide {
+    static constexpr int CHANNELS = CH, STEPS = TILE, GROUPS = 1, SLOTS = 4, SCAN_WARPS = scan_mma::SCAN_WARPS;
+    struct Stage {                                                    // + 1, + 4: the lanes' words fall in different banks
+        float4 pair[TILE][CH / 2 + 1];
+        uint32_t b[TILE][16];                                         // quarters
+        Diagonal c;
+        float y[TILE][CH + 4];
+        // dt and dt u split of four channels from c on at step t
+        __device__ void put(int t, int c, const float (&dt)[4], const uint32_t (&input)[4]) {
+#pragma unroll
+            for (int k = 0; k < 2; k++)
+                pair[t][c / 2 + k] = make_float4(dt[2 * k], dt[2 * k + 1], __uint_as_float(input[2 * k]), __uint_as_float(input[2 * k + 1]));
+        }
+        __device__ void put_dt(int t, int c, float dt) {
+            for (int k = 0; k < 2; k++) pair[t][c / 2 + k].x = pair[t][c / 2 + k].y = dt;
+        }
+        // Four values from column n on of B | C at step t
+        __device__ void put_bc(int t, int n, uint2 v) {
+            if (n < 16) *(uint4*)&b[t][n] = make_uint4(quarter(low(v.x)), quarter(low(v.y)), quarter(high(v.x)), quarter(high(v.y)));
+            else *(uint2*)&c[diagonal_row(t)][n - 16] = v;
+        }
+    };
 };
 
-__device__ inline void forward_tile(ForwardStage& s, States& h, const States& A2, bf16* saved, int live) {
+__device__ inline void forward_tile(Wide::Stage& s, States& h, const States& A2, bf16* saved, int live) {
     const int lane = threadIdx.x % WARP, g = lane / 4, q = lane % 4, c = threadIdx.x / WARP * GROUP + 2 * g;
     uint32_t packed[4];
     if (saved) {
@@ -276,7 +421,7 @@ __device__ inline void forward_tile(ForwardStage& s, States& h, const States& A2
     store_steps(&s.y[0][c], CH + 4, y);
 }
 
-__device__ inline void scan_forward(Shared<ForwardStage>& s, bf16* saved, float* h_out, const float* h_first, int h_stride, const ScanInput<bf16>& p,
+__device__ inline void scan_forward(ForwardBlock<Wide>& s, bf16* saved, float* h_out, const float* h_first, int h_stride, const ScanInput<bf16>& p,
                                     int64_t segment, int64_t first_tile, int count) {
     const int lane = threadIdx.x % WARP, channel = blockIdx.x * CH + threadIdx.x / WARP * GROUP + lane / 4 * 2, n = lane % 4 * 4, live = p.e - channel;
     const int64_t tiles = (p.T + TILE - 1) / TILE;
@@ -293,86 +438,23 @@ __device__ inline void scan_forward(Shared<ForwardStage>& s, bf16* saved, float*
     if (h_out && first_tile + count == tiles) store_states(h_out + (blockIdx.y * (int64_t)p.e + channel) * 16 + n, h, 16, live);
 }
 
-template <bool ALL> struct RowsForward {
-    Shared<ForwardStage>& s;
-    bf16* out;                                                        // from here on: of the thread's channel at the step of the tile in hand
-    const ScanInput<bf16>& p;
-    const int64_t first_tile;
-    const Row mine;
-    const bf16 *from[3], *bc;                                         // of the tile that `fetch` fetches next
-
-    __device__ RowsForward(Shared<ForwardStage>& s_, bf16* out_, const ScanInput<bf16>& p_, int64_t first_tile_) : s(s_), p(p_), first_tile(first_tile_), mine(threadIdx.x, p_.e) {
-        const int64_t at = blockIdx.y * p.T + step(0);
-        from[0] = p.u + at * p.e + mine.channel, from[1] = p.dt_raw + at * p.e + mine.channel, from[2] = p.z + at * p.ldz + mine.channel;
-        bc = p.bc + at * p.ldbc, out = out_ + at * p.e + mine.channel;
-    }
-    __device__ int64_t step(int i) const { return (first_tile + i) * TILE + mine.row; }
-    __device__ void fetch(int i, int count) {
-        if (i < count) {
-            s.inputs.template fetch<ALL>(i, from, bc, mine, step(i) < p.T);
-            from[0] += TILE * (int64_t)p.e, from[1] += TILE * (int64_t)p.e, from[2] += TILE * p.ldz, bc += TILE * p.ldbc;
-        }
-        copy_commit();
-    }
-    __device__ void prepare(int i) {
-        ForwardStage& stage = s.stages[i & 1];
-#pragma unroll
-        for (int k = 0; k < PAIRS; k++) {
-            const int c2 = mine.lane + k * WARP;
-            const float2 bias = ((const float2*)s.bias)[c2];
-            const uint32_t raw = s.inputs.word(i, 1, k, mine), us = s.inputs.word(i, 0, k, mine);
-            const float2 dt = make_float2(scan_softplus<bf16>(low(raw) + bias.x), scan_softplus<bf16>(high(raw) + bias.y));
-            stage.pair[mine.row][c2] = make_float4(dt.x, dt.y, __uint_as_float(split(dt.x * low(us))), __uint_as_float(split(dt.y * high(us))));
-        }
-        const bool past = step(i) >= p.T;
-        if (past || p.is_start(blockIdx.y, step(i)))
-            for (int k = 0; k < PAIRS; k++) edge(stage.pair[mine.row][mine.lane + k * WARP], past);
-        const bf16 v = s.inputs.state_value(i, mine);
-        if (mine.lane < 16) store_quarters(stage.b[mine.row], mine.lane, v);
-        else stage.c[diagonal_row(mine.row)][mine.lane - 16] = v;
-        s.full[i & 1].arrive();
-    }
-    __device__ void finish(int i) {
-        const ForwardStage& stage = s.stages[i & 1];
-        if (step(i) < p.T) {
-#pragma unroll
-            for (int k = 0; k < PAIRS; k++) {
-                const int c2 = mine.lane + k * WARP;
-                const uint32_t us = s.inputs.word(i, 0, k, mine), zs = s.inputs.word(i, 2, k, mine);
-                const float2 y = ((const float2*)stage.y[mine.row])[c2], D = ((const float2*)s.skip_weight)[c2], z = make_float2(low(zs), high(zs));
-                store2<ALL>(out + k * STRIDE, mine.live - k * STRIDE,
-                            make_float2(fmaf(D.x, low(us), y.x) * z.x * scan_sigmoid<bf16>(z.x), fmaf(D.y, high(us), y.y) * z.y * scan_sigmoid<bf16>(z.y)));
-            }
-        }
-        out += TILE * (int64_t)p.e;
-    }
-    __device__ void run(int count) {
-        for (int i = 0; i < 3; i++) fetch(i, count);
-        copy_wait<2>();
-        __syncwarp();
-        prepare(0);
-        for (int i = 0; i < count; i++) {
-            copy_wait<1>();                                           // tile i + 1 is here
-            __syncwarp();
-            if (i + 1 < count) prepare(i + 1);
-            fetch(i + 3, count);
-            s.done[i & 1].wait(i / 2);
-            finish(i);
-        }
-    }
-};
-
 template <bool VEC>
-__global__ void __launch_bounds__(THREADS, 1)
+__global__ void __launch_bounds__(ForwardBlock<Wide>::THREADS, 1)
 forward_kernel(bf16* out, bf16* saved, float* h_out, const float* h_first, int h_stride, ScanInput<bf16> p) {
     extern __shared__ float4 shared_floats[];
-    Shared<ForwardStage>& s = *(Shared<ForwardStage>*)shared_floats;
+    ForwardBlock<Wide>& s = *(ForwardBlock<Wide>*)shared_floats;
     const int64_t segment = (int64_t)blockIdx.y * gridDim.z + blockIdx.z, tiles = (p.T + TILE - 1) / TILE;
     const int64_t first_tile = blockIdx.z * p.segment_tiles, count = min(p.segment_tiles, tiles - first_tile);
-    s.init(p.D, p.dt_bias, p.e);
-    if (is_scan()) scan_forward(s, saved, h_out, h_first, h_stride, p, segment, first_tile, count);
-    else if (VEC && (blockIdx.x + 1) * CH <= p.e) RowsForward<true>(s, out, p, first_tile).run(count);
-    else RowsForward<false>(s, out, p, first_tile).run(count);
+    s.init();
+    for (auto& stage : s.stages) clear_shared(stage.c);
+    __syncthreads();
+    if (is_scan()) {
+        SCAN_MMA_REGISTERS("inc", "104");
+        scan_forward(s, saved, h_out, h_first, h_stride, p, segment, first_tile, count);
+    } else {
+        SCAN_MMA_REGISTERS("dec", "56");
+        rows_forward<VEC>(s, out, p, first_tile, count);
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -595,7 +677,7 @@ template <bool ALL> struct RowsBack {
             s.inputs.template fetch_states<ALL>(i, saved, p.e - (int)blockIdx.x * CH, mine.thread);
             saved -= (int64_t)p.e * 16;
         }
-        copy_commit();
+        copy_async_commit();
     }
     __device__ void prepare(int i) {
         BackwardStage& stage = s.stages[i & 1];
@@ -687,11 +769,11 @@ template <bool ALL> struct RowsBack {
     }
     __device__ void run(int64_t segment, int count) {
         for (int i = 0; i < 3; i++) fetch(i, count);
-        copy_wait<2>();
+        copy_async_wait<2>();
         __syncwarp();
         prepare(0);
         for (int i = 0; i < count; i++) {
-            copy_wait<1>();                                           // tile i + 1 is here
+            copy_async_wait<1>();                                           // tile i + 1 is here
             __syncwarp();
             if (i + 1 < count) prepare(i + 1);
             fetch(i + 3, count);

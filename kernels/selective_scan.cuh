@@ -26,8 +26,8 @@ template <class X> ScanSegments scan_segments(int B, int64_t T, int e, int N) {
     return scan_uses_mma<X>(N) ? scan_segments(B, T, e, scan_mma::CH, 1) : scan_segments(B, T, e, SCAN_CHANNELS, 4);
 }
 
-// The forward pass in bf16: blocks of 192 channels, or narrow ones, which need fewer segments or none and leave less of the GPU idle in the last wave of
-// blocks. A narrow block takes 1.16 times as long a channel and step, and 120 steps to start and end (H200: B 1, T 32768 and B 64, T 512).
+// The forward pass in bf16: blocks of 192 channels, or narrow ones, which need fewer segments or none and leave less of the GPU idle in the last wave
+// of blocks. A narrow block takes 1.17 times as long a channel and step (H200, T 32768), and about 120 steps' time to start and end (T 512).
 struct ScanForwardPlan {
     bool narrow;
     ScanSegments segments;
@@ -36,7 +36,7 @@ template <class X> ScanForwardPlan scan_forward_plan(int B, int64_t T, int e, in
     const ScanSegments wide = scan_segments<X>(B, T, e, N);
     if (!scan_uses_mma<X>(N)) return {false, wide};
     const auto waves = [&](int channels) { return (double)ceil_div(B * ceil_div(e, channels), scan_processors()) * channels; };
-    if (wide.count == 1 && waves(scan_mma::CH) * T <= 1.16 * waves(scan_narrow::CHANNELS) * (T + 120)) return {false, wide};
+    if (wide.count == 1 && waves(scan_mma::CH) * T <= 1.17 * waves(scan_narrow::CHANNELS) * (T + 120)) return {false, wide};
     return {true, scan_segments(B, T, e, scan_narrow::CHANNELS, 1)};  // no more segments than the wide ones, whose workspace they use
 }
 
@@ -103,7 +103,8 @@ void scan_forward(X* out, X* saved, float* h_out, const float* h_in, ScanInput<X
             } else {
                 using namespace scan_mma;
                 p.segment_tiles *= SCAN_TILE / TILE;
-                scan_launch_mma(forward_kernel<VEC>, sizeof(Shared<ForwardStage>), THREADS, CH, 1, B, p.e, stream, out, saved, h_out, h_in, p.N, p);
+                using Block = ForwardBlock<Wide>;
+                scan_launch_mma(forward_kernel<VEC>, sizeof(Block), Block::THREADS, CH, 1, B, p.e, stream, out, saved, h_out, h_in, p.N, p);
             }
             return;
         }

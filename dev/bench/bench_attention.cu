@@ -35,11 +35,12 @@ const Shape SHAPES[] = {
 };
 
 struct Buffers { bf16 *dqkv, *out; float* lse; const bf16 *qkv, *dout; void* workspace; const int* starts; };
-// What a path is: the portable kernels or the Hopper ones, and how much memory dS may take (0: it is made again)
+// What a path is: the portable kernels or the Hopper ones, and how much memory dS may take (0: it is made again; CHOSEN: as the library does)
 struct Path { const char* name; bool portable; int64_t limit; };
-constexpr int64_t ALL = (int64_t)1 << 40;
-const Path PORTABLE = {"portable", true, gpu::attn::DS_LIMIT}, HOPPER = {"sm90", false, gpu::attn::DS_LIMIT};
-const Path VARIANTS[] = {{"portable, dS again", true, 0}, {"sm90, dS again", false, 0}, {"sm90, dS in two parts", false, (int64_t)1 << 30}};
+constexpr int64_t ALL = (int64_t)1 << 40, CHOSEN = -1;
+const Path PORTABLE = {"portable", true, gpu::attn::DS_LIMIT}, HOPPER = {"sm90", false, CHOSEN};
+const Path VARIANTS[] = {{"portable, dS again", true, 0}, {"sm90, dS again", false, 0}, {"sm90, dS kept", false, gpu::attn::DS_LIMIT},
+                         {"sm90, dS in two parts", false, (int64_t)1 << 30}};
 
 gpu::attn::Args<bf16> arguments(const Shape& c, const Buffers& p) {
     gpu::attn::Args<bf16> a = gpu::attention_args<bf16>(p.qkv, nullptr, 0, 0, p.starts, c.B, c.T, c.H, c.G, c.hd, c.window);
@@ -47,7 +48,7 @@ gpu::attn::Args<bf16> arguments(const Shape& c, const Buffers& p) {
     return a;
 }
 gpu::attn::Workspace workspace_of(const Shape& c, int64_t limit) {
-    return {c.B, c.T, c.H, c.hd, c.window <= 0 ? c.T : std::min(c.window, c.T), true, limit};
+    return {c.B, c.T, c.H, c.hd, c.window <= 0 ? c.T : std::min(c.window, c.T), true, limit == CHOSEN ? gpu::attn::ds_limit(c.hd) : limit};
 }
 void forward(const Path& path, const Shape& c, const Buffers& p) { gpu::attn::forward(arguments(c, p), path.portable, 0); }
 void backward(const Path& path, const Shape& c, const Buffers& p) {
@@ -215,7 +216,7 @@ void bench_hopper_kernels(const Shape& c) {
             else if (which == 3) launch_product(a, 0);
             else launch_queries<128>(a, 0);
         };
-        const char* names[] = {"sm90 statistics", "sm90 dk dv, dS kept", "sm90 dk dv", "sm90 dq from dS", "sm90 dq, S and dP again"};
+        const char* names[] = {"sm90 statistics", "sm90 dk dv, dS kept", "sm90 dk dv", "sm90 dq from dS", "sm90 dq, S and dP again, delta"};
         const double products[] = {0, 4, 4, 1, 3};
         bench::print_row(std::string(names[which]) + " " + c.name, bench::time_ms(run), 0, products[which] * 2 * c.hd * c.pairs());
     }
@@ -233,7 +234,7 @@ int main() {
     bench_portable_kernels(SHAPES[0]);
     if (hopper)
         for (int shape : {0, 2}) bench_hopper_kernels(SHAPES[shape]);
-    for (const Shape& c : SHAPES) bench_shape(c, hopper, &c == SHAPES);
+    for (const Shape& c : SHAPES) bench_shape(c, hopper, &c == SHAPES || c.window == 512);
     bench_documents({"T 4096 window 2048, documents", 8, 4096, 12, 12, 128, 2048}, hopper);
     for (bool portable : {true, false})
         if (portable || hopper) bench_prefix({"T 4096 window 2048, full ring", 8, 4096, 12, 12, 128, 2048}, portable);

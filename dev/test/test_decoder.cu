@@ -176,6 +176,22 @@ TEST(Decoder, TheGraphChangesNoBit) {
         }
 }
 
+// Blocks that read each other's results too early, or a step those of the step before, would show in some of many steps
+TEST(Decoder, TheSameBitsEveryTime) {
+    REQUIRE_DEVICE();
+    for (const std::string& kinds : {std::string("MSF"), std::string("ss")})
+        for (int B : {1, 2, 3, 9, 16}) {
+            const Config c = wide_config(kinds);
+            std::vector<std::vector<int>> prompts;
+            for (int b = 0; b < B; b++) prompts.push_back(some_tokens(1 + 5 * b % 30, b));
+            std::vector<double> first, again;
+            const int count = ON_GPU ? 400 : 10;
+            const auto a = written(c, prompts, {1, 0, 1, 1}, 3, count, true, 8, &first), b = written(c, prompts, {1, 0, 1, 1}, 3, count, true, 8, &again);
+            EXPECT_EQ(a, b) << kinds << " batch " << B;
+            EXPECT_EQ(first, again) << kinds << " batch " << B;
+        }
+}
+
 TEST(Decoder, ABatchWritesWhatEachWritesAlone) {
     REQUIRE_DEVICE();
     for (const std::string& kinds : KINDS)
