@@ -124,7 +124,7 @@ inline void quantise_rows(Quantised out /*(M,K), (M)*/, const bf16* x /*(M,K)*/,
 constexpr int COLUMN_CHUNK = 256;
 inline size_t quantise_columns_workspace(int64_t N, int64_t K) { return (size_t)(ceil_div(N, COLUMN_CHUNK) * K) * sizeof(uint32_t); }
 
-__global__ void column_maxima_kernel(uint32_t* partial, const bf16* w, int64_t N, int64_t K) {
+template <class X> __global__ void column_maxima_kernel(uint32_t* partial, const X* w, int64_t N, int64_t K) {
     __shared__ uint32_t parts[8][WARP];
     const int64_t column = (blockIdx.x * WARP + threadIdx.x) * 2, begin = blockIdx.y * (int64_t)COLUMN_CHUNK, end = min(N, begin + COLUMN_CHUNK);
     uint32_t halves = 0;
@@ -140,7 +140,7 @@ __global__ void column_maxima_kernel(uint32_t* partial, const bf16* w, int64_t N
 
 // A tile of 128 rows x 64 columns of w becomes 64 rows of 128 bytes of q (K,N)
 constexpr int TURN_ROWS = 128, TURN_COLUMNS = 64;
-__global__ void __launch_bounds__(256) quantise_columns_kernel(Quantised out, const bf16* w, const uint32_t* partial, int64_t N, int64_t K) {
+template <class X> __global__ void __launch_bounds__(256) quantise_columns_kernel(Quantised out, const X* w, const uint32_t* partial, int64_t N, int64_t K) {
     __shared__ uint8_t tile[TURN_COLUMNS][TURN_ROWS + 4];
     __shared__ float inverse[TURN_COLUMNS];
     const int64_t first_column = blockIdx.x * TURN_COLUMNS, first_row = blockIdx.y * TURN_ROWS;
