@@ -88,7 +88,7 @@ template <class X> __global__ void __launch_bounds__(THREADS) scan_kernel(ScanAr
             y += h * Cn[n];
         }
         y = team_sum(y) + a.D[c] * u;
-        if (live && sub == 0) a.out[i] = from_float<X>(y * z * fast_sigmoid(z));
+        if (live && sub == 0) a.out[i] = from_float<X>(y * z * sigmoid<float>(z));
     }
 }
 

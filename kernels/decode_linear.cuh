@@ -102,7 +102,7 @@ template <class X> struct SwigluOutput {   // a tile: 4 rows of w1 and the same 
         const int j = row(tile, i);
         if (j < 0) return;
         const float gate = round_to<X>(sums(i)), up = round_to<X>(sums(i + RESULTS));
-        hidden[(int64_t)b * F + j] = from_float<X>(gate * fast_sigmoid(gate) * up);
+        hidden[(int64_t)b * F + j] = from_float<X>(gate * sigmoid<float>(gate) * up);
     }
 };
 
@@ -131,7 +131,7 @@ template <class X> struct ConvOutput {     // rows below e: the convolution's st
         const float s = v.bias + v.w[0] * v.x[0] + v.w[1] * v.x[1] + v.w[2] * v.x[2] + v.w[3] * value;
         X* to = halo + (int64_t)b * 3 * e + j;
         to[0] = from_float<X>(v.x[1]), to[e] = from_float<X>(v.x[2]), to[2 * e] = from_float<X>(value);
-        u[(int64_t)b * e + j] = from_float<X>(s * fast_sigmoid(s));
+        u[(int64_t)b * e + j] = from_float<X>(s * sigmoid<float>(s));
     }
 };
 

@@ -14,6 +14,7 @@ constexpr int PARTIAL = 2 * std::max(WARP_SUMS, WARPS * TILE * (MAX_BATCH + 2));
 
 #if __CUDA_ARCH__ >= 900
 __device__ inline void consumers_meet() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
+// sigmoid<float> with an approximate division (2 ulp): the exact one has a slow path, a subroutine
 __device__ inline float quick_sigmoid(float x) { return __fdividef(1.f, 1.f + expf(-x)); }
 
 // A zero that the compiler does not know to be one, so that it is made once, and a load over it where i < n, past L1

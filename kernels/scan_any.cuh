@@ -66,7 +66,7 @@ selective_scan_forward_kernel(X* out, X* saved, float* h_out, const float* h_fir
             const float dt = t < p.T ? scan_softplus<X>(to_float(dts[k]) + bias[k]) : 0.f;
             s_dt[row][column + k] = make_float2(start ? SCAN_CUT : dt, dt * x);
             skip[k] = skip_weight[k] * x;
-            gate[k] = z * scan_sigmoid<X>(z);
+            gate[k] = z * sigmoid<X>(z);
         }
         for (int g = 0; g < groups; g++) {
             if (MANY) {
@@ -95,7 +95,7 @@ selective_scan_forward_kernel(X* out, X* saved, float* h_out, const float* h_fir
                     y[i] = 0.f;
 #pragma unroll
                     for (int j = 0; j < 4; j++) {
-                        h[j] = fmaf(scan_ex2(dt.x * A2[j]), h[j], dt.y * B[j]);
+                        h[j] = fmaf(exp2_fast(dt.x * A2[j]), h[j], dt.y * B[j]);
                         y[i] = fmaf(h[j], C[j], y[i]);
                     }
                 }
@@ -212,7 +212,7 @@ __device__ inline void scan_remake(ScanTile<X, CH>& s, const float (&A2)[4], int
             y[i] = 0.f;
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                h[j] = fmaf(scan_ex2(dt.x * A2[j]), h[j], dt.y * B[j]);
+                h[j] = fmaf(exp2_fast(dt.x * A2[j]), h[j], dt.y * B[j]);
                 y[i] = fmaf(h[j], C[j], y[i]);
                 kept[j] = from_float<X>(h[j]);
             }
@@ -241,7 +241,7 @@ __device__ inline void scan_reverse(ScanTile<X, CH>& s, float (&carry)[4], float
             for (int j = 0; j < 4; j++) {
                 const float lambda = fmaf(dy, C[j], carry[j]);
                 dinput[i] = fmaf(lambda, B[j], dinput[i]);
-                carry[j] = scan_ex2(dt * A2[j]) * lambda;
+                carry[j] = exp2_fast(dt * A2[j]) * lambda;
                 const float pull = carry[j] * to_float(before[j]);
                 ddecay[i] = fmaf(A2[j], pull, ddecay[i]);
                 dA[j] = fmaf(dt, pull, dA[j]);
@@ -262,7 +262,7 @@ template <class X> struct ScanRow { Vec<X, 4> u, dt_raw, z, dout; };
 template <class X, int CH> __device__ inline void scan_fill_tile(ScanTile<X, CH>& s, const ScanRow<X>& r, bool live, bool start, int row, int column) {
 #pragma unroll
     for (int k = 0; k < 4; k++) {
-        const float u = to_float(r.u[k]), z = to_float(r.z[k]), dy = to_float(r.dout[k]) * z * scan_sigmoid<X>(z);
+        const float u = to_float(r.u[k]), z = to_float(r.z[k]), dy = to_float(r.dout[k]) * z * sigmoid<X>(z);
         const float dt = live ? scan_softplus<X>(to_float(r.dt_raw[k]) + s.dt_bias[column + k]) : 0.f;
         s.dt[row][column + k] = make_float2(start ? SCAN_CUT : dt, dt * u);
         s.dy[row][column + k] = dy;
@@ -280,7 +280,7 @@ __device__ inline void scan_finish_tile(ScanTile<X, CH>& s, const ScanRow<X>& r,
     float o[4], dz[4], du[4], ddt[4];
 #pragma unroll
     for (int k = 0; k < 4; k++) {
-        const float u = to_float(r.u[k]), z = to_float(r.z[k]), gate = scan_sigmoid<X>(z), slope = scan_sigmoid<X>(to_float(r.dt_raw[k]) + s.dt_bias[column + k]);
+        const float u = to_float(r.u[k]), z = to_float(r.z[k]), gate = sigmoid<X>(z), slope = sigmoid<X>(to_float(r.dt_raw[k]) + s.dt_bias[column + k]);
         const float D = s.skip_weight[column + k], y = fmaf(D, u, s.y[row][column + k]), dinput = s.dinput[row][column + k], dy = s.dy[row][column + k];
         o[k] = y * z * gate;
         dz[k] = to_float(r.dout[k]) * y * gate * (1.f + z * (1.f - gate));

@@ -77,7 +77,7 @@ struct Scan {
             product8(input[k][0], rows, __byte_perm(B, B, 0x1010));
             product8(input[k][1], rows, __byte_perm(B, B, 0x3232));
 #pragma unroll
-            for (int i = 0; i < 8; i++) a[k][i / 4][i % 4] = scan_ex2((i < 4 ? pair.x : pair.z) * A2[i % 4]);
+            for (int i = 0; i < 8; i++) a[k][i / 4][i % 4] = exp2_fast((i < 4 ? pair.x : pair.z) * A2[i % 4]);
         }
     }
     // From the state before the unit to the one behind it; on the way the states as operand A of the sums
@@ -138,7 +138,7 @@ __device__ inline void scan_forward(Block& s, bf16* saved, float* h_out, const f
     }
 #pragma unroll
     for (int k = 0; k < 4; k++) {
-        scan.A2[k] = live ? -expf(p.A_log[(int64_t)channel * 16 + n + k]) * SCAN_LOG2E : 0.f;
+        scan.A2[k] = live ? -expf(p.A_log[(int64_t)channel * 16 + n + k]) * LOG2E : 0.f;
         if (h_first && live) scan.h[k] = h_first[(segment * p.e + channel) * h_stride + n + k];
     }
     scan.run(count);
