@@ -41,8 +41,8 @@ __device__ inline Eight unpack(const RawEight<__nv_bfloat16>& r) {
     return e;
 }
 __device__ inline Eight unpack(const RawEight<float>& r) {
-    return {{__uint_as_float(r.a.x), __uint_as_float(r.a.y), __uint_as_float(r.a.z), __uint_as_float(r.a.w), __uint_as_float(r.b.x), __uint_as_float(r.b.y),
-             __uint_as_float(r.b.z), __uint_as_float(r.b.w)}};
+    return {{__uint_as_float(r.a.x), __uint_as_float(r.a.y), __uint_as_float(r.a.z), __uint_as_float(r.a.w),
+             __uint_as_float(r.b.x), __uint_as_float(r.b.y), __uint_as_float(r.b.z), __uint_as_float(r.b.w)}};
 }
 
 // Values 8 sub .. 8 sub + 7 of a query or key head after RoPE, rounded to X; zeros past the head
@@ -56,7 +56,8 @@ template <class X> __device__ inline Eight turned(const X* head, const float* co
         if (j >= hd) continue;
         e.v[i] = load_fresh(head + j);
         if (!cos_sin) continue;
-        const float other = load_fresh(head + (j < half ? j + half : j - half)), c = __ldcg(cos_sin + j % half * 2), s = __ldcg(cos_sin + j % half * 2 + 1);
+        const float other = load_fresh(head + (j < half ? j + half : j - half));
+        const float c = __ldcg(cos_sin + j % half * 2), s = __ldcg(cos_sin + j % half * 2 + 1);
         e.v[i] = round_to<X>(j < half ? e.v[i] * c - other * s : other * s + e.v[i] * c);
     }
     return e;
@@ -96,8 +97,10 @@ template <class X, int LANES, int HEADS> __global__ void __launch_bounds__(THREA
     constexpr int TEAMS = THREADS / LANES, KEYS = sizeof(X) == 2 ? 6 : 3;        // a team's keys under way
     extern __shared__ float shared_sums[];                                       // (TEAMS, HEADS, 2 + hd)
     __shared__ bool last;
-    const int split = blockIdx.x, g = blockIdx.y, b = blockIdx.z, sub = threadIdx.x % LANES, team = threadIdx.x / LANES, per_group = a.H / a.G, hd = a.hd, width = 2 + hd;
-    const int64_t p = a.position[b], seen = min(p, a.capacity), share = (seen + a.splits - 1) / a.splits, k0 = split * share, k1 = min(seen, k0 + share);
+    const int split = blockIdx.x, g = blockIdx.y, b = blockIdx.z, sub = threadIdx.x % LANES, team = threadIdx.x / LANES;
+    const int per_group = a.H / a.G, hd = a.hd, width = 2 + hd;
+    const int64_t p = a.position[b], seen = min(p, a.capacity), share = (seen + a.splits - 1) / a.splits;
+    const int64_t k0 = split * share, k1 = min(seen, k0 + share);
     const int64_t token = (int64_t)2 * a.G * hd;
     const X *keys = a.ring + (b * a.capacity * 2 * a.G + g) * hd + sub * 8, *values = keys + a.G * hd;
     const bool inside = sub * 8 < hd;

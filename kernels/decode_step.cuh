@@ -169,9 +169,9 @@ public:
         device_zero(memory, (size_t)bytes, stream);
         const auto X = [&](int64_t at) { return (Phase::X*)(memory + at); };
         const int depth = m.B > 2 ? 4 : 2;                                         // with few sequences the latency of results matters more
-        args = {(const Phase*)(memory + table), (const int4*)(memory + share), 0, m.B, m.d, m.e, m.N, m.rank, m.H, m.G, m.hd, m.V, splits, m.rope,
-                m.eps, m.x, m.cos_sin, m.position, m.logits, (float*)(memory + parts), (float*)(memory + sums), (unsigned*)(memory + counter), 0, depth,
-                nullptr};
+        args = {(const Phase*)(memory + table), (const int4*)(memory + share), 0,
+                m.B, m.d, m.e, m.N, m.rank, m.H, m.G, m.hd, m.V, splits, m.rope, m.eps, m.x, m.cos_sin, m.position, m.logits,
+                (float*)(memory + parts), (float*)(memory + sums), (unsigned*)(memory + counter), 0, depth, nullptr};
         tasks.clear();
         // What the next norm's reader reads: at first as the sampler left it
         const float* squares = m.squares;

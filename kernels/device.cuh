@@ -154,9 +154,12 @@ inline void pinned_free(void* p) { CUDA_CHECK(cudaFreeHost(p)); }
 inline Stream stream_create() { Stream s; CUDA_CHECK(cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking)); return s; }
 inline void stream_destroy(Stream s) { CUDA_CHECK(cudaStreamDestroy(s)); }
 inline void stream_sync(Stream s) { CUDA_CHECK(cudaStreamSynchronize(s)); }
-inline void copy_to_device(void* dst, const void* src, size_t bytes, Stream s) { CUDA_CHECK(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyHostToDevice, s)); }
-inline void copy_to_host(void* dst, const void* src, size_t bytes, Stream s) { CUDA_CHECK(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDeviceToHost, s)); }
-inline void copy_on_device(void* dst, const void* src, size_t bytes, Stream s) { CUDA_CHECK(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDeviceToDevice, s)); }
+inline void copy_bytes(void* dst, const void* src, size_t bytes, cudaMemcpyKind kind, Stream s) {
+    CUDA_CHECK(cudaMemcpyAsync(dst, src, bytes, kind, s));
+}
+inline void copy_to_device(void* dst, const void* src, size_t bytes, Stream s) { copy_bytes(dst, src, bytes, cudaMemcpyHostToDevice, s); }
+inline void copy_to_host(void* dst, const void* src, size_t bytes, Stream s) { copy_bytes(dst, src, bytes, cudaMemcpyDeviceToHost, s); }
+inline void copy_on_device(void* dst, const void* src, size_t bytes, Stream s) { copy_bytes(dst, src, bytes, cudaMemcpyDeviceToDevice, s); }
 inline void device_zero(void* dst, size_t bytes, Stream s) { CUDA_CHECK(cudaMemsetAsync(dst, 0, bytes, s)); }
 using Event = cudaEvent_t;
 inline Event event_create() { Event e; CUDA_CHECK(cudaEventCreateWithFlags(&e, cudaEventDisableTiming)); return e; }
@@ -165,7 +168,8 @@ inline void event_record(Event e, Stream s) { CUDA_CHECK(cudaEventRecord(e, s));
 inline void event_sync(Event e) { CUDA_CHECK(cudaEventSynchronize(e)); }
 inline void stream_wait(Stream s, Event e) { CUDA_CHECK(cudaStreamWaitEvent(s, e, 0)); }       // what the stream does next waits for the event
 inline void stream_delay(Stream s, int microseconds) {                                         // for tests of the order between streams
-    CUDA_CHECK(cudaLaunchHostFunc(s, [](void* us) { std::this_thread::sleep_for(std::chrono::microseconds((intptr_t)us)); }, (void*)(intptr_t)microseconds));
+    const auto wait = [](void* us) { std::this_thread::sleep_for(std::chrono::microseconds((intptr_t)us)); };
+    CUDA_CHECK(cudaLaunchHostFunc(s, wait, (void*)(intptr_t)microseconds));
 }
 struct Timer { cudaEvent_t event; };                                                           // a mark in a stream, with the time it was passed at
 inline Timer timer_create() { Timer t; CUDA_CHECK(cudaEventCreate(&t.event)); return t; }
@@ -258,7 +262,9 @@ template <int BYTES> __device__ inline void copy_async(uint32_t to, const void* 
     if constexpr (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(live ? 16 : 0) : "memory");
     else asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(to), "l"(from), "r"(live ? BYTES : 0), "n"(BYTES) : "memory");
 }
-template <int BYTES> __device__ inline void copy_async(void* to, const void* from, bool live = true) { copy_async<BYTES>(shared_address(to), from, live); }
+template <int BYTES> __device__ inline void copy_async(void* to, const void* from, bool live = true) {
+    copy_async<BYTES>(shared_address(to), from, live);
+}
 __device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING = 0> __device__ inline void copy_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 

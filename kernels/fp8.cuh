@@ -140,7 +140,8 @@ template <class X> __global__ void column_maxima_kernel(uint32_t* partial, const
 
 // A tile of 128 rows x 64 columns of w becomes 64 rows of 128 bytes of q (K,N)
 constexpr int TURN_ROWS = 128, TURN_COLUMNS = 64;
-template <class X> __global__ void __launch_bounds__(256) quantise_columns_kernel(Quantised out, const X* w, const uint32_t* partial, int64_t N, int64_t K) {
+template <class X> __global__ void __launch_bounds__(256)
+quantise_columns_kernel(Quantised out, const X* w, const uint32_t* partial, int64_t N, int64_t K) {
     __shared__ uint8_t tile[TURN_COLUMNS][TURN_ROWS + 4];
     __shared__ float inverse[TURN_COLUMNS];
     const int64_t first_column = blockIdx.x * TURN_COLUMNS, first_row = blockIdx.y * TURN_ROWS;

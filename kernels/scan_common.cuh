@@ -103,7 +103,9 @@ template <bool VEC, class X> __device__ inline void scan_store(X* row, int i, in
             if (i + k < limit) row[i + k] = v[k];
     }
 }
-template <class X> __device__ inline float4 scan_floats(const Vec<X, 4>& v) { return make_float4(to_float(v[0]), to_float(v[1]), to_float(v[2]), to_float(v[3])); }
+template <class X> __device__ inline float4 scan_floats(const Vec<X, 4>& v) {
+    return make_float4(to_float(v[0]), to_float(v[1]), to_float(v[2]), to_float(v[3]));
+}
 
 // B (first 4 threads of 8) or C (last 4) of one step of the tile and one group of states, for the first 128 threads
 template <bool VEC, class X> __device__ inline Vec<X, 4> scan_load_bc(const ScanInput<X>& p, int64_t sequence, int64_t tile, int group) {
@@ -204,7 +206,8 @@ scan_segment_kernel(float* end, float* time, const X* dout, ScanInput<X> p, int 
 
 // In place: end of segment -> what the segment starts from. A thread is one state of one channel of one sequence.
 template <bool REVERSE>
-__global__ void scan_chain_kernel(float* end, const float* time, const float* h_in, const float* A_log, int64_t B, int64_t segments, int e, int N, int Np) {
+__global__ void scan_chain_kernel(float* end, const float* time, const float* h_in, const float* A_log, int64_t B, int64_t segments, int e,
+                                  int N, int Np) {
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= B * e * Np) return;
     const int n = (int)(i % Np);
@@ -220,12 +223,14 @@ __global__ void scan_chain_kernel(float* end, const float* time, const float* h_
 }
 
 template <class X, bool VEC, bool REVERSE>
-void scan_chain_segments(float* end, float* time, const float* h_in, const X* dout, const ScanInput<X>& p, int B, const ScanSegments& segments, Stream stream) {
+void scan_chain_segments(float* end, float* time, const float* h_in, const X* dout, const ScanInput<X>& p, int B,
+                         const ScanSegments& segments, Stream stream) {
     const int Np = scan_padded(p.N), groups = Np / SCAN_GROUP;
     const dim3 grid((unsigned)ceil_div(p.e, SCAN_CHANNELS), (unsigned)B, (unsigned)((segments.count - 1) * groups));
     scan_segment_kernel<X, VEC, REVERSE><<<grid, SCAN_CHANNELS * SCAN_LANES, 0, stream>>>(end, time, dout, p, groups);
     LAUNCH_CHECK();
-    scan_chain_kernel<REVERSE><<<(unsigned)ceil_div((int64_t)B * p.e * Np, 256), 256, 0, stream>>>(end, time, h_in, p.A_log, B, segments.count, p.e, p.N, Np);
+    const unsigned blocks = (unsigned)ceil_div((int64_t)B * p.e * Np, 256);
+    scan_chain_kernel<REVERSE><<<blocks, 256, 0, stream>>>(end, time, h_in, p.A_log, B, segments.count, p.e, p.N, Np);
     LAUNCH_CHECK();
 }
 
@@ -271,7 +276,8 @@ __device__ inline void scan_add_parameters(float* dA_log, float* dD, float* ddt_
     dD[channel] += sum_D;
     ddt_bias[channel] += sum_bias;
 }
-template <class X> __global__ void __launch_bounds__(SCAN_ADD_THREADS) scan_add_kernel(X* dbc, int64_t lddbc, float* dA_log, float* dD, float* ddt_bias, ScanSums s) {
+template <class X> __global__ void __launch_bounds__(SCAN_ADD_THREADS)
+scan_add_kernel(X* dbc, int64_t lddbc, float* dA_log, float* dD, float* ddt_bias, ScanSums s) {
     if (blockIdx.x < s.dbc_blocks) scan_add_dbc(dbc, lddbc, s, blockIdx.x * (int64_t)SCAN_ADD_THREADS + threadIdx.x);
     else scan_add_parameters(dA_log, dD, ddt_bias, s, (blockIdx.x - s.dbc_blocks) * (int64_t)SCAN_ADD_THREADS + threadIdx.x);
 }
