@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(SWIGLU_ROW_THREADS) swiglu_forward_row_kernel(
             words[i] = words_of(out);
             halves = larger_halves(halves, words[i]);
         }
-        const uint32_t most = block_most<SWIGLU_ROW_THREADS / WARP>(halves);
+        const uint32_t most = row_most<SWIGLU_ROW_THREADS / WARP>(halves);
         const float inverse = inverse_scale(most);
         if (threadIdx.x == 0) copy.scale[row] = scale_of(most);
 #pragma unroll
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(SWIGLU_ROW_THREADS) swiglu_backward_row_kernel
             words[0][i] = words_of(dgate), words[1][i] = words_of(dup);
             halves = larger_halves(larger_halves(halves, words[0][i]), words[1][i]);
         }
-        const uint32_t most = block_most<SWIGLU_ROW_THREADS / WARP>(halves);
+        const uint32_t most = row_most<SWIGLU_ROW_THREADS / WARP>(halves);
         const float inverse = inverse_scale(most);
         if (threadIdx.x == 0) copy.scale[row] = scale_of(most);
 #pragma unroll
