@@ -123,7 +123,6 @@ template <int NT> struct Linear {
     // The scan's step of a tile's channels: 4 lanes a channel of a sequence. dt_proj's sums: sum(slot, b)
     template <class Sum> __device__ void scan(unsigned state, int first, int n, const Operands& o, Sum sum) const {
         constexpr int TASKS = 2 * NT;                       // of a thread: one channel, several sequences
-        constexpr float LOG2E = 1.44269504f;
         const unsigned bytes = n * a.N * 4;
         const int sub = threadIdx.x % 4, r = threadIdx.x / 4 % TILE, c = first + r, b0 = threadIdx.x / (4 * TILE);
         float dt[TASKS], y[TASKS] = {};

@@ -1,5 +1,6 @@
 // What differs between a GPU and a CPU build, and nothing else: memory, streams, error checks, the working precision
-// `floatX`, and (GPU only) vector loads and reductions. samba.cuh and train_samba.cu contain no #ifdef because of this file.
+// `floatX`, and (GPU only) what many kernels use: vector loads, copies, reductions, the sigmoid. Because of this file samba.cuh and
+// train_samba.cu contain no #ifdef.
 //
 //   build                  macro         floatX           Stream
 //   make                   -             __nv_bfloat16    cudaStream_t
