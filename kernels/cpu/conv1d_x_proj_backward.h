@@ -13,7 +13,8 @@ inline size_t x_proj_conv_backward_workspace(int B, int64_t T, int e, int /*K*/)
 template <class R>
 void x_proj_conv_backward(Matmul& matmul, R* dx /*(B,T,e), row stride lddx*/, int64_t lddx, R* dw_x /*(K,e)*/,
                           bool accumulate /*dw_x += or dw_x =*/, R* dw /*(e,4) +=*/, R* db /*(e) +=*/,
-                          R* du /*(B,T,e): the scan's; overwritten*/, const R* dx_dbl /*(B,T,K)*/, std::type_identity_t<const R*> w_x /*(K,e)*/, const R* u /*(B,T,e)*/, const R* x /*(B,T,e), row stride ldx*/, int64_t ldx,
+                          R* du /*(B,T,e): the scan's; overwritten*/, const R* dx_dbl /*(B,T,K)*/,
+                          std::type_identity_t<const R*> w_x /*(K,e)*/, const R* u /*(B,T,e)*/, const R* x /*(B,T,e), row stride ldx*/, int64_t ldx,
                           const std::type_identity_t<R>* halo_in /*(B,3,e) or null*/, const R* w, const R* b, void* workspace, int B, int64_t T,
                           int e, int K, Stream stream = {}) {
     const int64_t BT = B * T;
