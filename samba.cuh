@@ -630,7 +630,7 @@ inline size_t Activations::workspace_bytes(const Layout& layout) const {
     for (const Layer& layer : layout.layers) {
         for (const LargeWeights& w : large_weights(c, layer))
             if (fp8) need(ops::quantise_columns_workspace(w.N, w.K));
-        if (layer.kind == Kind::mamba) need(ops::conv1d_backward_workspace((int)B, T, c.d_inner()));
+        if (layer.kind == Kind::mamba) need(ops::x_proj_conv_backward_workspace((int)B, T, c.d_inner(), c.dt_rank() + 2 * c.d_state));
         if (layer.kind == Kind::attention) need(ops::attention_backward_workspace((int)B, T, c.n_head, c.n_kv_head, c.head_dim, layer.window));
     }
     return most;
@@ -923,10 +923,8 @@ inline void mamba_backward(Pass& p, const Layer& layer, LayerActivations& a, con
     ops::matmul_wgrad(m.matmul, w.grad(t.out_proj), dy, d, a.out, e, BT, d, e, p.add, stream);
     ops::matmul_dgrad(m.matmul, a.dx_dbl, R2N, a.ddt, e, w(t.dt_proj), BT, e, R, false, stream);                             // (B,T,R)
     ops::matmul_wgrad(m.matmul, w.grad(t.dt_proj), a.ddt, e, a.x_dbl, R2N, BT, e, R, p.add, stream);
-    ops::matmul_dgrad(m.matmul, a.du, e, a.dx_dbl, R2N, w(t.x_proj), BT, R2N, e, true, stream);                              // du +=
-    ops::matmul_wgrad(m.matmul, w.grad(t.x_proj), a.dx_dbl, R2N, a.u, e, BT, R2N, e, p.add, stream);
-    ops::conv1d_backward(a.d_in, 2 * e, w.grad(t.conv_w), w.grad(t.conv_b), a.du, a.xz, 2 * e, halo_in, w(t.conv_w), w(t.conv_b),
-                         workspace, B, T, e, stream);                                                                        // dx
+    ops::x_proj_conv_backward(m.matmul, a.d_in, 2 * e, w.grad(t.x_proj), p.add, w.grad(t.conv_w), w.grad(t.conv_b), a.du, a.dx_dbl, w(t.x_proj), a.u,
+                              a.xz, 2 * e, halo_in, w(t.conv_w), w(t.conv_b), workspace, B, T, e, R2N, stream);              // dx
     ops::matmul_dgrad(m.matmul, a.dn, d, a.d_in, 2 * e, p.weights(t.in_proj), BT, 2 * e, d, false, stream);                  // (B,T,d)
     ops::matmul_wgrad(m.matmul, w.grad(t.in_proj), a.d_in, 2 * e, a.n, d, BT, 2 * e, d, p.add, stream);
     ops::rmsnorm_backward(m.acts.dx, p.dx_sum, w.grad(t.norm), a.dn, a.n, x, a.rstd, w(t.norm), workspace, BT, d, stream);   // dx +=

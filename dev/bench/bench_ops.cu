@@ -23,7 +23,7 @@ static void bench_mamba(const Shape& s) {
     Rotating<float> conv_w(e * 4, 1, 0.5f), vector(e, 1, 0.5f), A_log(e * s.N, 1, 1.f), D(e, 1), dt_bias(e, 1, 4.f), grad(e * s.N, 1, 0.f);
     std::vector<void*> states(COPIES);
     for (auto& p : states) p = device_alloc(gpu::selective_scan_saved(s.B, s.T, e, s.N), "states");
-    void* workspace = device_alloc(std::max(gpu::selective_scan_workspace(s.B, s.T, e, s.N), gpu::conv1d_backward_workspace(s.B, s.T, e)), "workspace");
+    void* workspace = device_alloc(std::max(gpu::selective_scan_workspace(s.B, s.T, e, s.N), gpu::x_proj_conv_backward_workspace(s.B, s.T, e, R2N)), "workspace");
     floatX* no_halo = nullptr;
     float* no_h = nullptr;
     const double e_bytes = (double)BT * e * X;
@@ -39,6 +39,13 @@ static void bench_mamba(const Shape& s) {
     print_row("conv1d backward", time_ms([&](int i) {
         gpu::conv1d_backward(dxz[i], 2 * e, grad[0], grad[0], du[i], xz[i], 2 * e, no_halo, conv_w[0], vector[0], workspace, s.B, s.T, e, 0);
     }), 3 * e_bytes);
+    Rotating<floatX> w_x((int64_t)R2N * e, 1, 0.02f);
+    Rotating<float> dw_x((int64_t)R2N * e, 1, 0.f);
+    gpu::Matmul matmul;
+    print_row("x_proj and conv1d backward", time_ms([&](int i) {
+        gpu::x_proj_conv_backward(matmul, dxz[i], 2 * e, dw_x[0], false, grad[0], grad[0], du[i], dx_dbl[i], w_x[0], u[i], xz[i], 2 * e, no_halo, conv_w[0],
+                                  vector[0], workspace, s.B, s.T, e, R2N, 0);
+    }), 3 * e_bytes, 4.0 * BT * e * R2N);
     for (void* p : states) cudaFree(p);
     cudaFree(workspace);
 }
