@@ -10,12 +10,14 @@
 //   forward    Three warps of the first warpgroup finish it from shared memory, where the other two put it, rounded, before they go on with the
 //              next one: the tensor cores hardly wait.
 //   backward   The two warpgroups do it. Four more stages, 64 columns each, bring a and b, and da and db take their places (and h the third).
-//              TMA stores them from there, while the next tile's stages are filled. (Finished beside the tensor cores, like forward, it took 14.3 ms
-//              a step of Samba-421M on an H200 for 9.4; 12.0 where forward left h's derivatives, so that no more than two products an element
-//              were to be made. Not the arithmetic, then; what it is was not found.)
+//              One thread of the first warpgroup has TMA store them from there, while the next columns are made and the next tile's stages are
+//              filled. (Finished beside the tensor cores, like forward, it took 14.3 ms a step of Samba-421M on an H200 for 9.4; 12.0 where
+//              forward left h's derivatives, so that no more than two products an element were to be made. Not the arithmetic, then; what it is
+//              was not found.)
 //
 // Flops, Samba-421M (M 32768, d 1536, F 4096): forward 825 GFLOP, 0.83 ms at the nominal 989 TFLOP/s; backward 412, 0.42 ms. Bytes: forward
 // M (2 d + 6 F) + 4 d F = 0.93 GB, 0.31 ms at 3 TB/s; backward M (2 d + 8 F) + 2 d F = 1.19 GB, 0.40 ms.
+// Clocks of a backward tile on an H100: 24,600 of products, 6,500 of what follows, of which special functions (two an element, 16 a clock) 4,100.
 // In a training step on an H200: forward 1.23 ms, cuBLASLt's product and the pass 1.33 (the product alone 1.14); backward 0.78, product and
 // pass 0.90.
 #pragma once
@@ -33,14 +35,15 @@ constexpr int GEMM_CHUNKS = GEMM_N / 64;                                  // of 
 constexpr int SLAB = 64 * GEMM_M * 2;                                     // bytes of these: 128 rows of 128 bytes
 constexpr int GEMM_FINISHERS = 3;                                         // warps that finish a tile of forward
 
-// Shared memory: the stages, forward also a tile's results, barriers
+// Shared memory: the stages, forward also a tile's results, barriers: a stage's, a result's
 template <bool BACKWARD> struct GemmShared {
     static constexpr int STAGES = BACKWARD ? 4 : 3, RESULT = STAGES * GEMM_STAGE, BARRIERS = RESULT + (BACKWARD ? 0 : GEMM_CHUNKS * SLAB);
-    static constexpr int BYTES = BARRIERS + (2 * STAGES + 2) * 8;
+    static constexpr int BYTES = BARRIERS + (2 * STAGES + (BACKWARD ? GEMM_CHUNKS : 2)) * 8;
     uint32_t stages, result, barriers;                                    // addresses
     __device__ explicit GemmShared(uint32_t at) : stages(at), result(at + RESULT), barriers(at + BARRIERS) {}
     __device__ uint32_t result_full() const { return barriers + 2 * STAGES * 8; }
     __device__ uint32_t result_empty() const { return result_full() + 8; }
+    __device__ uint32_t made(int chunk) const { return barriers + (2 * STAGES + chunk) * 8; }
     // The 16 bytes `chunk` of a row of the result
     __device__ uint32_t place(int row, int chunk) const { return result + chunk / 8 * SLAB + row * 128 + ((chunk % 8) ^ (row % 8)) * 16; }
 };
@@ -111,6 +114,17 @@ __device__ inline GemmTile gemm_tile(const GemmSize& s, int n) {
 }
 __device__ inline int gemm_tiles(const GemmSize& s) { return (s.row_tiles + GEMM_CLUSTER - 1) / GEMM_CLUSTER * s.column_tiles; }
 
+// Backward. Clusters in step load a and b, and store, all at once: more than memory gives, and the products wait for it too (34,300 clocks a tile
+// on an H100). So those that have a tile less than others start later, evenly over the time of a tile: 31,300, and nothing is lost.
+// Forward's stores have the time of the next tile, and it gains nothing.
+__device__ inline void start_later(const GemmSize& s) {
+    const int cluster = blockIdx.x / GEMM_CLUSTER, clusters = gridDim.x / GEMM_CLUSTER, one_more = gemm_tiles(s) % clusters;
+    if (one_more == 0 || cluster < one_more) return;
+    const int tile_clocks = s.k_steps * (GEMM_M * GEMM_N * GEMM_K * 2 / 4096) + 7000;       // of products at full speed, of what follows
+    const int64_t start = clock64(), delay = (int64_t)tile_clocks * cluster / clusters;
+    while (clock64() - start < delay) __nanosleep(100);
+}
+
 // The stages as one goes round them
 template <bool BACKWARD> struct Turn {
     using Shared = GemmShared<BACKWARD>;
@@ -119,6 +133,10 @@ template <bool BACKWARD> struct Turn {
     __device__ uint32_t full(const Shared& shared) const { return shared.barriers + stage * 8; }
     __device__ uint32_t empty(const Shared& shared) const { return shared.barriers + (Shared::STAGES + stage) * 8; }
     __device__ void next() { if (++stage == Shared::STAGES) stage = 0, parity ^= 1; }
+    // By one thread for a warpgroup: it needs the stage no more
+    __device__ void release(const Shared& shared) const {
+        for (int rank = 0; rank < GEMM_CLUSTER; rank++) arrive_at(empty(shared), rank);
+    }
 };
 
 // right: forward (2F, d), 128 rows of w1 from one block and the same of w2 from the other; backward (d, F), two slabs of 64 x 64 from each
@@ -127,6 +145,7 @@ __device__ inline void gemm_produce(const GemmShared<BACKWARD>& shared, const CU
                                     const GemmSize& s) {
     const int rank = cluster_rank();
     Turn<BACKWARD> turn;
+    if (BACKWARD) start_later(s);
     for (int n = blockIdx.x / GEMM_CLUSTER; n < gemm_tiles(s); n += gridDim.x / GEMM_CLUSTER) {
         const GemmTile tile = gemm_tile(s, n);
         for (int k = 0; k < s.k_steps; k++, turn.next()) {
@@ -160,12 +179,8 @@ template <bool BACKWARD> struct GemmConsumer {
     Turn<BACKWARD> turn;
 
     __device__ GemmConsumer(const GemmShared<BACKWARD>& shared, const GemmSize& s) : shared(shared), s(s) {}
-    __device__ void release(const Turn<BACKWARD>& t) const {             // by one thread of the warpgroup
-        if (threadIdx.x % WARPGROUP == 0)
-            for (int rank = 0; rank < GEMM_CLUSTER; rank++) arrive_at(t.empty(shared), rank);
-    }
-    // meanwhile(): while the first step runs
-    template <class F> __device__ void multiply(float (&c)[128], F meanwhile) {
+    __device__ void release(const Turn<BACKWARD>& t) const { if (threadIdx.x % WARPGROUP == 0) t.release(shared); }
+    __device__ void multiply(float (&c)[128]) {
         Turn<BACKWARD> before;
         for (int k = 0; k < s.k_steps; k++, turn.next()) {
             barrier_wait(turn.full(shared), turn.parity);
@@ -178,8 +193,6 @@ template <bool BACKWARD> struct GemmConsumer {
             if (k > 0) {                                                 // the step before is done
                 wgmma_wait<1>();
                 release(before);
-            } else {
-                meanwhile();
             }
             before = turn;
         }
@@ -210,7 +223,7 @@ struct SwigluForwardConsumer : GemmConsumer<false> {
         int parity = 1;
         for (int n = blockIdx.x / GEMM_CLUSTER; n < gemm_tiles(s); n += gridDim.x / GEMM_CLUSTER, parity ^= 1) {
             float c[128];
-            multiply(c, [] {});
+            multiply(c);
             barrier_wait(shared.result_empty(), parity);
             hand_over(c);
         }
@@ -258,16 +271,6 @@ __device__ inline SwigluGradient swiglu_gradient(float dh, float a, float b) {
 
 template <bool MAKE_H> struct SwigluBackwardConsumer : GemmConsumer<true> {
     using GemmConsumer::GemmConsumer;
-    const CUtensorMap *dgate_up, *h;                                     // boxes of 64 rows
-    Turn<true> last;                                                     // the stage from which the tile before is being stored,
-    bool storing = false;                                                // if there is one
-
-    __device__ void release_last() {
-        if (!storing) return;
-        if (threadIdx.x % WARPGROUP == 0) matrix_store_wait<0>();
-        release(last);
-        storing = false;
-    }
     __device__ uint32_t place(int i) const { return turn.at(shared) + row * 128 + ((2 * i + half) ^ (row % 8)) * 16; }   // of 16 columns 16 i ..
 
     // 64 columns of dh: results take their places in the stage
@@ -289,39 +292,43 @@ template <bool MAKE_H> struct SwigluBackwardConsumer : GemmConsumer<true> {
             if (MAKE_H) store_blocks(place(i) + 2 * SLAB, out);
         }
     }
-    __device__ void store(int column, int row_of_tile) const {           // by one thread: 64 columns of the warpgroup's 64 rows
-        const uint32_t from = turn.at(shared) + consumer * 64 * 128;
-        const int at = row_of_tile + consumer * 64;
-        matrix_store(dgate_up, from, column, at);
-        matrix_store(dgate_up, from + SLAB, s.F + column, at);
-        if (MAKE_H) matrix_store(h, from + 2 * SLAB, column, at);
-        tma_store_commit();
-    }
-    __device__ void finish(const float (&c)[128], const GemmTile& tile) {
-#pragma unroll
-        for (int j = 0; j < GEMM_CHUNKS; j++, turn.next()) {
-            barrier_wait(turn.full(shared), turn.parity);
-            differentiate(c + 32 * j);
-            fence_async();
-            named_sync(3 + consumer, WARPGROUP);
-            if (threadIdx.x % WARPGROUP == 0) {
-                store(tile.column * GEMM_N + j * 64, tile.row);
-                if (j > 0) matrix_store_wait<1>();                       // the chunk before has been read
-            }
-            if (j > 0) release(last);
-            last = turn, storing = true;
-        }
-    }
     __device__ void run() {
         for (int n = blockIdx.x / GEMM_CLUSTER; n < gemm_tiles(s); n += gridDim.x / GEMM_CLUSTER) {
             float c[128];
-            multiply(c, [this] { release_last(); });
-            finish(c, gemm_tile(s, n));
+            multiply(c);
+#pragma unroll
+            for (int j = 0; j < GEMM_CHUNKS; j++, turn.next()) {
+                barrier_wait(turn.full(shared), turn.parity);
+                differentiate(c + 32 * j);
+                fence_async();                                           // TMA will read it
+                __syncwarp();
+                if (lane == 0) barrier_arrive(shared.made(j));
+            }
         }
-        release_last();
-        if (threadIdx.x % WARPGROUP == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
     }
 };
+
+// By one thread: 64 columns that were made leave, and their stage is free again
+template <bool MAKE_H>
+__device__ inline void store_backward(const GemmShared<true>& shared, const CUtensorMap* dgate_up, const CUtensorMap* h, const GemmSize& s) {
+    Turn<true> turn;
+    int parity = 0;
+    for (int n = blockIdx.x / GEMM_CLUSTER; n < gemm_tiles(s); n += gridDim.x / GEMM_CLUSTER, parity ^= 1) {
+        const GemmTile tile = gemm_tile(s, n);
+        turn.stage = (turn.stage + s.k_steps) % GemmShared<true>::STAGES;
+        for (int j = 0; j < GEMM_CHUNKS; j++, turn.next()) {
+            const int column = tile.column * GEMM_N + j * 64;
+            barrier_wait(shared.made(j), parity);
+            matrix_store(dgate_up, turn.at(shared), column, tile.row);
+            matrix_store(dgate_up, turn.at(shared) + SLAB, s.F + column, tile.row);
+            if (MAKE_H) matrix_store(h, turn.at(shared) + 2 * SLAB, column, tile.row);
+            tma_store_commit();
+            matrix_store_wait<0>();
+            for (int warpgroup = 0; warpgroup < 2; warpgroup++) turn.release(shared);
+        }
+    }
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
 #endif // SAMBA_SM90A_CODE
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
@@ -340,21 +347,25 @@ swiglu_gemm_kernel(const __grid_constant__ CUtensorMap left, const __grid_consta
     if (threadIdx.x == 0) {
         for (int i = 0; i < Shared::STAGES; i++)
             barrier_init(shared.barriers + i * 8, 1), barrier_init(shared.barriers + (Shared::STAGES + i) * 8, 2 * GEMM_CLUSTER);
-        barrier_init(shared.result_full(), 2 * WARPGROUP / WARP), barrier_init(shared.result_empty(), GEMM_FINISHERS);
+        if constexpr (BACKWARD)
+            for (int j = 0; j < GEMM_CHUNKS; j++) barrier_init(shared.made(j), 2 * WARPGROUP / WARP);
+        else
+            barrier_init(shared.result_full(), 2 * WARPGROUP / WARP), barrier_init(shared.result_empty(), GEMM_FINISHERS);
         barrier_init_done();
     }
     cluster_sync();
     if (threadIdx.x < WARPGROUP) {
         registers_down<BACKWARD ? 40 : 152>();
         if (threadIdx.x == 0) gemm_produce<BACKWARD>(shared, &left, &right, &in, s);
-        if constexpr (!BACKWARD)
+        if constexpr (BACKWARD) {
+            if (threadIdx.x == WARP) store_backward<MAKE_H>(shared, &out, &h_map, s);
+        } else {
             if (threadIdx.x >= WARP) finish_forward(shared, &out, h, s);
+        }
     } else {
         registers_up<BACKWARD ? 232 : 176>();
         if constexpr (BACKWARD) {
-            SwigluBackwardConsumer<MAKE_H> consumer(shared, s);
-            consumer.dgate_up = &out, consumer.h = &h_map;
-            consumer.run();
+            SwigluBackwardConsumer<MAKE_H>(shared, s).run();
         } else {
             SwigluForwardConsumer(shared, s).run();
         }
@@ -395,8 +406,8 @@ inline void swiglu_gemm_forward(bf16* h, bf16* gate_up, const bf16* n, const bf1
 inline void swiglu_gemm_backward(bf16* dgate_up, bf16* h, const bf16* dy, const bf16* w3, const bf16* gate_up, int64_t M, int F, int d,
                                  Stream stream) {
     const CUtensorMap left = matrix_map(dy, M, d, GEMM_M), right = matrix_map(w3, d, F, GEMM_K);
-    const CUtensorMap in = matrix_map(gate_up, M, 2 * (int64_t)F, GEMM_M), out = matrix_map(dgate_up, M, 2 * (int64_t)F, 64);
-    if (h) launch_swiglu_gemm<true, true>(left, right, in, out, matrix_map(h, M, F, 64), nullptr, M, F, d, stream);
+    const CUtensorMap in = matrix_map(gate_up, M, 2 * (int64_t)F, GEMM_M), out = matrix_map(dgate_up, M, 2 * (int64_t)F, GEMM_M);
+    if (h) launch_swiglu_gemm<true, true>(left, right, in, out, matrix_map(h, M, F, GEMM_M), nullptr, M, F, d, stream);
     else launch_swiglu_gemm<true, false>(left, right, in, out, out, nullptr, M, F, d, stream);
 }
 
