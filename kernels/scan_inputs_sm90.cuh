@@ -56,28 +56,36 @@ __device__ inline void wgmma_rows(float (&c)[32], const uint32_t (&a)[4], uint64
 }
 __device__ inline float2 two_floats(uint32_t v) { return make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u)); }
 
+// A tile's walks over the channels, 64 at a time, start at different ones: blocks that run side by side write to different parts of rows.
+struct InputsWalk {
+    int e, c;
+    __device__ InputsWalk(int tile, int e) : e(e), c(tile % (e / INPUTS_CHANNELS) * INPUTS_CHANNELS) {}
+    __device__ void next() { c = c + INPUTS_CHANNELS == e ? 0 : c + INPUTS_CHANNELS; }
+};
+
 // By one thread: the stages of every tile of the block, in order
 template <int R> __device__ inline void inputs_produce(const Ring<InputsShared<R>::STAGES>& ring, const InputsMaps& maps, const InputsArgs& p) {
     using S = InputsShared<R>;
     Cursor<S::STAGES> cursor;
     for (int tile = blockIdx.x; tile < p.B * p.tiles; tile += gridDim.x) {
         const int b = tile / p.tiles, t = tile % p.tiles * INPUTS_ROWS;
+        InputsWalk at(tile, p.e);
 #pragma unroll 1
-        for (int c = 0; c < p.e; c += INPUTS_CHANNELS, cursor.next()) {
+        for (int i = 0; i < p.e; i += INPUTS_CHANNELS, cursor.next(), at.next()) {
             const uint32_t to = cursor.tile(ring), full = cursor.full_bar(ring);
             cursor.wait_empty(ring);
             barrier_expect(full, S::STAGE_BYTES);
-            tma_load(to + S::X, &maps.x, full, c, 0, t - CONV_HALO, b);                              // rows before the sequence read as zeros
-            tma_load(to, &maps.w_x, full, c, 0, 0, 0);
-            bulk_load(to + S::TAPS, p.w + (int64_t)c * CONV_WIDTH, INPUTS_CHANNELS * CONV_WIDTH * 4, full);
-            bulk_load(to + S::BIASES, p.b + c, INPUTS_CHANNELS * 4, full);
+            tma_load(to + S::X, &maps.x, full, at.c, 0, t - CONV_HALO, b);                           // rows before the sequence read as zeros
+            tma_load(to, &maps.w_x, full, at.c, 0, 0, 0);
+            bulk_load(to + S::TAPS, p.w + (int64_t)at.c * CONV_WIDTH, INPUTS_CHANNELS * CONV_WIDTH * 4, full);
+            bulk_load(to + S::BIASES, p.b + at.c, INPUTS_CHANNELS * 4, full);
         }
 #pragma unroll 1
-        for (int c = 0; c < p.e; c += INPUTS_CHANNELS, cursor.next()) {
+        for (int i = 0; i < p.e; i += INPUTS_CHANNELS, cursor.next(), at.next()) {
             cursor.wait_empty(ring);
             barrier_expect(cursor.full_bar(ring), S::R_SLABS * 64 * 128);
             for (int slab = 0; slab < S::R_SLABS; slab++)
-                tma_load(cursor.tile(ring) + slab * 64 * 128, &maps.w_dt, cursor.full_bar(ring), slab * 64, 0, c, 0);
+                tma_load(cursor.tile(ring) + slab * 64 * 128, &maps.w_dt, cursor.full_bar(ring), slab * 64, 0, at.c, 0);
         }
     }
 }
@@ -107,17 +115,16 @@ template <int R> struct InputsConsumer {
     // u of 64 channels from c on. A warp: 16 tokens, which are rows 3 .. 18 from its first row of x on
     __device__ void convolve(int to, int c) const {
         const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP % 4;
-        const unsigned char *stage = sm90_shared + now.stage * S::STAGE, *in = stage + S::X + (group * 64 + warp * 16) * 128;
+        unsigned char *stage = sm90_shared + now.stage * S::STAGE, *in = stage + S::X + (group * 64 + warp * 16) * 128;
         const float4 w0 = ((const float4*)(stage + S::TAPS))[2 * lane], w1 = ((const float4*)(stage + S::TAPS))[2 * lane + 1];
         const float2 bias = ((const float2*)(stage + S::BIASES))[lane];
         const auto place = [&](int row) { return row * 128 + ((lane / 4) ^ row % 8) * 16 + lane % 4 * 4; };     // of the lane's channels
         // All rows are read before the first is written: the compiler, to whom both may be the same, would work on one after the other
+        if (t == 0 && warp == 0 && p.halo)                               // the rows before the sequence, each lane what it will read
+            for (int i = 0; i < CONV_HALO; i++) *(uint32_t*)(in + place(i)) = *(const uint32_t*)(p.halo + ((int64_t)b * CONV_HALO + i) * p.e + c + 2 * lane);
         uint32_t x[16 + CONV_HALO], u[16];
 #pragma unroll
         for (int i = 0; i < 16 + CONV_HALO; i++) x[i] = *(const uint32_t*)(in + place(i));
-        if (t == 0 && warp == 0 && p.halo)
-#pragma unroll
-            for (int i = 0; i < CONV_HALO; i++) x[i] = *(const uint32_t*)(p.halo + ((int64_t)b * CONV_HALO + i) * p.e + c + 2 * lane);
 #pragma unroll
         for (int i = 0; i < 16; i++) {
             const float2 x0 = two_floats(x[i]), x1 = two_floats(x[i + 1]), x2 = two_floats(x[i + 2]), x3 = two_floats(x[i + 3]);
@@ -146,15 +153,15 @@ template <int R> struct InputsConsumer {
         hold(x_dbl);
         last.release(ring), last.next();
     }
-    __device__ void make_u(float (&x_dbl)[32 * S::BUFFERS]) {
-        for (int c = 0; c < p.e; c += INPUTS_CHANNELS, now.next()) {
+    __device__ void make_u(float (&x_dbl)[32 * S::BUFFERS], InputsWalk& at) {
+        for (int i = 0; i < p.e; i += INPUTS_CHANNELS, now.next(), at.next()) {
             const int u = buffer(written++ % 2);
             now.wait_full(ring);
-            convolve(u, c);
+            convolve(u, at.c);
             publish();
-            if (c > 0) finish_product(x_dbl);
+            if (i > 0) finish_product(x_dbl);
             multiply_u(x_dbl, u);
-            if (leader()) store(maps.u, u, c), tma_store_commit();
+            if (leader()) store(maps.u, u, at.c), tma_store_commit();
         }
         finish_product(x_dbl);
     }
@@ -182,33 +189,35 @@ template <int R> struct InputsConsumer {
         now.next();
     }
     // dt's way to memory, when no more than PENDING later products are under way
-    template <int PENDING> __device__ void finish(float (&dt)[32], int c) {
+    template <int PENDING> __device__ void finish(float (&dt)[32], InputsWalk& at) {
         wgmma_wait<PENDING>();
         hold(dt);
         last.release(ring), last.next();
         const int to = buffer(written++ % 2);
         stage_rows<64>(sm90_shared + to, dt, {1.f, 1.f});
         publish();
-        if (leader()) store(maps.dt, to, c), tma_store_commit();
+        if (leader()) store(maps.dt, to, at.c), tma_store_commit();
+        at.next();
     }
-    __device__ void make_dt(uint32_t (&low)[R / 16][4]) {
-        for (int c = 0; c < p.e; c += 2 * INPUTS_CHANNELS) {
+    __device__ void make_dt(uint32_t (&low)[R / 16][4], InputsWalk& at) {
+        for (int i = 0; i < p.e; i += 2 * INPUTS_CHANNELS) {
             float dt[2][32];
             multiply(dt[0], low);
             multiply(dt[1], low);
-            finish<1>(dt[0], c);
-            finish<0>(dt[1], c + INPUTS_CHANNELS);
+            finish<1>(dt[0], at);
+            finish<0>(dt[1], at);
         }
     }
     __device__ void run() {
         for (int tile = blockIdx.x; tile < p.B * p.tiles; tile += gridDim.x) {
             b = tile / p.tiles, t = tile % p.tiles * INPUTS_ROWS + group * 64;
             float x_dbl[32 * S::BUFFERS] = {};
-            make_u(x_dbl);
+            InputsWalk at(tile, p.e);
+            make_u(x_dbl, at);
             store_x_dbl(x_dbl);
             uint32_t low[R / 16][4];
             pack_operand(low, *reinterpret_cast<float (*)[R / 2]>(x_dbl));
-            make_dt(low);
+            make_dt(low, at);
         }
         if (leader()) tma_store_wait();
     }
@@ -256,7 +265,7 @@ inline int processors_here() {
 // And is it faster than the separate operations? A block's time does not depend on how many there are: they must fill their last round.
 inline bool scan_inputs_fill(int B, int64_t T) {
     const int64_t tiles = B * ceil_div(T, INPUTS_ROWS), processors = processors_here();
-    return tiles >= 0.8 * (double)round_up(tiles, processors);
+    return tiles >= 0.7 * (double)round_up(tiles, processors);
 }
 
 template <int R> void launch_scan_inputs(const InputsMaps& maps, const InputsArgs& args, Stream stream) {
