@@ -885,9 +885,9 @@ inline void mamba_inner(Pass& p, const Layer& layer, LayerActivations& a, const 
     const Weights in_proj = p.weights(t.in_proj).with_input_made();
     if (make.cheap) ops::rmsnorm_forward(a.n, a.rstd, x, m.w(t.norm), BT, d, c.norm_eps, stream, in_proj.input);             // (B,T,d)
     if (make.dear) ops::matmul_forward(m.matmul, a.xz, 2 * e, a.n, d, in_proj, BT, 2 * e, d, stream);                        // (B,T,2e) x|z
-    if (make.cheap) ops::conv1d_forward(a.u, halo_out, a.xz, 2 * e, halo_in, m.w(t.conv_w), m.w(t.conv_b), B, T, e, stream); // (B,T,e)
-    if (make.dear) ops::matmul_forward(m.matmul, a.x_dbl, R2N, a.u, e, m.w(t.x_proj), BT, R2N, e, stream);                   // (B,T,R+2N) dt|B|C
-    if (make.cheap) ops::matmul_forward(m.matmul, a.dt, e, a.x_dbl, R2N, m.w(t.dt_proj), BT, e, R, stream);                  // (B,T,e)
+    if (make.cheap)
+        ops::scan_inputs_forward(m.matmul, a.u, a.x_dbl, a.dt, halo_out, a.xz, 2 * e, halo_in, m.w(t.conv_w), m.w(t.conv_b), m.w(t.x_proj),
+                                 m.w(t.dt_proj), !make.dear, B, T, e, R, N, stream);                 // (B,T,e), (B,T,R+2N) dt|B|C, (B,T,e)
     if (make.dear)
         ops::selective_scan_forward(a.out, a.states, h_out, a.u, a.dt, a.x_dbl + R, R2N, a.xz + e, 2 * e, m.w(t.A_log), m.w(t.D),
                                     m.w(t.dt_bias), h_in, m.acts.workspace, B, T, e, N, stream);                             // (B,T,e)

@@ -20,6 +20,7 @@
 #include "cpu/matmul_swiglu.h"
 #include "cpu/rmsnorm.h"
 #include "cpu/rope.h"
+#include "cpu/scan_inputs.h"
 #include "cpu/selective_scan.h"
 #include "cpu/swiglu.h"
 
@@ -41,6 +42,7 @@ namespace ops = cpu;
 #include "matmul_swiglu.cuh"
 #include "rmsnorm.cuh"
 #include "rope.cuh"
+#include "scan_inputs.cuh"
 #include "selective_scan.cuh"
 #include "swiglu.cuh"
 namespace ops = gpu;
