@@ -16,12 +16,13 @@ inline void scan_inputs_forward(Matmul& matmul, floatX* u /*(B,T,e)*/, floatX* x
                                 const floatX* w_x /*(R+2N,e)*/, const floatX* w_dt /*(e,R)*/, bool keep_x_dbl, int B, int64_t T, int e, int R, int N,
                                 Stream stream) {
     const int64_t tokens = B * T, columns = R + 2 * N;
-    if (sizeof(floatX) == 2 && sm90::scan_inputs_takes({u, x_dbl, dt, x, halo_in, w, b, w_x, w_dt}, ldx, B, T, e, R, N) && sm90::scan_inputs_fill(B, T)) {
+    const bool takes = sizeof(floatX) == 2 && sm90::scan_inputs_takes({u, x_dbl, dt, x, halo_in, w, b, w_x, w_dt}, ldx, B, T, e, R, N);
+    if (takes && sm90::scan_inputs_fill(B, T)) {
         const double bytes = BYTES * (3.0 * tokens * e + (double)tokens * columns + (double)(columns + R) * e);
         const Operation op("conv1d, x_proj, dt_proj", bytes, 2.0 * tokens * e * (columns + R), stream);
         using sm90::bf16;                                                     // which floatX is here; the float build must compile this too
-        sm90::scan_inputs((bf16*)u, (bf16*)x_dbl, (bf16*)dt, (const bf16*)x, ldx, (const bf16*)halo_in, w, b, (const bf16*)w_x, (const bf16*)w_dt, B, T,
-                          e, R, stream);
+        sm90::scan_inputs((bf16*)u, (bf16*)x_dbl, (bf16*)dt, (const bf16*)x, ldx, (const bf16*)halo_in, w, b, (const bf16*)w_x, (const bf16*)w_dt,
+                          B, T, e, R, stream);
         conv1d_halo(halo_out, x, ldx, halo_in, B, T, e, stream);
         return;
     }

@@ -8,7 +8,7 @@
 //   make_u    A stage is 131 rows of x, the channels' taps and their columns of w_x. A warp makes u of 16 tokens, a lane two channels of it, into
 //             a buffer in shared memory. From there TMA stores it, and wgmma multiplies it: x_dbl adds up in registers.
 //   make_dt   A stage is rows of w_dt. x_dbl, rounded, is in registers the left factor; dt leaves through the same buffers.
-// In each of the two walks a warpgroup's product runs while it makes the next u, and both walks wait for memory most of the time.
+// A product runs while its warpgroup makes the next u, or stores the dt before.
 //
 // Bytes: 6 per (t,c), 0.604 GB at 32768 x 3072, 0.201 ms at 3.0 TB/s (H100), 0.144 at 4.2 (H200); apart they are 10. The weights, read once by
 // every block, come from L2. 2 e (C + R) flops a token, 45 GFLOP: 0.046 ms. Two special functions per (t,c): 0.054 ms.
@@ -56,10 +56,11 @@ __device__ inline void wgmma_rows(float (&c)[32], const uint32_t (&a)[4], uint64
 }
 __device__ inline float2 two_floats(uint32_t v) { return make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u)); }
 
-// A tile's walks over the channels, 64 at a time, start at different ones: blocks that run side by side write to different parts of rows.
+// The walk over the channels of tokens t .., 64 at a time. Tiles start at different channels, so that blocks which run side by side read and write
+// different parts of rows: 5% faster. Where a tile starts depends on t alone: equal sequences have equal bits.
 struct InputsWalk {
     int e, c;
-    __device__ InputsWalk(int tile, int e) : e(e), c(tile % (e / INPUTS_CHANNELS) * INPUTS_CHANNELS) {}
+    __device__ InputsWalk(int t, int e) : e(e), c(t / INPUTS_ROWS % (e / INPUTS_CHANNELS) * INPUTS_CHANNELS) {}
     __device__ void next() { c = c + INPUTS_CHANNELS == e ? 0 : c + INPUTS_CHANNELS; }
 };
 
@@ -69,7 +70,7 @@ template <int R> __device__ inline void inputs_produce(const Ring<InputsShared<R
     Cursor<S::STAGES> cursor;
     for (int tile = blockIdx.x; tile < p.B * p.tiles; tile += gridDim.x) {
         const int b = tile / p.tiles, t = tile % p.tiles * INPUTS_ROWS;
-        InputsWalk at(tile, p.e);
+        InputsWalk at(t, p.e);
 #pragma unroll 1
         for (int i = 0; i < p.e; i += INPUTS_CHANNELS, cursor.next(), at.next()) {
             const uint32_t to = cursor.tile(ring), full = cursor.full_bar(ring);
@@ -119,9 +120,11 @@ template <int R> struct InputsConsumer {
         const float4 w0 = ((const float4*)(stage + S::TAPS))[2 * lane], w1 = ((const float4*)(stage + S::TAPS))[2 * lane + 1];
         const float2 bias = ((const float2*)(stage + S::BIASES))[lane];
         const auto place = [&](int row) { return row * 128 + ((lane / 4) ^ row % 8) * 16 + lane % 4 * 4; };     // of the lane's channels
+        if (t == 0 && warp == 0 && p.halo) {                             // the rows before the sequence: each lane what it will read
+            const bf16* from = p.halo + (int64_t)b * CONV_HALO * p.e + c + 2 * lane;
+            for (int i = 0; i < CONV_HALO; i++) *(uint32_t*)(in + place(i)) = *(const uint32_t*)(from + (int64_t)i * p.e);
+        }
         // All rows are read before the first is written: the compiler, to whom both may be the same, would work on one after the other
-        if (t == 0 && warp == 0 && p.halo)                               // the rows before the sequence, each lane what it will read
-            for (int i = 0; i < CONV_HALO; i++) *(uint32_t*)(in + place(i)) = *(const uint32_t*)(p.halo + ((int64_t)b * CONV_HALO + i) * p.e + c + 2 * lane);
         uint32_t x[16 + CONV_HALO], u[16];
 #pragma unroll
         for (int i = 0; i < 16 + CONV_HALO; i++) x[i] = *(const uint32_t*)(in + place(i));
@@ -143,7 +146,8 @@ template <int R> struct InputsConsumer {
 #pragma unroll
         for (int k = 0; k < 4; k++) {
             wgmma_rows(*reinterpret_cast<float (*)[64]>(x_dbl), left + 2 * k, right + 2 * k);
-            if constexpr (S::BUFFERS == 3) wgmma_rows(*reinterpret_cast<float (*)[32]>(x_dbl + 64), left + 2 * k, right + 128 * 128 / 16 + 2 * k);
+            if constexpr (S::BUFFERS == 3)                               // columns 128 ..
+                wgmma_rows(*reinterpret_cast<float (*)[32]>(x_dbl + 64), left + 2 * k, right + 128 * 128 / 16 + 2 * k);
         }
         wgmma_commit();
         hold(x_dbl);
@@ -212,7 +216,7 @@ template <int R> struct InputsConsumer {
         for (int tile = blockIdx.x; tile < p.B * p.tiles; tile += gridDim.x) {
             b = tile / p.tiles, t = tile % p.tiles * INPUTS_ROWS + group * 64;
             float x_dbl[32 * S::BUFFERS] = {};
-            InputsWalk at(tile, p.e);
+            InputsWalk at(t, p.e);
             make_u(x_dbl, at);
             store_x_dbl(x_dbl);
             uint32_t low[R / 16][4];
@@ -246,7 +250,7 @@ inline CUtensorMap sequences_map(const bf16* p, int B, int64_t T, int columns, i
     const CUresult status = encode_tiled()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<bf16*>(p), sizes, strides, box, steps,
                                            CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                                            CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (status != CUDA_SUCCESS) fail("scan inputs: cuTensorMapEncodeTiled says %d for B %d, T %lld, %d columns", (int)status, B, (long long)T, columns);
+    if (status != CUDA_SUCCESS) fail("scan inputs: cuTensorMapEncodeTiled says %d for %d x %lld x %d", (int)status, B, (long long)T, columns);
     return map;
 }
 
@@ -262,7 +266,7 @@ inline int processors_here() {
     CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
     return processors;
 }
-// And is it faster than the separate operations? A block's time does not depend on how many there are: they must fill their last round.
+// And is it faster than the separate operations? A round of blocks takes as long with few as with all: the last round must be full enough.
 inline bool scan_inputs_fill(int B, int64_t T) {
     const int64_t tiles = B * ceil_div(T, INPUTS_ROWS), processors = processors_here();
     return tiles >= 0.7 * (double)round_up(tiles, processors);
@@ -279,8 +283,9 @@ inline void scan_inputs(bf16* u /*(B,T,e)*/, bf16* x_dbl /*(B,T,C)*/, bf16* dt /
                         const bf16* halo /*(B,3,e) or null*/, const float* w /*(e,4)*/, const float* b /*(e)*/, const bf16* w_x /*(C,e)*/,
                         const bf16* w_dt /*(e,R)*/, int B, int64_t T, int e, int R, Stream stream) {
     const int C = R + 2 * INPUTS_STATES;
-    const InputsMaps maps{sequences_map(x, B, T, e, ldx, INPUTS_X_ROWS), sequences_map(u, B, T, e, e, 64), sequences_map(x_dbl, B, T, C, C, 64),
-                          sequences_map(dt, B, T, e, e, 64), sequences_map(w_x, 1, C, e, e, (int)round_up(C, 64)), sequences_map(w_dt, 1, e, R, R, 64)};
+    const InputsMaps maps{.x = sequences_map(x, B, T, e, ldx, INPUTS_X_ROWS), .u = sequences_map(u, B, T, e, e, 64),
+                          .x_dbl = sequences_map(x_dbl, B, T, C, C, 64), .dt = sequences_map(dt, B, T, e, e, 64),
+                          .w_x = sequences_map(w_x, 1, C, e, e, (int)round_up(C, 64)), .w_dt = sequences_map(w_dt, 1, e, R, R, 64)};
     const InputsArgs args{halo, w, b, B, e, (int)ceil_div(T, INPUTS_ROWS)};
     switch (R) {
     case 64: return launch_scan_inputs<64>(maps, args, stream);

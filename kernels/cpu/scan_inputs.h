@@ -8,10 +8,11 @@ namespace cpu {
 
 // keep_x_dbl: x_dbl is there already, as an earlier call made it
 template <class T>
-void scan_inputs_forward(Matmul& matmul, T* u /*(B,T,e)*/, T* x_dbl /*(B,T,R+2N)*/, T* dt /*(B,T,e)*/, std::type_identity_t<T>* halo_out /*(B,3,e) or null*/,
-                         const T* x /*(B,T,e), row stride ldx*/, int64_t ldx, const std::type_identity_t<T>* halo_in /*(B,3,e) or null*/,
-                         const T* w /*(e,4)*/, const T* b /*(e)*/, const T* w_x /*(R+2N,e)*/, const T* w_dt /*(e,R)*/, bool keep_x_dbl, int B, int64_t length,
-                         int e, int R, int N, Stream stream = {}) {
+void scan_inputs_forward(Matmul& matmul, T* u /*(B,length,e)*/, T* x_dbl /*(B,length,R+2N)*/, T* dt /*(B,length,e)*/,
+                         std::type_identity_t<T>* halo_out /*(B,3,e) or null*/, const T* x /*(B,length,e), row stride ldx*/, int64_t ldx,
+                         const std::type_identity_t<T>* halo_in /*(B,3,e) or null*/, const T* w /*(e,4)*/, const T* b /*(e)*/,
+                         const T* w_x /*(R+2N,e)*/, const T* w_dt /*(e,R)*/, bool keep_x_dbl, int B, int64_t length, int e, int R, int N,
+                         Stream stream = {}) {
     const int64_t tokens = B * length, columns = R + 2 * N;
     conv1d_forward(u, halo_out, x, ldx, halo_in, w, b, B, length, e, stream);
     if (!keep_x_dbl) matmul_forward(matmul, x_dbl, columns, u, e, w_x, tokens, (int)columns, e, stream);
