@@ -3,8 +3,8 @@
 //   dWx (+)= dx_dbl^T u                                          (K,B,T) (B,T,e)
 //   dx, dw, db of the convolution from du                        conv1d.cuh
 // Each of the three reads or writes arrays of (B,T,e) and little else. On Hopper in bf16 they are one kernel, which makes s and u again from
-// x and keeps du in registers; elsewhere, and for sizes that it does not take (T, e, K or row strides no multiples of 8, K > 256), they are two
-// products of cuBLASLt and a pass over memory.
+// x and keeps du in registers; elsewhere, and for sizes that it does not take (T, K or row strides no multiples of 8, e none of 64, K > 256), they
+// are two products of cuBLASLt and a pass over memory.
 // Bytes per (t,c): 6 (du, x, dx) instead of 12; flops 4 K and 30. At 32768 x 3072, K = 128: 0.60 GB, floor 0.201 ms at 3.0 TB/s (H100).
 #pragma once
 #include "conv1d.cuh"
@@ -37,15 +37,16 @@ struct XProjConv {
     __host__ __device__ int64_t first_block(int64_t column) const { return column * all_tiles / share; }
     __host__ __device__ int64_t last_block(int64_t column) const { return ((column + 1) * all_tiles - 1) / share; }
 };
-// As boxes of 64 columns: of 32 rows of dx_dbl, of 3 and of 8 rows of x, of 8 rows of du, of K rows of Wx
-struct XProjConvMaps { CUtensorMap dx_dbl, x_before, x, du, w_x; };
+// As boxes of 64 columns: of 32 rows of dx_dbl, of K rows of Wx; as boxes of 64 columns for each warpgroup: of 8 rows of x and of du
+struct XProjConvMaps { CUtensorMap dx_dbl, x, du, w_x; };
 
-// A stage is a tile of dx_dbl, in the form of hopper.cuh, and for each warpgroup x and du: rows of 128 bytes, eight and a gap of two, so that the
-// rows 8q + r of a warp lie in different banks. In front of x, where rows 5 to 7 of eight more were, the three rows before the tile.
+// A stage is a tile of dx_dbl, in the form of hopper.cuh, and x and du in rows of 128 bytes: eight for each warpgroup, and a gap of two, so that the
+// rows 8q + r of a warp lie in different banks. x has the eight rows before the tile, too.
 template <int KP, int GROUPS, int STAGES> struct XProjConvShared {
-    static constexpr int PITCH = 10 * 128, X_BEFORE = 5 * 128, X = PITCH, DU = X + 4 * PITCH, GROUP = 11 * 1024;
-    static constexpr int DX_DBL_BYTES = KP * X_PROJ_CONV_ROWS * 2, STAGE = DX_DBL_BYTES + GROUPS * GROUP;
-    static constexpr int LOADED = DX_DBL_BYTES + GROUPS * (2 * X_PROJ_CONV_ROWS + CONV_HALO) * 128;
+    static constexpr int PITCH = (8 * GROUPS + 2) * 128, BOX = GROUPS * 8 * 128;
+    static constexpr int X = KP * X_PROJ_CONV_ROWS * 2, DU = X + 4 * PITCH, STAGE = DU + 4 * PITCH + BOX;     // DU: where rows before the tile were
+    static constexpr int LOADED = KP * X_PROJ_CONV_ROWS * 2 + 9 * BOX;
+    static_assert((DU - X) % 1024 == 0 && STAGE % 1024 == 0);
     static constexpr int W_X = STAGES * STAGE, DX = W_X + GROUPS * KP * 128;                         // dx: 1 KB a warp
     static constexpr int BARRIERS = DX + GROUPS * 4 * 1024, WEIGHT_BARRIERS = BARRIERS + 2 * STAGES * 8, BYTES = WEIGHT_BARRIERS + 16;
 #ifdef SAMBA_SM90A_CODE
@@ -55,9 +56,16 @@ template <int KP, int GROUPS, int STAGES> struct XProjConvShared {
 };
 
 #ifdef SAMBA_SM90A_CODE
-__device__ inline void tma_load(uint32_t to, const CUtensorMap* map, uint32_t bar, int column, int row, int sequence) {
-    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %6, %4, %6, %5}], [%2];"
-                 ::"r"(to), "l"(map), "r"(bar), "r"(column), "r"(row), "r"(sequence), "r"(0) : "memory");
+// By a whole warp, whose lanes all give the same: the operands are in uniform registers then. One lane, `chosen`, does it
+__device__ inline void tma_load(bool chosen, uint32_t to, const CUtensorMap* map, uint32_t bar, int column, int row, int sequence, int group = 0) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %7, 0;\n"
+                 "@p cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, 0, %4, %6, %5}], [%2];\n}"
+                 ::"r"(to), "l"(map), "r"(bar), "r"(column), "r"(row), "r"(sequence), "r"(group), "r"((int)chosen) : "memory");
+}
+__device__ inline bool choose_lane() {
+    uint32_t chosen;
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(chosen));
+    return chosen;
 }
 // c (64, 32) += a b, a along columns, b along rows
 __device__ inline void wgmma_mixed(float (&c)[16], uint64_t a, uint64_t b) {
@@ -102,29 +110,25 @@ struct TileWalk {
 template <int KP, int GROUPS, int STAGES>
 __device__ inline void x_proj_conv_produce(const XProjConv& p, const XProjConvMaps& maps, const Ring<STAGES>& ring, int64_t n, int64_t end) {
     using Shared = XProjConvShared<KP, GROUPS, STAGES>;
+    const bool chosen = choose_lane();
     const Ring<1> weights = Shared::weights(ring.tiles);
     Cursor<1> weights_cursor;
     for (Cursor<STAGES> cursor; n < end; weights_cursor.next()) {
         TileWalk walk(p, n, end);
         weights_cursor.wait_empty(weights);
-        barrier_expect(weights_cursor.full_bar(weights), GROUPS * KP * 128);
-        const int first_channel = (int)walk.column * GROUPS * 64;
+        if (chosen) barrier_expect(weights_cursor.full_bar(weights), GROUPS * KP * 128);
+        const int first_group = (int)walk.column * GROUPS;
         for (int group = 0; group < GROUPS; group++)
-            tma_load(weights.tiles + group * KP * 128, &maps.w_x, weights_cursor.full_bar(weights), first_channel + group * 64, 0, 0);
+            tma_load(chosen, weights.tiles + group * KP * 128, &maps.w_x, weights_cursor.full_bar(weights), (first_group + group) * 64, 0, 0);
         for (n += walk.own(); walk.count > 0; walk.back(), cursor.next()) {
             cursor.wait_empty(ring);
             const uint32_t bar = cursor.full_bar(ring), stage = cursor.tile(ring);
             const int t = walk.tile * X_PROJ_CONV_ROWS, sequence = (int)walk.sequence;
-            barrier_expect(bar, Shared::LOADED);
-            for (int k = 0; k < KP; k += 64) tma_load(stage + k * X_PROJ_CONV_ROWS * 2, &maps.dx_dbl, bar, k, t / 8, sequence);
-            for (int group = 0; group < GROUPS; group++) {
-                const uint32_t to = stage + Shared::DX_DBL_BYTES + group * Shared::GROUP;
-                const int channel = first_channel + group * 64;
-                tma_load(to + Shared::X_BEFORE, &maps.x_before, bar, channel, t - CONV_HALO, sequence);
-                for (int r = 0; r < 4; r++) {
-                    tma_load(to + Shared::X + r * Shared::PITCH, &maps.x, bar, channel, t + 8 * r, sequence);
-                    tma_load(to + Shared::DU + r * Shared::PITCH, &maps.du, bar, channel, t + 8 * r, sequence);
-                }
+            if (chosen) barrier_expect(bar, Shared::LOADED);
+            for (int k = 0; k < KP; k += 64) tma_load(chosen, stage + k * X_PROJ_CONV_ROWS * 2, &maps.dx_dbl, bar, k, t / 8, sequence);
+            for (int r = -1; r < 4; r++) {
+                tma_load(chosen, stage + Shared::X + (r + 1) * Shared::PITCH, &maps.x, bar, 0, t + 8 * r, sequence, first_group);
+                if (r >= 0) tma_load(chosen, stage + Shared::DU + (r + 1) * Shared::PITCH, &maps.du, bar, 0, t + 8 * r, sequence, first_group);
             }
         }
     }
@@ -163,8 +167,8 @@ template <int KP, int GROUPS, int STAGES> struct XProjConvConsumer {
     }
     // Of the warp's 8 channels `half` of a tile's row -8 <= row < 32 of x
     __device__ uint32_t x_place(int row, int half) const {
-        const int at = (row + 8) / 8 * 10 + (row + 8) % 8, chunk = warp % 4 * 2 + half;
-        return Shared::DX_DBL_BYTES + warp / 4 * Shared::GROUP + at * 128 + (chunk ^ at % 8) * 16;
+        const int at = (row + 8) / 8 * (8 * GROUPS + 2) + warp / 4 * 8 + (row + 8) % 8, chunk = warp % 4 * 2 + half;
+        return Shared::X + at * 128 + (chunk ^ at % 8) * 16;
     }
     __device__ int channel_of(int c) const { return channel + 8 * c + g; }
 
@@ -411,10 +415,10 @@ x_proj_conv_kernel(const __grid_constant__ XProjConv p, const __grid_constant__ 
     int64_t n = blockIdx.x * p.share;
     const int64_t end = min(n + p.share, p.columns * p.all_tiles);
     if (threadIdx.x < WARPGROUP) {
-        registers_down<24>();
-        if (threadIdx.x == 0) x_proj_conv_produce<KP, GROUPS, STAGES>(p, maps, ring, n, end);
+        registers_down<40>();
+        if (threadIdx.x < WARP) x_proj_conv_produce<KP, GROUPS, STAGES>(p, maps, ring, n, end);
     } else {
-        registers_up<GROUPS == 2 ? 240 : 232>();
+        registers_up<GROUPS == 2 ? 232 : 216>();
         XProjConvConsumer<KP, GROUPS, STAGES> consumer(p, ring);
         while (n < end) {
             const TileWalk walk(p, n, end);
@@ -454,7 +458,7 @@ inline size_t x_proj_conv_workspace(int e, int K) {
 
 // Do the kernels take these sizes and addresses (null: not given) on this GPU?
 inline bool x_proj_conv_usable(std::initializer_list<const void*> arrays, int64_t lddx, int64_t ldx, int64_t T, int e, int K) {
-    return conv_vectors(arrays, {e, lddx, ldx, K, T}, 8) && K <= 256 && T < (int64_t)1 << 30 && usable();
+    return conv_vectors(arrays, {lddx, ldx, K, T}, 8) && e % 64 == 0 && K <= 256 && T < (int64_t)1 << 30 && usable();
 }
 
 // An array as boxes: 64 columns, then dimensions of sizes[] elements, strides[] elements apart, `box` of each
@@ -469,9 +473,13 @@ inline CUtensorMap box_map(const bf16* p, int columns, const int64_t (&sizes)[4]
     if (status != CUDA_SUCCESS) fail("x_proj and conv1d backward: cuTensorMapEncodeTiled says %d", (int)status);
     return map;
 }
-// (B,T,columns) in rows of ld, as boxes of `rows`
-inline CUtensorMap row_map(const bf16* p, int columns, int64_t ld, int64_t T, int B, int rows) {
-    return box_map(p, columns, {1, T, 1, B}, {ld, ld, ld, T * ld}, {1, rows, 1, 1});
+// (B,T,e) in rows of ld, as boxes of 8 rows of 64 columns for each of `groups`
+inline CUtensorMap group_map(const bf16* p, int e, int64_t ld, int64_t T, int B, int groups) {
+    return box_map(p, 64, {1, T, e / 64, B}, {ld, ld, 64, T * ld}, {1, 8, groups, 1});
+}
+// Wx (K,e) as boxes of all rows
+inline CUtensorMap w_x_map(const bf16* p, int K, int e) {
+    return box_map(p, e, {1, K, 1, 1}, {e, e, e, e}, {1, (int)round_up(K, 64), 1, 1});
 }
 // dx_dbl (B,T,K): row 8q + 2j + i is (i, q, j), which is the order of a box's rows
 inline CUtensorMap x_dbl_map(const bf16* p, int K, int64_t T, int B) {
@@ -480,8 +488,8 @@ inline CUtensorMap x_dbl_map(const bf16* p, int K, int64_t T, int B) {
 
 inline void x_proj_conv(float* dw_x, bool accumulate, float* dw, float* db, XProjConv p, const bf16* du, const bf16* dx_dbl, const bf16* w_x,
                         const bf16* x, int64_t ldx, void* workspace, int B, Stream stream) {
-    const XProjConvMaps maps{x_dbl_map(dx_dbl, p.width, p.T, B), row_map(x, p.e, ldx, p.T, B, CONV_HALO), row_map(x, p.e, ldx, p.T, B, 8),
-                             row_map(du, p.e, p.e, p.T, B, 8), row_map(w_x, p.e, p.e, p.width, 1, (int)round_up(p.width, 64))};
+    const XProjConvMaps maps{x_dbl_map(dx_dbl, p.width, p.T, B), group_map(x, p.e, ldx, p.T, B, X_PROJ_CONV_GROUPS),
+                             group_map(du, p.e, p.e, p.T, B, X_PROJ_CONV_GROUPS), w_x_map(w_x, p.width, p.e)};
     p.columns = (int)ceil_div(p.e, 64 * X_PROJ_CONV_GROUPS), p.part = (float*)workspace;
     p.tiles = ceil_div(p.T, X_PROJ_CONV_ROWS), p.all_tiles = B * p.tiles, p.share = ceil_div(p.columns * p.all_tiles, scan_processors());
     const auto launch = [&]<int KP>() {
