@@ -233,7 +233,8 @@ bench: ## A training step of Samba-421M and 1.3B: tokens/s, share of the peak, m
 profile: ## Nsight Systems on a few steps, a range for each layer and operation (MODEL=, MICRO_BATCH=): build/profile.nsys-rep
 	@command -v nsys >/dev/null || { echo "error: nsys is missing: install NVIDIA Nsight Systems"; exit 1; }
 	@$(MAKE) --no-print-directory $(BUILD)/train_samba
-	nsys profile --trace cuda,nvtx --force-overwrite true --output build/profile $(BUILD)/train_samba bench --model $(MODEL) --micro-batch $(MICRO_BATCH) --graphs off --repeats 2 --accumulate 1
+	nsys profile --trace cuda,nvtx --force-overwrite true --output build/profile $(BUILD)/train_samba bench \
+	    --model $(MODEL) --micro-batch $(MICRO_BATCH) --graphs off --repeats 2 --accumulate 1
 
 # TORCH_PYTHON: one that has PyTorch, mamba_ssm and causal_conv1d
 TORCH_PYTHON ?= python3
@@ -289,6 +290,6 @@ bench-prepare: setup ## Tokens/s and memory of data.prepare on 1 GB, beside a pl
 
 .PHONY: help
 help: ## This list
-	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@sed -n '3,7s/^#  /  /p' $(firstword $(MAKEFILE_LIST))

@@ -214,7 +214,8 @@ inline Config config_from_json(const nlohmann::json& j, const std::string& sourc
         c.rope = !j.value("nope", false);
         c.init = j.value("mamba_init", true) || j.value("mamba", false) ? InitFamily::samba : InitFamily::llama;
         c.tied = j.value("tied", c.init == InitFamily::samba);
-        c.vocab_size = j.contains("padded_vocab_size") && !j["padded_vocab_size"].is_null() ? j["padded_vocab_size"].get<int>() : j.value("vocab_size", 32000);
+        const bool padded = j.contains("padded_vocab_size") && !j["padded_vocab_size"].is_null();
+        c.vocab_size = padded ? j["padded_vocab_size"].get<int>() : j.value("vocab_size", 32000);
         c.d_state = j.value("d_state", 16);
         c.norm_eps = j.value("norm_eps", 1e-5f);
         c.rope_base = j.value("rope_base", 10000.0);
@@ -350,7 +351,8 @@ private:
     }
 
 #define ADD_MATRIX(member, init, name, ...) t.member.at = add(true,  prefix + name, init, {__VA_ARGS__});
-#define ADD_VECTOR(member, init, name, ...) t.member.at = add(false, std::string(name) == NORM ? norm + ".weight" : prefix + name, init, {__VA_ARGS__});
+#define ADD_VECTOR(member, init, name, ...) \
+    t.member.at = add(false, std::string(name) == NORM ? norm + ".weight" : prefix + name, init, {__VA_ARGS__});
     static constexpr const char* NORM = "";              // the layer's norm, whose name depends on the kind of block
 
     void add_network() {
@@ -417,7 +419,9 @@ private:
 };
 
 // "mamba of block 0"
-inline std::string layer_name(const Layout& layout, size_t l) { return std::string(kind_name(layout.layers[l].kind)) + " of block " + std::to_string(layout.layers[l].block); }
+inline std::string layer_name(const Layout& layout, size_t l) {
+    return std::string(kind_name(layout.layers[l].kind)) + " of block " + std::to_string(layout.layers[l].block);
+}
 
 // The weights of a layer's large products, (N,K): those that --matmul fp8 multiplies in 8 bits, where N and K are multiples of 16. x_proj and
 // dt_proj are bound by memory, the head decides on the loss: they stay in floatX.
@@ -626,7 +630,7 @@ inline size_t Activations::workspace_bytes(const Layout& layout) const {
     for (const Layer& layer : layout.layers) {
         for (const LargeWeights& w : large_weights(c, layer))
             if (fp8) need(ops::quantise_columns_workspace(w.N, w.K));
-        if (layer.kind == Kind::mamba) need(ops::conv1d_backward_workspace((int)B, T, c.d_inner()));
+        if (layer.kind == Kind::mamba) need(ops::x_proj_conv_backward_workspace((int)B, T, c.d_inner(), c.dt_rank() + 2 * c.d_state));
         if (layer.kind == Kind::attention) need(ops::attention_backward_workspace((int)B, T, c.n_head, c.n_kv_head, c.head_dim, layer.window));
     }
     return most;
@@ -802,7 +806,8 @@ struct Model {
     Event uploaded, taken;                 // the tokens of the last upload have left the host's memory; have left acts.staged
     std::vector<MicroBatchGraph> graphs;
 
-    explicit Model(const Config& config) : layout(config), stream(stream_create()), copies(stream_create()), uploaded(event_create()), taken(event_create()) {}
+    explicit Model(const Config& config)
+        : layout(config), stream(stream_create()), copies(stream_create()), uploaded(event_create()), taken(event_create()) {}
     ~Model() {
         stream_sync(copies);
         stream_sync(stream);
@@ -880,9 +885,9 @@ inline void mamba_inner(Pass& p, const Layer& layer, LayerActivations& a, const 
     const Weights in_proj = p.weights(t.in_proj).with_input_made();
     if (make.cheap) ops::rmsnorm_forward(a.n, a.rstd, x, m.w(t.norm), BT, d, c.norm_eps, stream, in_proj.input);             // (B,T,d)
     if (make.dear) ops::matmul_forward(m.matmul, a.xz, 2 * e, a.n, d, in_proj, BT, 2 * e, d, stream);                        // (B,T,2e) x|z
-    if (make.cheap) ops::conv1d_forward(a.u, halo_out, a.xz, 2 * e, halo_in, m.w(t.conv_w), m.w(t.conv_b), B, T, e, stream); // (B,T,e)
-    if (make.dear) ops::matmul_forward(m.matmul, a.x_dbl, R2N, a.u, e, m.w(t.x_proj), BT, R2N, e, stream);                   // (B,T,R+2N) dt|B|C
-    if (make.cheap) ops::matmul_forward(m.matmul, a.dt, e, a.x_dbl, R2N, m.w(t.dt_proj), BT, e, R, stream);                  // (B,T,e)
+    if (make.cheap)
+        ops::scan_inputs_forward(m.matmul, a.u, a.x_dbl, a.dt, halo_out, a.xz, 2 * e, halo_in, m.w(t.conv_w), m.w(t.conv_b), m.w(t.x_proj),
+                                 m.w(t.dt_proj), !make.dear, B, T, e, R, N, stream);                 // (B,T,e), (B,T,R+2N) dt|B|C, (B,T,e)
     if (make.dear)
         ops::selective_scan_forward(a.out, a.states, h_out, a.u, a.dt, a.x_dbl + R, R2N, a.xz + e, 2 * e, m.w(t.A_log), m.w(t.D),
                                     m.w(t.dt_bias), h_in, m.acts.workspace, B, T, e, N, stream);                             // (B,T,e)
@@ -918,10 +923,8 @@ inline void mamba_backward(Pass& p, const Layer& layer, LayerActivations& a, con
     ops::matmul_wgrad(m.matmul, w.grad(t.out_proj), dy, d, a.out, e, BT, d, e, p.add, stream);
     ops::matmul_dgrad(m.matmul, a.dx_dbl, R2N, a.ddt, e, w(t.dt_proj), BT, e, R, false, stream);                             // (B,T,R)
     ops::matmul_wgrad(m.matmul, w.grad(t.dt_proj), a.ddt, e, a.x_dbl, R2N, BT, e, R, p.add, stream);
-    ops::matmul_dgrad(m.matmul, a.du, e, a.dx_dbl, R2N, w(t.x_proj), BT, R2N, e, true, stream);                              // du +=
-    ops::matmul_wgrad(m.matmul, w.grad(t.x_proj), a.dx_dbl, R2N, a.u, e, BT, R2N, e, p.add, stream);
-    ops::conv1d_backward(a.d_in, 2 * e, w.grad(t.conv_w), w.grad(t.conv_b), a.du, a.xz, 2 * e, halo_in, w(t.conv_w), w(t.conv_b),
-                         workspace, B, T, e, stream);                                                                        // dx
+    ops::x_proj_conv_backward(m.matmul, a.d_in, 2 * e, w.grad(t.x_proj), p.add, w.grad(t.conv_w), w.grad(t.conv_b), a.du, a.dx_dbl, w(t.x_proj), a.u,
+                              a.xz, 2 * e, halo_in, w(t.conv_w), w(t.conv_b), workspace, B, T, e, R2N, stream);              // dx
     ops::matmul_dgrad(m.matmul, a.dn, d, a.d_in, 2 * e, p.weights(t.in_proj), BT, 2 * e, d, false, stream);                  // (B,T,d)
     ops::matmul_wgrad(m.matmul, w.grad(t.in_proj), a.d_in, 2 * e, a.n, d, BT, 2 * e, d, p.add, stream);
     ops::rmsnorm_backward(m.acts.dx, p.dx_sum, w.grad(t.norm), a.dn, a.n, x, a.rstd, w(t.norm), workspace, BT, d, stream);   // dx +=
@@ -987,8 +990,8 @@ inline void mlp_inner(Pass& p, const Layer& layer, LayerActivations& a, const fl
     const int64_t BT = p.BT();
     const Weights w12 = p.weights(t.w1).with_input_made();
     const Quantised h_copy = p.weights(t.w3).input;
-    if (make.cheap) ops::rmsnorm_forward(a.n, a.rstd, x, m.w(t.norm), BT, d, m.config().norm_eps, m.stream, w12.input);      // (B,T,d)
-    if (make.dear) ops::matmul_swiglu_forward(m.matmul, a.out, a.gate_up, a.n, w12, BT, F, d, m.stream, h_copy);             // (B,T,F), (B,T,2F) w1|w2
+    if (make.cheap) ops::rmsnorm_forward(a.n, a.rstd, x, m.w(t.norm), BT, d, m.config().norm_eps, m.stream, w12.input);     // (B,T,d)
+    if (make.dear) ops::matmul_swiglu_forward(m.matmul, a.out, a.gate_up, a.n, w12, BT, F, d, m.stream, h_copy);            // (B,T,F), (B,T,2F) w1|w2
 }
 
 // x_norm: what the norm reads; x itself, but in a parallel block what the attention before it read.
@@ -1137,7 +1140,8 @@ inline void read_logits(Model& m, float* out, int64_t row, int64_t rows, int64_t
     std::vector<floatX> host(std::min(rows, acts.logit_rows) * V);
     for (int64_t done = 0; done < rows; done += acts.logit_rows) {
         const int64_t count = std::min(acts.logit_rows, rows - done);
-        ops::matmul_forward(m.matmul, acts.logits, V, acts.n_f + (row + done * stride) * d, stride * d, m.w(m.layout.network.head), count, V, d, m.stream);
+        const floatX* n_f = acts.n_f + (row + done * stride) * d;
+        ops::matmul_forward(m.matmul, acts.logits, V, n_f, stride * d, m.w(m.layout.network.head), count, V, d, m.stream);
         copy_to_host(host.data(), acts.logits, count * V * sizeof(floatX), m.stream);
         stream_sync(m.stream);
         for (int64_t i = 0; i < count * V; i++) out[done * V + i] = (float)host[i];
@@ -1147,7 +1151,9 @@ inline void read_logits(Model& m, float* out, int64_t row, int64_t rows, int64_t
 // The same, replayed as one graph; the first call with these arguments captures it. Every operation must have run once before
 // (rehearse() below): what a first call sets up cannot be captured. The hooks of other processes are no part of it.
 inline void forward_backward_graph(Model& m, int B, int64_t T, float weight, bool first) {
-    auto found = std::find_if(m.graphs.begin(), m.graphs.end(), [&](const MicroBatchGraph& g) { return g.B == B && g.T == T && g.weight == weight && g.first == first; });
+    auto found = std::find_if(m.graphs.begin(), m.graphs.end(), [&](const MicroBatchGraph& g) {
+        return g.B == B && g.T == T && g.weight == weight && g.first == first;
+    });
     prepare_rope(m, 0, T);                 // before the graph, not in it: a validation in between leaves another table
     if (found == m.graphs.end()) {
         const auto before = std::exchange(m.before_layer, nullptr), after = std::exchange(m.after_layer, nullptr);
@@ -1204,7 +1210,8 @@ inline void adamw(Model& m, const AdamW& options, bool decay_all) {
     AdamW vector_options = options;
     if (!decay_all) vector_options.weight_decay = 0;
     const auto update = [&](auto* working, Range r, const AdamW& how) {
-        ops::adamw_update(working, w.at(w.master, r.begin), w.at(w.m, r.begin), w.at(w.v, r.begin), w.grads + r.begin, m.acts.norm, r.size(), how, m.stream);
+        float *master = w.at(w.master, r.begin), *m1 = w.at(w.m, r.begin), *m2 = w.at(w.v, r.begin);
+        ops::adamw_update(working, master, m1, m2, w.grads + r.begin, m.acts.norm, r.size(), how, m.stream);
     };
     if (matrices.size()) update(w.matrices + matrices.begin, matrices, options);
     if (vectors.size()) update(w.vectors + (vectors.begin - w.n_matrix), vectors, vector_options);
@@ -1221,7 +1228,8 @@ inline void update(Model& m, const AdamW& options, float clip, bool decay_all) {
 inline void upload_tensor(Model& m, const Tensor& t, const float* values) {
     const int64_t flat = m.layout.flat(t);
     const Range own = m.w.own & Range{flat, flat + t.size};
-    if (m.w.master && own.size()) copy_to_device(m.w.at(m.w.master, own.begin), values + (own.begin - flat), (size_t)own.size() * sizeof(float), m.stream);
+    if (m.w.master && own.size())
+        copy_to_device(m.w.at(m.w.master, own.begin), values + (own.begin - flat), (size_t)own.size() * sizeof(float), m.stream);
     if (t.is_matrix) {
         std::vector<floatX> rounded(t.size);
 #pragma omp parallel for

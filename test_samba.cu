@@ -22,8 +22,9 @@ TEST(Configurations, ParameterCountsEqualTheSpecification) {
         {"llama-438m-swa-mqa6", 419206656}, {"llama-438m-swa-gqa2", 419206656}, {"llama-438m-swa-gqa4", 428643840}, {"llama-438m2k", 438081024},
         {"llama-438m8k-swa", 438081024}, {"llama-438m16k-swa", 438081024}, {"llama-438m32k-swa", 438081024}, {"llama-438m-swa-paral", 445536768},
         {"llama-438m-swa-8k4k", 445558272}, {"llama-438m-swa-8k2k", 445558272}, {"samba-421m", 421793280}, {"samba-421m-abl-mamba", 417240576},
-        {"mamba-swa-mlp-400m", 394999296}, {"samba-421m-nope", 421793280}, {"llama-449m-full-mamba-0", 449180160}, {"llama-449m-full-mamba-11", 449180160},
-        {"llama-449m-full-mamba-5", 449180160}, {"llama-443m-full-mamba-1-5", 443702784}, {"samba-421m-mqa", 424152576}, {"samba-421m-gqa4", 431230464},
+        {"mamba-swa-mlp-400m", 394999296}, {"samba-421m-nope", 421793280}, {"llama-449m-full-mamba-0", 449180160},
+        {"llama-449m-full-mamba-11", 449180160}, {"llama-449m-full-mamba-5", 449180160}, {"llama-443m-full-mamba-1-5", 443702784},
+        {"samba-421m-mqa", 424152576}, {"samba-421m-gqa4", 431230464},
         {"samba-421m-gqa2", 426511872}, {"samba-421m-mqa6", 426511872}, {"samba-421m-1k-window", 421793280}, {"samba-421m-512-window", 421793280},
         {"samba-1.3b", 1330207488}, {"samba-1.3b-nope", 1330207488}, {"samba-1.3b-abl-mamba", 1315982592}, {"mamba-swa-mlp-1.3b", 1239397632},
         {"llama-1.3b-swa", 1347842304}, {"llama-1.3b-swa-8k4k", 1347842304}, {"llama-1.3b-swa-8k2k", 1347842304}, {"llama-1.3b", 1347842304},
@@ -185,8 +186,8 @@ void run_golden(const std::string& path) {
         if (step < GOLDEN.norms) { EXPECT_LE(norm_error, GOLDEN.gradients) << path << ": gradient norm of step " << step; }
     }
     EXPECT_LE(worst_loss, GOLDEN.losses) << path << ": a loss of six AdamW steps";
-    printf("golden %-28s logits %.1e   gradients %.1e (%s)   six steps: losses %.1e, norms %.1e\n", std::filesystem::path(path).filename().c_str(), logit_error, worst,
-           worst_name.c_str(), worst_loss, worst_norm);
+    printf("golden %-28s logits %.1e   gradients %.1e (%s)   six steps: losses %.1e, norms %.1e\n",
+           std::filesystem::path(path).filename().c_str(), logit_error, worst, worst_name.c_str(), worst_loss, worst_norm);
 }
 
 TEST(Golden, FilesOfTheOfficialCode) {
@@ -291,10 +292,12 @@ TEST_P(EveryBlock, ChunksAndStepsEqualTheWhole) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Model, EveryBlock,
-                         testing::Values(std::tuple{"MS", true, true}, std::tuple{"MFM", true, false}, std::tuple{"PS", false, true}, std::tuple{"TT", true, true},
-                                         std::tuple{"mm", true, true}, std::tuple{"ss", true, true}, std::tuple{"SF", true, false}),
+                         testing::Values(std::tuple{"MS", true, true}, std::tuple{"MFM", true, false}, std::tuple{"PS", false, true},
+                                         std::tuple{"TT", true, true}, std::tuple{"mm", true, true}, std::tuple{"ss", true, true},
+                                         std::tuple{"SF", true, false}),
                          [](const auto& info) {
-                             return std::string(std::get<0>(info.param)) + (std::get<1>(info.param) ? "_rope" : "_nope") + (std::get<2>(info.param) ? "_tied" : "_untied");
+                             return std::string(std::get<0>(info.param)) + (std::get<1>(info.param) ? "_rope" : "_nope") +
+                                    (std::get<2>(info.param) ? "_tied" : "_untied");
                          });
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -60,7 +60,9 @@ struct TrainOptions {
 // Why --zero has no more levels: dev/scaling.md
 inline std::string refuse_zero(const std::string& level) {
     if (level == "0" || level == "1") return "";
-    if (level == "2") return "2 is not built: it would save 4 bytes a parameter and sum gradients in every micro-batch instead of once a step (dev/scaling.md); use --zero 1";
+    if (level == "2")
+        return "2 is not built: it would save 4 bytes a parameter and sum gradients in every micro-batch instead of once a step (dev/scaling.md); "
+               "use --zero 1";
     return level + " is neither 0 nor 1";
 }
 
@@ -84,9 +86,11 @@ inline void add_train_options(CLI::App& app, TrainOptions& o) {
     add_count(app, "--warmup-steps", o.warmup_steps, "Steps of linear warm-up; -1: one in a hundred");
     app.add_option("--schedule", o.schedule, "Learning rate after the warm-up; wsd is constant, then linear to --min-lr")
         ->check(CLI::IsMember({"cosine", "linear", "constant", "wsd"}))->capture_default_str();
-    app.add_option("--decay-fraction", o.decay_fraction, "Last part of the steps in which wsd decays")->check(CLI::Range(0.0, 1.0))->capture_default_str();
+    app.add_option("--decay-fraction", o.decay_fraction, "Last part of the steps in which wsd decays")
+        ->check(CLI::Range(0.0, 1.0))->capture_default_str();
     app.add_option("--weight-decay", o.weight_decay, "AdamW weight decay")->check(CLI::NonNegativeNumber)->capture_default_str();
-    app.add_option("--decay", o.decay, "Decay every parameter, as the reference does, or only matrices")->check(CLI::IsMember({"all", "matrices"}))->capture_default_str();
+    app.add_option("--decay", o.decay, "Decay every parameter, as the reference does, or only matrices")
+        ->check(CLI::IsMember({"all", "matrices"}))->capture_default_str();
     app.add_option("--beta1", o.beta1, "AdamW first moment")->check(CLI::Range(0.0, 0.999999))->capture_default_str();
     app.add_option("--beta2", o.beta2, "AdamW second moment")->check(CLI::Range(0.0, 0.99999999))->capture_default_str();
     app.add_option("--eps", o.eps, "AdamW epsilon")->check(CLI::PositiveNumber)->capture_default_str();
@@ -94,14 +98,17 @@ inline void add_train_options(CLI::App& app, TrainOptions& o) {
     app.add_option("--seed", o.seed, "Of the initial weights and the data order")->capture_default_str();
     add_count(app, "--val-every", o.val_every, "Steps between validations; 0: only at the end");
     add_count(app, "--val-batches", o.val_batches, "Batches of --micro-batch sequences in a validation");
-    app.add_option("--val-lengths", o.val_lengths, "Context lengths to validate at, as multiples of --seq-len")->delimiter(',')->capture_default_str();
-    add_count(app, "--checkpoint-every", o.checkpoint_every, "Steps between checkpoints; one is always written at the end. -1: none at all, for measurements");
+    app.add_option("--val-lengths", o.val_lengths, "Context lengths to validate at, as multiples of --seq-len")
+        ->delimiter(',')->capture_default_str();
+    add_count(app, "--checkpoint-every", o.checkpoint_every,
+              "Steps between checkpoints; one is always written at the end. -1: none at all, for measurements");
     add_count(app, "--keep", o.keep, "Checkpoints to keep, the newest; 0: all");
     app.add_option("--resume", o.resume, "Continue from the newest whole checkpoint of --out, or of this directory")->expected(0, 1)->default_str("");
     app.add_option("--init-from", o.init_from, "Start from this checkpoint's weights, with a fresh optimizer and data order");
     app.add_option("--recompute", o.recompute, "What backward computes again to save memory; auto: as little as fits")
         ->check(CLI::IsMember({"auto", "none", "light", "full"}))->capture_default_str();
-    app.add_option("--graphs", o.graphs, "Replay a micro-batch as one CUDA graph; the same numbers either way")->check(CLI::IsMember({"on", "off"}))->capture_default_str();
+    app.add_option("--graphs", o.graphs, "Replay a micro-batch as one CUDA graph; the same numbers either way")
+        ->check(CLI::IsMember({"on", "off"}))->capture_default_str();
     add_matmul(app, o.matmul);
     app.add_option("--plans", o.plans, PLANS_HELP);
     app.add_option("--tokenizer", o.tokenizer, "tokenizer.model to keep with the checkpoints; default: the one beside the data, if there is one");
@@ -115,7 +122,8 @@ inline void add_train_options(CLI::App& app, TrainOptions& o) {
     app.add_option("--reduce", o.reduce, "Precision in which gradients travel between processes: bf16 is half the bytes, and rounds")
         ->check(CLI::IsMember({"fp32", "bf16"}))->capture_default_str();
     add_count(app, "--bucket", o.bucket, "Bytes of gradients that travel together while backward goes on; 0: 64m with NCCL, all through host memory");
-    app.add_option("--rank-timeout", o.rank_timeout, "Seconds without a sign of life or progress after which a process counts as dead and the job ends; 0: never")
+    app.add_option("--rank-timeout", o.rank_timeout,
+                   "Seconds without a sign of life or progress after which a process counts as dead and the job ends; 0: never")
         ->check(CLI::NonNegativeNumber)->capture_default_str();
 }
 
@@ -147,7 +155,8 @@ inline void resolve(TrainOptions& o, const CLI::App& app, Config& config, int wo
     const int64_t micro_tokens = o.micro_batch * o.sequence() * world;
     if (o.global_batch == 0) o.global_batch = micro_tokens;
     if (o.global_batch < 0 || o.global_batch % micro_tokens)
-        fail("--global-batch %lld: must be a multiple of --micro-batch %lld times --seq-len %lld times --tbptt %lld times the number of processes, %d",
+        fail("--global-batch %lld: must be a multiple of --micro-batch %lld times --seq-len %lld times --tbptt %lld "
+             "times the number of processes, %d",
              (long long)o.global_batch, (long long)o.micro_batch, (long long)o.seq_len, (long long)o.tbptt, world);
     if (o.steps > 0 && o.tokens > 0) fail("--steps and --tokens are both given: leave one out");
     if (o.tokens > 0) o.steps = o.tokens / o.global_batch;
@@ -209,7 +218,8 @@ struct RunState {
 // Names and lengths of shards, hashed on top of `h`
 inline uint64_t shards_identity(const std::vector<ShardInfo>& shards, uint64_t h) {
     for (const ShardInfo& s : shards) {
-        const std::string line = std::filesystem::path(s.path).filename().string() + " " + std::to_string(s.tokens) + " " + std::to_string(s.fingerprint) + "\n";
+        const std::string file = std::filesystem::path(s.path).filename().string();
+        const std::string line = file + " " + std::to_string(s.tokens) + " " + std::to_string(s.fingerprint) + "\n";
         h = fnv1a64(line.data(), line.size(), h);
     }
     return h;
@@ -225,8 +235,8 @@ inline uint64_t data_identity(const Mixture& data) {
 }
 
 // All processes together: the main one writes the model and what makes the directory a checkpoint, each its own moments.
-inline std::string save_checkpoint(const Model& m, DataParallel& parallel, const RunState& run, const TrainOptions& o, const json& options, uint64_t identity,
-                                   uint64_t fingerprint) {
+inline std::string save_checkpoint(const Model& m, DataParallel& parallel, const RunState& run, const TrainOptions& o, const json& options,
+                                   uint64_t identity, uint64_t fingerprint) {
     const Comm& comm = parallel.comm;
     const Comm::During during(comm, Guard::busy, "writing a checkpoint");
     const bool shared = parallel.sharded && comm.world > 1;
@@ -239,12 +249,14 @@ inline std::string save_checkpoint(const Model& m, DataParallel& parallel, const
     const auto show = [&](double done) { bar.set(done); comm.tick(); };
     if (comm.main()) save_parameters(m, dir + "/model.safetensors", [&](int64_t done) { show((double)done); }, shared ? collect : nullptr);
     else if (shared) for (const Tensor& t : m.layout.tensors) parallel.collect(nullptr, t);
-    if (comm.main() || shared) save_moments(m, dir + "/" + moments_file(shared, comm.rank, comm.world), [&](int64_t done) { show(bytes + (double)done); });
+    if (comm.main() || shared)
+        save_moments(m, dir + "/" + moments_file(shared, comm.rank, comm.world), [&](int64_t done) { show(bytes + (double)done); });
     comm.wait_for_all("writing a checkpoint");
     if (!comm.main()) return o.out + "/" + checkpoint_name(run.step);
     for (int r = 0; r < comm.world; r++)
         if (const std::string file = moments_file(shared, r, comm.world); access(writer->path(file).c_str(), F_OK) != 0)
-            fail("%s of rank %d on %s is not there: --out must be in a file system that all hosts share", writer->path(file).c_str(), r, comm.hosts[r].c_str());
+            fail("%s of rank %d on %s is not there: --out must be in a file system that all hosts share", writer->path(file).c_str(), r,
+                 comm.hosts[r].c_str());
     if (!o.tokenizer.empty()) write_file_durably(writer->path("tokenizer.model"), MappedFile(o.tokenizer).text());
     writer->commit({{"step", run.step}, {"updates", run.updates}, {"tokens", run.tokens}, {"sample", run.sample}, {"skipped", run.skipped},
                     {"seq_len", o.seq_len}, {"tbptt", o.tbptt}, {"seed", o.seed}, {"data_identity", std::to_string(identity)},
@@ -259,12 +271,14 @@ inline RunState load_checkpoint(Model& m, const std::string& dir, const TrainOpt
     RunState run;
     try {
         if (state.at("seq_len") != o.seq_len)
-            fail("%s was trained with --seq-len %lld, which fixes its data order; resume with that, or start anew with --init-from", dir.c_str(), (long long)state.at("seq_len"));
+            fail("%s was trained with --seq-len %lld, which fixes its data order; resume with that, or start anew with --init-from",
+                 dir.c_str(), (long long)state.at("seq_len"));
         if (const int64_t tbptt = state.value("tbptt", (int64_t)1); tbptt != o.tbptt)
             fail("%s was trained with --tbptt %lld, which fixes its data order; resume with that, or start anew with --init-from", dir.c_str(),
                  (long long)tbptt);
         if (state.at("seed") != o.seed)
-            fail("%s was trained with --seed %lld, which fixes its data order; resume with that, or start anew with --init-from", dir.c_str(), (long long)state.at("seed"));
+            fail("%s was trained with --seed %lld, which fixes its data order; resume with that, or start anew with --init-from",
+                 dir.c_str(), (long long)state.at("seed"));
         if (state.at("data_identity") != std::to_string(identity))
             fail("%s was trained on other data than --data names now; resume with the same shards, or start anew with --init-from", dir.c_str());
         run = {state.at("step"), state.at("updates"), state.at("tokens"), state.at("sample"), state.at("skipped")};
@@ -289,29 +303,38 @@ inline bool has_checkpoint(const std::string& out) {
 // Who takes part, a line for each host
 inline void print_ranks(const Comm& comm, const DataParallel& parallel) {
     std::map<std::string, std::string> hosts;
-    for (int r = 0; r < comm.world; r++) hosts[comm.hosts[r]] += " " + std::to_string(r) + (comm.devices[r].empty() ? "" : " (" + comm.devices[r] + ")");
-    printf("  ranks    %d on %zu hosts, zero %d, gradients as %s in %zu buckets by %s\n", comm.world, hosts.size(), (int)parallel.sharded, comm.as_bf16() ? "bf16" : "fp32",
-           parallel.buckets.size(), comm.describe().c_str());
+    for (int r = 0; r < comm.world; r++)
+        hosts[comm.hosts[r]] += " " + std::to_string(r) + (comm.devices[r].empty() ? "" : " (" + comm.devices[r] + ")");
+    printf("  ranks    %d on %zu hosts, zero %d, gradients as %s in %zu buckets by %s\n", comm.world, hosts.size(), (int)parallel.sharded,
+           comm.as_bf16() ? "bf16" : "fp32", parallel.buckets.size(), comm.describe().c_str());
     for (auto& [host, ranks] : hosts) printf("           %s:%s\n", host.c_str(), ranks.c_str());
 }
 
-inline void print_run(const TrainOptions& o, const Model& m, const DeviceInfo& device, const Mixture& data, int64_t accumulate, const DataParallel& parallel) {
+inline void print_run(const TrainOptions& o, const Model& m, const DeviceInfo& device, const Mixture& data, int64_t accumulate,
+                      const DataParallel& parallel) {
     const Config& c = m.config();
     const Comm& comm = parallel.comm;
     printf("%s on %s (%s)\n", c.name.c_str(), device.name.c_str(), BUILD_NAME);
-    printf("  model    %s parameters, blocks %s, d_model %d, window %lld\n", human((double)m.layout.parameters()).c_str(), c.blocks.c_str(), c.d_model, (long long)c.window);
-    printf("  data     %s tokens in %zu shards, %.2f epochs\n", human((double)data.total_tokens()).c_str(), data.info().size(), (double)o.steps * (double)o.global_batch / (double)data.total_tokens());
-    for (size_t i = 0; i < data.sets().size() && data.sets().size() > 1; i++)
-        printf("           %5.1f%% of %s, %s tokens, %.2f epochs\n", 100 * data.share(i), data.names()[i].c_str(), human((double)data.sets()[i]->total_tokens()).c_str(),
-               data.share(i) * (double)o.steps * (double)o.global_batch / (double)data.sets()[i]->total_tokens());
+    printf("  model    %s parameters, blocks %s, d_model %d, window %lld\n", human((double)m.layout.parameters()).c_str(), c.blocks.c_str(),
+           c.d_model, (long long)c.window);
+    const double tokens = (double)o.steps * (double)o.global_batch;
+    printf("  data     %s tokens in %zu shards, %.2f epochs\n", human((double)data.total_tokens()).c_str(), data.info().size(),
+           tokens / (double)data.total_tokens());
+    for (size_t i = 0; i < data.sets().size() && data.sets().size() > 1; i++) {
+        const double in_set = (double)data.sets()[i]->total_tokens();
+        printf("           %5.1f%% of %s, %s tokens, %.2f epochs\n", 100 * data.share(i), data.names()[i].c_str(), human(in_set).c_str(),
+               data.share(i) * tokens / in_set);
+    }
     const std::string processes = comm.world > 1 ? " x " + std::to_string(comm.world) : "";
-    printf("  step     %s tokens = %lld x %lld x %lld%s (sequences, tokens, micro-batches%s); %lld steps, %s tokens\n", human((double)o.global_batch).c_str(), (long long)o.micro_batch,
-           (long long)o.seq_len, (long long)(accumulate * o.tbptt), processes.c_str(), comm.world > 1 ? ", processes" : "", (long long)o.steps, human((double)o.steps * (double)o.global_batch).c_str());
-    printf("  memory   %s parameters and optimizer%s, %s activations (recompute %s)\n", human_bytes((double)m.w.arena.bytes()).c_str(), parallel.sharded ? " a rank" : "",
-           human_bytes((double)m.acts.bytes()).c_str(), recompute_name(m.acts.recompute));
+    printf("  step     %s tokens = %lld x %lld x %lld%s (sequences, tokens, micro-batches%s); %lld steps, %s tokens\n",
+           human((double)o.global_batch).c_str(), (long long)o.micro_batch, (long long)o.seq_len, (long long)(accumulate * o.tbptt),
+           processes.c_str(), comm.world > 1 ? ", processes" : "", (long long)o.steps, human(tokens).c_str());
+    printf("  memory   %s parameters and optimizer%s, %s activations (recompute %s)\n", human_bytes((double)m.w.arena.bytes()).c_str(),
+           parallel.sharded ? " a rank" : "", human_bytes((double)m.acts.bytes()).c_str(), recompute_name(m.acts.recompute));
     if (m.acts.fp8) printf("  products large ones in fp8, but for those of weight gradients\n");
     if (o.tbptt > 1)
-        printf("  tbptt    sequences of %lld tokens in %lld chunks, the state carried and held constant\n", (long long)o.sequence(), (long long)o.tbptt);
+        printf("  tbptt    sequences of %lld tokens in %lld chunks, the state carried and held constant\n", (long long)o.sequence(),
+               (long long)o.tbptt);
     if (comm.active()) print_ranks(comm, parallel);
     fflush(stdout);
 }
@@ -358,7 +381,8 @@ inline StepResult train_step(Model& m, DataParallel& parallel, DataLoader& loade
         else pass(m, (int)o.micro_batch, o.seq_len, weight, micro == 0);
         parallel.comm.tick();
     });
-    parallel.update(AdamW{(float)lr, (float)o.beta1, (float)o.beta2, (float)o.eps, (float)o.weight_decay, run.updates + 1}, (float)o.clip, o.decay == "all", stop_requested);
+    const AdamW adamw{(float)lr, (float)o.beta1, (float)o.beta2, (float)o.eps, (float)o.weight_decay, run.updates + 1};
+    parallel.update(adamw, (float)o.clip, o.decay == "all", stop_requested);
     const StepResult result = parallel.result(stop_requested);
     run.step++;
     run.updates += result.applied;
@@ -370,8 +394,9 @@ inline StepResult train_step(Model& m, DataParallel& parallel, DataLoader& loade
 inline void print_step(const TrainOptions& o, const RunState& run, const StepResult& r, double lr, double ms, double tok_s, double mfu, double eta) {
     char peak[32] = "";
     if (mfu > 0) snprintf(peak, sizeof peak, " | %4.1f%% of bf16 peak", 100 * mfu);
-    printf("step %*lld/%lld | %s tokens | loss %.4f | norm %.3f | lr %.2e | %.1f ms | %s tok/s%s | ETA %s%s\n", (int)std::to_string(o.steps).size(), (long long)run.step,
-           (long long)o.steps, human((double)run.tokens).c_str(), r.loss, r.norm, lr, ms, human(tok_s).c_str(), peak, human_time(eta).c_str(), r.applied ? "" : " | SKIPPED: not finite");
+    printf("step %*lld/%lld | %s tokens | loss %.4f | norm %.3f | lr %.2e | %.1f ms | %s tok/s%s | ETA %s%s\n",
+           (int)std::to_string(o.steps).size(), (long long)run.step, (long long)o.steps, human((double)run.tokens).c_str(), r.loss, r.norm, lr,
+           ms, human(tok_s).c_str(), peak, human_time(eta).c_str(), r.applied ? "" : " | SKIPPED: not finite");
     fflush(stdout);
 }
 
@@ -451,8 +476,9 @@ struct Trainer {
 
         std::filesystem::create_directories(o.out);
         log = std::make_unique<RunLog>(comm.main() ? o.out + "/log.jsonl" : "");
-        log->write({{"type", "run"}, {"options", options}, {"config", config_to_json(config)}, {"commit", SAMBA_COMMIT}, {"build", BUILD_NAME}, {"gpu", device.name},
-                    {"parameters", m->layout.parameters()}, {"flops_per_token", flops_per_token(m->layout, o.seq_len)}, {"ranks", comm.world}, {"step", run.step}});
+        log->write({{"type", "run"}, {"options", options}, {"config", config_to_json(config)}, {"commit", SAMBA_COMMIT}, {"build", BUILD_NAME},
+                    {"gpu", device.name}, {"parameters", m->layout.parameters()}, {"flops_per_token", flops_per_token(m->layout, o.seq_len)},
+                    {"ranks", comm.world}, {"step", run.step}});
         print_run(o, *m, device, *data, accumulate, *parallel);
         if (!from.empty()) printf("  %s %s at step %lld\n", o.resuming ? "resumed " : "weights of", from.c_str(), (long long)run.step);
         plan_matmuls(*m, comm, o.plans, (int)o.micro_batch, o.seq_len, accumulate > 1);
@@ -472,12 +498,14 @@ struct Trainer {
     void check_agreement() const {
         if (comm.world == 1) return;
         const MappedFile program("/proc/self/exe");
+        const std::string fingerprint_of_program = std::to_string(fnv1a64(program.data, program.size));
         std::vector<Comm::Item> items = {
-            {"program", std::string(SAMBA_COMMIT) + " " + BUILD_NAME + " " + std::to_string(fnv1a64(program.data, program.size)), "build once and copy that file to every host"},
+            {"program", std::string(SAMBA_COMMIT) + " " + BUILD_NAME + " " + fingerprint_of_program, "build once and copy that file to every host"},
             {"model configuration", config_to_json(config).dump(), "copy that file to every host"}};
         const json given = options_to_json(app);
         for (const auto& [name, value] : given.items())
-            if (name != "data" && name != "val" && name != "tokenizer" && name != "gpu" && name != "plans") items.push_back({"--" + name, value.get<std::string>(), "start all ranks with the same options"});
+            if (name != "data" && name != "val" && name != "tokenizer" && name != "gpu" && name != "plans")
+                items.push_back({"--" + name, value.get<std::string>(), "start all ranks with the same options"});
         std::string samples;
         for (const Shards* set : data->sets()) {
             samples += data_sample(*set) + " ";
@@ -547,15 +575,16 @@ struct Trainer {
             if (run.step == start_step + 1) printf("  the first step was done %.1f s after the launch\n", now_seconds() - launched);
             const double seconds = now_seconds() - before, tok_s = (double)o.global_batch / seconds;
             const double mfu = device.peak_bf16 > 0 ? tok_s * flops / device.peak_bf16 : 0;
-            log->write({{"type", "train"}, {"step", run.step}, {"tokens", run.tokens}, {"loss", r.loss}, {"grad_norm", r.norm}, {"lr", lr}, {"ms", seconds * 1e3},
-                        {"tok_s", tok_s}, {"mfu", mfu}, {"skipped", !r.applied}});
+            log->write({{"type", "train"}, {"step", run.step}, {"tokens", run.tokens}, {"loss", r.loss}, {"grad_norm", r.norm}, {"lr", lr},
+                        {"ms", seconds * 1e3}, {"tok_s", tok_s}, {"mfu", mfu}, {"skipped", !r.applied}});
             const double eta = (now_seconds() - start) / (double)(run.step - start_step) * (double)(o.steps - run.step);
             if (run.step % o.log_every == 0 || run.step == o.steps || !r.applied) print_step(o, run, r, lr, seconds * 1e3, tok_s, mfu, eta);
             skips = r.applied ? 0 : skips + 1;
             run.skipped += !r.applied;
             if (skips >= o.max_skips && o.max_skips > 0)
-                fail("%lld steps in a row had a gradient that is not finite (loss %f at step %lld), first %s; lower --lr, or resume from an older checkpoint", (long long)skips, r.loss,
-                     (long long)run.step, where_not_finite().c_str());
+                fail("%lld steps in a row had a gradient that is not finite (loss %f at step %lld), first %s; "
+                     "lower --lr, or resume from an older checkpoint",
+                     (long long)skips, r.loss, (long long)run.step, where_not_finite().c_str());
             if (validation && o.val_every > 0 && run.step % o.val_every == 0 && run.step < o.steps) validate_and_log(*validation, *log, run.step);
             if (o.checkpoint_every > 0 && run.step % o.checkpoint_every == 0 && run.step < o.steps) {
                 checkpoint();
@@ -624,8 +653,9 @@ inline void run_info(const InfoOptions& o) {
     const Layout layout(c);
     const int64_t T = o.seq_len > 0 ? o.seq_len : c.seq_len, B = o.micro_batch;
     printf("%s: %lld parameters, blocks %s\n", c.name.c_str(), (long long)layout.parameters(), c.blocks.c_str());
-    printf("  d_model %d, d_inner %d, d_state %d, dt_rank %d, d_ff %d, heads %d/%dx%d, window %lld, %s, vocabulary %d%s\n\n", c.d_model, c.d_inner(), c.d_state, c.dt_rank(),
-           c.d_ff, c.n_head, c.n_kv_head, c.head_dim, (long long)c.window, c.rope ? "RoPE" : "NoPE", c.vocab_size, c.tied ? " (tied)" : "");
+    printf("  d_model %d, d_inner %d, d_state %d, dt_rank %d, d_ff %d, heads %d/%dx%d, window %lld, %s, vocabulary %d%s\n\n",
+           c.d_model, c.d_inner(), c.d_state, c.dt_rank(), c.d_ff, c.n_head, c.n_kv_head, c.head_dim, (long long)c.window,
+           c.rope ? "RoPE" : "NoPE", c.vocab_size, c.tied ? " (tied)" : "");
     std::map<std::string, int64_t> by_kind;
     for (const Layer& layer : layout.layers) by_kind[kind_name(layer.kind)]++;
     for (auto& [kind, count] : by_kind) printf("  %-10s %4lld layers\n", kind.c_str(), (long long)count);
@@ -643,11 +673,12 @@ inline void run_info(const InfoOptions& o) {
     if (o.ranks > 1) {
         const std::vector<int64_t> bounds = DataParallel::shards(layout, (int)o.ranks);
         const double all = (double)parameter_bytes(layout, true), part = (double)parameter_bytes(layout, true, {bounds[0], bounds[1]});
-        printf("    the same on each of %-5lld ranks    %s with --zero 1 (%s without); of it gradients %s\n", (long long)o.ranks, human_bytes(part).c_str(), human_bytes(all).c_str(),
-               human_bytes(4.0 * (double)layout.elements()).c_str());
+        printf("    the same on each of %-5lld ranks    %s with --zero 1 (%s without); of it gradients %s\n", (long long)o.ranks,
+               human_bytes(part).c_str(), human_bytes(all).c_str(), human_bytes(4.0 * (double)layout.elements()).c_str());
     }
     for (Recompute level : {Recompute::none, Recompute::light, Recompute::full})
-        printf("    activations, recompute %-6s    %s; in use altogether %s\n", recompute_name(level), human_bytes((double)activation_bytes(layout, B, T, true, level)).c_str(),
+        printf("    activations, recompute %-6s    %s; in use altogether %s\n", recompute_name(level),
+               human_bytes((double)activation_bytes(layout, B, T, true, level)).c_str(),
                human_bytes((double)memory_in_use(layout, B, T, level)).c_str());
     const int64_t fp8_bytes = memory_in_use(layout, B, T, Recompute::none, true) - memory_in_use(layout, B, T, Recompute::none);
     if (HAS_FP8) printf("    --matmul fp8                     %s more\n", human_bytes((double)fp8_bytes).c_str());

@@ -133,8 +133,8 @@ struct Bench {
             tokens[i] = (int)(counter_uniform(7, i) * config.vocab_size);
             targets[i] = (int)(counter_uniform(8, i) * config.vocab_size);
         }
-        report = {{"model", config.name}, {"device", device.name}, {"build", BUILD_NAME}, {"commit", SAMBA_COMMIT}, {"micro_batch", B}, {"seq_len", T},
-                  {"recompute", recompute_name(level)}, {"graphs", o.graphs}, {"matmul", o.matmul},
+        report = {{"model", config.name}, {"device", device.name}, {"build", BUILD_NAME}, {"commit", SAMBA_COMMIT},
+                  {"micro_batch", B}, {"seq_len", T}, {"recompute", recompute_name(level)}, {"graphs", o.graphs}, {"matmul", o.matmul},
                   {"flops_per_token", flops_per_token(m.layout, T)}};
         printf("%s on %s (%s), %lld x %lld tokens, recompute %s, graphs %s%s\n", config.name.c_str(), device.name.c_str(), BUILD_NAME,
                (long long)B, (long long)T, recompute_name(level), o.graphs.c_str(), fp8 ? ", large products in fp8" : "");
@@ -157,13 +157,15 @@ struct Bench {
         const double mfu = device.peak_bf16 > 0 ? tok_s * flops_per_token(m.layout, T) / device.peak_bf16 : 0;
         printf("%-40s %9.2f ms (%.2f to %.2f)  %.0f tok/s", what.c_str(), median, ms.front(), ms.back(), tok_s);
         printf(mfu > 0 ? "  %.1f%% of bf16 peak\n" : "\n", 100 * mfu);
-        report[key] = {{"ms", median}, {"fastest", ms.front()}, {"slowest", ms.back()}, {"tok_s", tok_s}, {"mfu", mfu}, {"micro_batches", micro_batches}};
+        report[key] = {{"ms", median}, {"fastest", ms.front()}, {"slowest", ms.back()}, {"tok_s", tok_s}, {"mfu", mfu},
+                       {"micro_batches", micro_batches}};
         return median;
     }
 
     void show_memory() {
         const double used = (double)device.total_bytes - (double)device_free_bytes(), predicted = (double)memory_in_use(m.layout, B, T, level, fp8);
-        printf("GPU memory in use %s, predicted %s (%+.1f%%)\n", human_bytes(used).c_str(), human_bytes(predicted).c_str(), 100 * (predicted / used - 1));
+        printf("GPU memory in use %s, predicted %s (%+.1f%%)\n", human_bytes(used).c_str(), human_bytes(predicted).c_str(),
+               100 * (predicted / used - 1));
         report["memory_bytes"] = used;
         report["predicted_bytes"] = predicted;
     }
@@ -195,8 +197,8 @@ inline void run_bench(const BenchOptions& o) {
     bench.show("forward and backward", "forward_backward", o.repeats, 1, [&] { bench.pass(graphs, true, 1); });
     const double step_ms = bench.show("optimizer step of one micro-batch", "step", o.repeats, 1, [&] { bench.step(graphs, 1); });
     if (o.accumulate > 1)
-        bench.show("optimizer step of " + std::to_string(o.accumulate) + " micro-batches", "accumulated_step", std::max<int64_t>(1, o.repeats / o.accumulate),
-                   o.accumulate, [&] { bench.step(graphs, o.accumulate); });
+        bench.show("optimizer step of " + std::to_string(o.accumulate) + " micro-batches", "accumulated_step",
+                   std::max<int64_t>(1, o.repeats / o.accumulate), o.accumulate, [&] { bench.step(graphs, o.accumulate); });
     if (ON_GPU) bench.show_memory();
     bench.show_operations(step_ms);
     bench.check_loss();

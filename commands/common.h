@@ -40,7 +40,8 @@ inline std::string expand_count(std::string text) {
 }
 
 inline CLI::Option* add_count(CLI::App& app, const std::string& name, int64_t& value, const std::string& help) {
-    return app.add_option(name, value, help)->transform(CLI::Validator([](std::string& s) { s = expand_count(s); return std::string(); }, "COUNT"))->capture_default_str();
+    const CLI::Validator as_digits([](std::string& s) { s = expand_count(s); return std::string(); }, "COUNT");
+    return app.add_option(name, value, help)->transform(as_digits)->capture_default_str();
 }
 
 // What the subcommands that read with a checkpoint's model have in common
@@ -66,7 +67,8 @@ inline void select_gpu(int index) {
 
 // Precision of a training step's large matrix products
 inline CLI::Option* add_matmul(CLI::App& app, std::string& precision) {
-    return app.add_option("--matmul", precision, "Large matrix products, but those of weight gradients: in fp8 (H100, H200), or as the build has them")
+    return app.add_option("--matmul", precision,
+                          "Large matrix products, but those of weight gradients: in fp8 (H100, H200), or as the build has them")
         ->check(CLI::IsMember({"bf16", "fp8"}))->capture_default_str();
 }
 constexpr bool HAS_FP8 = ON_GPU && sizeof(floatX) == 2;    // of this build
@@ -133,7 +135,8 @@ inline Recompute choose_recompute(const std::string& wanted, const Layout& layou
         if (wanted == recompute_name(level)) return level;
         if (wanted == "auto" && activation_bytes(layout, B, T, true, level, fp8) + other_bytes + MEMORY_RESERVE <= device_free_bytes()) return level;
     }
-    fail("--micro-batch %lld with --seq-len %lld needs %s even with --recompute full, and %s are free; use a smaller --micro-batch", (long long)B, (long long)T,
+    fail("--micro-batch %lld with --seq-len %lld needs %s even with --recompute full, and %s are free; use a smaller --micro-batch",
+         (long long)B, (long long)T,
          human_bytes((double)(activation_bytes(layout, B, T, true, Recompute::full, fp8) + other_bytes)).c_str(),
          human_bytes((double)device_free_bytes()).c_str());
 }
@@ -162,7 +165,8 @@ inline uint64_t checkpoint_fingerprint(const std::string& dir) {
 // Tokens of another tokenizer mean something else to the model, however well they fit its vocabulary.
 inline void check_same_tokenizer(uint64_t ours, const std::string& who, uint64_t of_data, const std::string& path) {
     if (ours && of_data && ours != of_data)
-        fail("%s: made with another tokenizer (fingerprint %016llx) than %s (%016llx); prepare it with that tokenizer", path.c_str(), (unsigned long long)of_data, who.c_str(), (unsigned long long)ours);
+        fail("%s: made with another tokenizer (fingerprint %016llx) than %s (%016llx); prepare it with that tokenizer", path.c_str(),
+             (unsigned long long)of_data, who.c_str(), (unsigned long long)ours);
 }
 
 // A model for inference from a checkpoint directory, with room for B sequences in chunks of T tokens.

@@ -45,9 +45,9 @@ inline void run_eval(const EvalOptions& o) {
     check_same_tokenizer(checkpoint_fingerprint(dir), "the checkpoint " + dir, shards.fingerprint(), shards.info()[0].path);
     if (!context.lengths.empty())
         return run_context(*m, shards, context, T,
-                           {{"checkpoint", dir}, {"model", m->config().name}, {"parameters", m->layout.parameters()}, {"training_length", m->config().seq_len},
-                            {"window", m->config().window}, {"data", o.data}, {"build", BUILD_NAME}, {"device", device_info().name},
-                            {"commit", SAMBA_COMMIT}});
+                           {{"checkpoint", dir}, {"model", m->config().name}, {"parameters", m->layout.parameters()},
+                            {"training_length", m->config().seq_len}, {"window", m->config().window}, {"data", o.data},
+                            {"build", BUILD_NAME}, {"device", device_info().name}, {"commit", SAMBA_COMMIT}});
     const Comm alone;
     Validation validation(*m, alone, shards, length_multiples(o.val_lengths), context.micro_batch, T, o.batches);
     for (auto [length, loss] : validation.run())

@@ -25,17 +25,24 @@ inline CLI::App* add_generate(CLI::App& app, GenerateOptions& o) {
     CLI::App* command = app.add_subcommand("generate", "Continue a prompt, or several together");
     command->add_option("--checkpoint", o.checkpoint, "A checkpoint, or a run's directory")->required();
     // one word each: a list in brackets is text like any other
-    command->add_option("--prompt", o.prompts, "Text to continue; given several times, the texts are continued together")->expected(1)->allow_extra_args(false)->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
+    command->add_option("--prompt", o.prompts, "Text to continue; given several times, the texts are continued together")
+        ->expected(1)->allow_extra_args(false)->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
     command->add_option("--prompt-file", o.prompt_file, "Take the prompt from this file; - is standard input");
     command->add_flag("--lines", o.lines, "Each line of --prompt-file is a prompt");
-    command->add_flag("--interactive", o.interactive, "Read prompts line by line from standard input; what was said before stays in the model's state");
+    command->add_flag("--interactive", o.interactive,
+                      "Read prompts line by line from standard input; what was said before stays in the model's state");
     command->add_option("--tokenizer", o.tokenizer, "tokenizer.model; default: the checkpoint's own");
     add_count(*command, "--max-tokens", o.max_tokens, "Tokens to generate for a prompt at the most");
-    command->add_option("--temperature", o.temperature, "Softmax temperature; 0: always the most likely token")->check(CLI::NonNegativeNumber)->capture_default_str();
+    command->add_option("--temperature", o.temperature, "Softmax temperature; 0: always the most likely token")
+        ->check(CLI::NonNegativeNumber)->capture_default_str();
     add_count(*command, "--top-k", o.top_k, "Choose among the k most likely tokens; 0: all");
-    command->add_option("--top-p", o.top_p, "Choose among the most likely tokens that reach this probability")->check(CLI::Range(0.0, 1.0))->capture_default_str();
-    command->add_option("--repetition-penalty", o.penalty, "Positive logits of tokens that came before are divided by this, negative ones multiplied")->check(CLI::PositiveNumber)->capture_default_str();
-    command->add_option("--stop", o.stops, "End where this text appears, without it; may be given several times")->expected(1)->allow_extra_args(false)->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
+    command->add_option("--top-p", o.top_p, "Choose among the most likely tokens that reach this probability")
+        ->check(CLI::Range(0.0, 1.0))->capture_default_str();
+    command->add_option("--repetition-penalty", o.penalty,
+                        "Positive logits of tokens that came before are divided by this, negative ones multiplied")
+        ->check(CLI::PositiveNumber)->capture_default_str();
+    command->add_option("--stop", o.stops, "End where this text appears, without it; may be given several times")
+        ->expected(1)->allow_extra_args(false)->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
     command->add_option("--seed", o.seed, "Of the random draws; the n-th prompt of several draws with seed + n")->capture_default_str();
     add_count(*command, "--chunk", o.chunk, "Tokens of a prompt to read at a time");
     command->add_option("--gpu", o.gpu, "Index of the GPU to use")->capture_default_str();
@@ -46,7 +53,8 @@ inline CLI::App* add_generate(CLI::App& app, GenerateOptions& o) {
 // turn out to be the beginning of one.
 class Continuation {
 public:
-    Continuation(const std::string& tokenizer, const std::vector<std::string>& stops, int64_t max_tokens) : tokenizer(tokenizer), stops(stops), max_tokens(max_tokens) {}
+    Continuation(const std::string& tokenizer, const std::vector<std::string>& stops, int64_t max_tokens)
+        : tokenizer(tokenizer), stops(stops), max_tokens(max_tokens) {}
 
     // What the prompt ends with decides whether a space at the front of the first piece is shown.
     void begin(const std::vector<int>& prompt) {
@@ -108,7 +116,8 @@ class Screen {
 public:
     explicit Screen(const std::vector<std::string>& prompts) : waiting(prompts), complete(prompts.size()) {
         if (waiting.size() > 1)
-            for (size_t b = 0; b < waiting.size(); b++) waiting[b] = (b ? "\n" : "") + std::string("--- ") + std::to_string(b + 1) + "\n" + waiting[b];
+            for (size_t b = 0; b < waiting.size(); b++)
+                waiting[b] = (b ? "\n" : "") + std::string("--- ") + std::to_string(b + 1) + "\n" + waiting[b];
     }
     void add(size_t b, const std::string& text, bool done) {
         waiting[b] += text;
@@ -135,7 +144,8 @@ inline std::string read_all(const std::string& path) {
 inline std::vector<std::string> all_prompts(const GenerateOptions& o) {
     std::vector<std::string> prompts = o.prompts;
     if (o.lines && o.prompt_file.empty()) fail("--lines needs --prompt-file");
-    if (o.interactive && (!prompts.empty() || !o.prompt_file.empty())) fail("--interactive reads its prompts from standard input: leave --prompt and --prompt-file out");
+    if (o.interactive && (!prompts.empty() || !o.prompt_file.empty()))
+        fail("--interactive reads its prompts from standard input: leave --prompt and --prompt-file out");
     if (!o.prompt_file.empty()) {
         const std::string text = read_all(o.prompt_file);
         if (!o.lines) prompts.push_back(text);
@@ -158,7 +168,8 @@ struct Speed {
     int64_t read = 0, written = 0;
     double read_seconds = 0, written_seconds = 0;
     void report(size_t batch) const {
-        fprintf(stderr, "read %lld tokens in %.3f s (%.0f tok/s), wrote %lld in %.3f s (%.0f tok/s, batch %zu)\n", (long long)read, read_seconds, (double)read / std::max(read_seconds, 1e-9),
+        fprintf(stderr, "read %lld tokens in %.3f s (%.0f tok/s), wrote %lld in %.3f s (%.0f tok/s, batch %zu)\n",
+                (long long)read, read_seconds, (double)read / std::max(read_seconds, 1e-9),
                 (long long)written, written_seconds, (double)written / std::max(written_seconds, 1e-9), batch);
     }
 };
@@ -168,13 +179,15 @@ inline std::vector<int> prompt_tokens(const Tokenizer& tokenizer, const std::str
     std::vector<int> ids = tokenizer.encode(text);
     if (ids.empty()) ids.push_back(std::max(0, tokenizer.eos()));
     for (int id : ids)
-        if (id < 0 || id >= V) fail("the tokenizer gave token %d and the model's vocabulary has %d; use the tokenizer that the data was prepared with", id, V);
+        if (id < 0 || id >= V)
+            fail("the tokenizer gave token %d and the model's vocabulary has %d; use the tokenizer that the data was prepared with", id, V);
     return ids;
 }
 
 // Writes until every continuation is complete, with up to `ahead` steps launched before the oldest is read. Returns the last
 // tokens, which no step has read.
-template <class Show> inline std::vector<int> write_out(Decoder& decoder, std::vector<std::unique_ptr<Continuation>>& texts, int ahead, Speed& speed, Show shown) {
+template <class Show>
+inline std::vector<int> write_out(Decoder& decoder, std::vector<std::unique_ptr<Continuation>>& texts, int ahead, Speed& speed, Show shown) {
     const Clock clock;
     std::vector<int> ids;
     decoder.start();

@@ -18,7 +18,8 @@ inline void plan_matmuls(Model& m, const Comm& comm, const std::string& given, i
     const std::string folder = plan_directory(given), path = folder + "/" + plan_file_name(key);
     if (comm.main()) {
         const std::string defect = folder_defect(folder);
-        if (!defect.empty()) fprintf(stderr, "%s; matrix products are not timed without a place for the result, which --plans DIR can name\n", defect.c_str());
+        if (!defect.empty())
+            fprintf(stderr, "%s; matrix products are not timed without a place for the result, which --plans DIR can name\n", defect.c_str());
         if (!folder.empty()) m.matmul.choices = load_matmul_plans(path, key);
         const size_t known = m.matmul.choices.size();
         rehearse(m, B, T, several_micro_batches, defect.empty(), progress);

@@ -40,10 +40,12 @@ struct Validation {
     Validation(Model& m, const Comm& comm, const Shards& shards, std::vector<int64_t> wanted, int64_t max_B, int64_t T, int64_t max_batches)
         : m(m), comm(comm), T(T), multiples(std::move(wanted)) {
         while (!multiples.empty() && shards.samples(multiples.back() * T) == 0) {
-            if (comm.main()) fprintf(stderr, "validation at %lld tokens is left out: no validation shard is that long\n", (long long)(multiples.back() * T));
+            if (comm.main())
+                fprintf(stderr, "validation at %lld tokens is left out: no validation shard is that long\n", (long long)(multiples.back() * T));
             multiples.pop_back();
         }
-        if (multiples.empty()) fail("%s: too short to validate on: a sequence of %lld + 1 tokens is needed", shards.info()[0].path.c_str(), (long long)T);
+        if (multiples.empty())
+            fail("%s: too short to validate on: a sequence of %lld + 1 tokens is needed", shards.info()[0].path.c_str(), (long long)T);
         const int64_t samples = shards.samples(multiples.back() * T);
         B = std::min(max_B, samples);
         batches = std::min(max_batches, samples / B);

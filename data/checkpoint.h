@@ -49,7 +49,8 @@ inline std::string checkpoint_defect(const std::string& directory) {
         if (name.empty() || name.find('/') != std::string::npos || !bytes.is_number_unsigned()) return "state.json is damaged";
         const uint64_t size = fs::file_size(directory + "/" + name, error);
         if (error) return printable(name) + " is missing";
-        if (size != bytes.get<uint64_t>()) return printable(name) + " has " + std::to_string(size) + " bytes instead of " + std::to_string(bytes.get<uint64_t>());
+        if (size != bytes.get<uint64_t>())
+            return printable(name) + " has " + std::to_string(size) + " bytes instead of " + std::to_string(bytes.get<uint64_t>());
     }
     return "";
 }

@@ -126,7 +126,8 @@ def hub(name: str, config: str | None, split: str, field: str) -> Stream:
             raise ResumableError(f"--dataset {name}: the hub's client failed ({type(error).__name__}: {reason}); "
                                  "check name, configuration, split and network, and run again to go on") from None  # fmt: skip
 
-    return Stream(f"{name}{f' ({config})' if config else ''}, split {split}, streamed", f"{name}/{config or ''}/{split}/{field}", read, can_reread=True)
+    description = f"{name}{f' ({config})' if config else ''}, split {split}, streamed"
+    return Stream(description, f"{name}/{config or ''}/{split}/{field}", read, can_reread=True)
 
 
 def problem_of(text: object, field: str) -> str | None:

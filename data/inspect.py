@@ -25,7 +25,8 @@ def find_tokenizer(path: Path, given: str | None, header: dict) -> Tokenizer | N
         return None
     tokenizer = load_tokenizer(name)
     if header["fingerprint"] and header["fingerprint"] != fingerprint(tokenizer.model):
-        raise PrepareError(f"{name}: is not the tokenizer that {path} was made with (fingerprint {fingerprint(tokenizer.model):016x}, in the header {header['fingerprint']:016x})")
+        fingerprints = f"fingerprint {fingerprint(tokenizer.model):016x}, in the header {header['fingerprint']:016x}"
+        raise PrepareError(f"{name}: is not the tokenizer that {path} was made with ({fingerprints})")
     return tokenizer
 
 
@@ -35,7 +36,9 @@ def check_sum(path: Path) -> tuple[str, bool]:
     entry = json.loads(manifest.read_bytes())["shards"].get(path.name) if manifest.exists() else None
     if entry is None:
         return "no manifest.json beside it has it", True
-    return ("SHA-256 as in manifest.json", True) if sha256_of(path) == entry["sha256"] else ("DAMAGED: SHA-256 is not the one in manifest.json; make it again", False)
+    if sha256_of(path) == entry["sha256"]:
+        return "SHA-256 as in manifest.json", True
+    return "DAMAGED: SHA-256 is not the one in manifest.json; make it again", False
 
 
 def statistics(tokens: np.ndarray, eos: int) -> tuple[np.ndarray, np.ndarray]:
@@ -90,10 +93,12 @@ def inspect(path: Path, options: argparse.Namespace) -> bool:
     said = lambda value, none: "not said" if value == none else value  # noqa: E731
     print(f"{path}: {header['format']}, {path.stat().st_size:,} bytes")
     print(f"  tokens       {header['tokens']:,}, {np.count_nonzero(counts):,} different, largest {int(np.flatnonzero(counts).max(initial=0))}")
-    print(f"  vocabulary   {said(header['vocab_size'], 0)}   EOS {said(header['eos_id'], -1)}   tokenizer fingerprint {said(format(header['fingerprint'], '016x'), '0' * 16)}")
+    tokenizer_said = said(format(header["fingerprint"], "016x"), "0" * 16)
+    print(f"  vocabulary   {said(header['vocab_size'], 0)}   EOS {said(header['eos_id'], -1)}   tokenizer fingerprint {tokenizer_said}")
     lengths = np.diff(np.concatenate([[-1], ends]))
     if len(ends):
-        print(f"  documents    {len(ends):,} end here; tokens of each with EOS: median {int(np.median(lengths)):,}, mean {lengths.mean():,.1f}, longest {lengths.max():,}")
+        lengths_said = f"median {int(np.median(lengths)):,}, mean {lengths.mean():,.1f}, longest {lengths.max():,}"
+        print(f"  documents    {len(ends):,} end here; tokens of each with EOS: {lengths_said}")
     outside = int(counts[header["vocab_size"] :].sum()) if header["vocab_size"] else 0
     if outside:
         print(f"  DAMAGED: {outside:,} tokens outside the vocabulary")
@@ -108,7 +113,8 @@ def inspect(path: Path, options: argparse.Namespace) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m data.inspect", description="What a token shard holds, and whether it is whole.", allow_abbrev=False)
+    description = "What a token shard holds, and whether it is whole."
+    parser = argparse.ArgumentParser(prog="python -m data.inspect", description=description, allow_abbrev=False)
     parser.add_argument("shards", nargs="+", metavar="SHARD")
     parser.add_argument("--samples", type=int, default=5, metavar="N", help="beginnings of documents to show (default 5)")
     parser.add_argument("--tokenizer", metavar="FILE", help="default: the one beside the shard")

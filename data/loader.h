@@ -28,9 +28,11 @@ class DataLoader {
 public:
     // The sets must outlive the loader. Starts at global sample 0, prefetching at once. document_eos >= 0 asks for Batch::starts:
     // documents start after this token (Shards::eos() where the shards know it).
-    DataLoader(const Mixture& mixture, int64_t B, int64_t T, int64_t samples_per_step, int rank, int world, uint64_t seed, bool shuffle, int document_eos = -1)
+    DataLoader(const Mixture& mixture, int64_t B, int64_t T, int64_t samples_per_step, int rank, int world, uint64_t seed, bool shuffle,
+               int document_eos = -1)
         : DataLoader(mixture.sets(), mixture.weights(), B, T, samples_per_step, rank, world, seed, shuffle, document_eos) {}
-    DataLoader(const Shards& shards, int64_t B, int64_t T, int64_t samples_per_step, int rank, int world, uint64_t seed, bool shuffle, int document_eos = -1)
+    DataLoader(const Shards& shards, int64_t B, int64_t T, int64_t samples_per_step, int rank, int world, uint64_t seed, bool shuffle,
+               int document_eos = -1)
         : DataLoader({&shards}, {1.0}, B, T, samples_per_step, rank, world, seed, shuffle, document_eos) {}
     DataLoader(const Shards&&, int64_t, int64_t, int64_t, int, int, uint64_t, bool, int = -1) = delete;      // a temporary would not outlive it
     DataLoader(const Mixture&&, int64_t, int64_t, int64_t, int, int, uint64_t, bool, int = -1) = delete;
@@ -80,16 +82,19 @@ public:
     Place place_at(int64_t global_sample) const {
         const auto [set, draw] = order_(global_sample);
         const int64_t N = samples_[(size_t)set], epoch = draw / N, index = draw % N;
-        return {set, shuffle_ ? (int64_t)Permutation((uint64_t)N, seed_ + (uint64_t)set * 0x9e3779b97f4a7c15ull, (uint64_t)epoch)((uint64_t)index) : index};
+        if (!shuffle_) return {set, index};
+        const Permutation order((uint64_t)N, seed_ + (uint64_t)set * 0x9e3779b97f4a7c15ull, (uint64_t)epoch);
+        return {set, (int64_t)order((uint64_t)index)};
     }
     int64_t sample_at(int64_t global_sample) const { return place_at(global_sample).sample; }
 
 private:
     static constexpr int64_t SLOTS = 5;                    // two handed out, two ready, one being filled
 
-    DataLoader(std::vector<const Shards*> sets, const std::vector<double>& weights, int64_t B, int64_t T, int64_t samples_per_step, int rank, int world,
-               uint64_t seed, bool shuffle, int document_eos)
-        : sets_(std::move(sets)), order_(weights, seed), B_(B), T_(T), samples_per_step_(samples_per_step), rank_(rank), world_(world), seed_(seed), shuffle_(shuffle), eos_(document_eos) {
+    DataLoader(std::vector<const Shards*> sets, const std::vector<double>& weights, int64_t B, int64_t T, int64_t samples_per_step, int rank,
+               int world, uint64_t seed, bool shuffle, int document_eos)
+        : sets_(std::move(sets)), order_(weights, seed), B_(B), T_(T), samples_per_step_(samples_per_step), rank_(rank), world_(world),
+          seed_(seed), shuffle_(shuffle), eos_(document_eos) {
         if (B < 1 || T < 1) fail("a micro-batch of %lld samples of %lld tokens is empty; both must be at least 1", (long long)B, (long long)T);
         if (world < 1 || rank < 0 || rank >= world) fail("rank %d of %d does not exist", rank, world);
         if (samples_per_step < 1 || samples_per_step % (world * B) != 0)
@@ -167,7 +172,8 @@ private:
     void fill(const Batch& batch, int64_t first) const {
         for (int64_t b = 0; b < B_; b++) {
             const Place place = place_at(first + b);
-            sets_[(size_t)place.set]->read(place.sample, T_, batch.tokens + b * T_, batch.targets + b * T_, batch.starts ? batch.starts + b * T_ : nullptr, eos_);
+            uint8_t* starts = batch.starts ? batch.starts + b * T_ : nullptr;
+            sets_[(size_t)place.set]->read(place.sample, T_, batch.tokens + b * T_, batch.targets + b * T_, starts, eos_);
         }
     }
 

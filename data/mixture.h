@@ -59,7 +59,8 @@ public:
             sum += weight;
             ends_.push_back((int64_t)std::llround(sum / total * PERIOD));
             if (!(weight > 0) || share(ends_.size() - 1) == 0)
-                fail("a weight of %g beside a total of %g draws nothing; leave that set out or give it at least 1/%lld of the total", weight, total, (long long)PERIOD);
+                fail("a weight of %g beside a total of %g draws nothing; leave that set out or give it at least 1/%lld of the total", weight,
+                     total, (long long)PERIOD);
         }
     }
     std::pair<int, int64_t> operator()(int64_t g) const {
@@ -113,7 +114,8 @@ private:
         char* end = nullptr;
         const std::string text = argument.substr(colon + 1);
         const double weight = strtod(text.c_str(), &end);
-        if (text.empty() || *end || !(weight > 0) || !std::isfinite(weight)) fail("--data %s: '%s' is not a weight; write PATTERN:WEIGHT with a number above 0", argument.c_str(), text.c_str());
+        if (text.empty() || *end || !(weight > 0) || !std::isfinite(weight))
+            fail("--data %s: '%s' is not a weight; write PATTERN:WEIGHT with a number above 0", argument.c_str(), text.c_str());
         return {argument.substr(0, colon), weight};
     }
     static std::string of_folder(const std::string& pattern) {
@@ -128,7 +130,8 @@ private:
         if (set.fingerprint() && fingerprint_ && set.fingerprint() != fingerprint_)
             fail("%s and %s were made with different tokenizers, by fingerprint: %llu and %llu; train on one kind", names_[0].c_str(), name.c_str(),
                  (unsigned long long)fingerprint_, (unsigned long long)set.fingerprint());
-        if (set.eos() >= 0 && eos_ >= 0 && set.eos() != eos_) fail("%s and %s were made with different EOS ids: %d and %d; train on one kind", names_[0].c_str(), name.c_str(), eos_, set.eos());
+        if (set.eos() >= 0 && eos_ >= 0 && set.eos() != eos_)
+            fail("%s and %s were made with different EOS ids: %d and %d; train on one kind", names_[0].c_str(), name.c_str(), eos_, set.eos());
         if (set.fingerprint()) fingerprint_ = set.fingerprint();
         if (set.eos() >= 0) eos_ = set.eos();
     }

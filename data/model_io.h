@@ -127,7 +127,8 @@ inline void load_moment_pieces(Model& m, const std::vector<std::string>& paths) 
             const int64_t begin = begins[t.name].is_number_integer() ? begins[t.name].get<int64_t>() : -1;
             for (auto [prefix, moment] : {std::pair{"exp_avg.", m.w.m}, std::pair{"exp_avg_sq.", m.w.v}}) {
                 const int64_t count = file.info(prefix + t.name).elements(), flat = m.layout.flat(t) + begin;
-                if (begin < 0 || begin + count > t.size) fail("%s: %s%s does not fit the model; this is a checkpoint of another model", path.c_str(), prefix, t.name.c_str());
+                if (begin < 0 || begin + count > t.size)
+                    fail("%s: %s%s does not fit the model; this is a checkpoint of another model", path.c_str(), prefix, t.name.c_str());
                 found[prefix + t.name] += count;
                 if ((m.w.own & Range{flat, flat + count}).size() == 0) continue;
                 std::vector<float> values((size_t)count);
@@ -139,15 +140,17 @@ inline void load_moment_pieces(Model& m, const std::vector<std::string>& paths) 
     for (const Tensor& t : m.layout.tensors)
         for (const char* prefix : {"exp_avg.", "exp_avg_sq."})
             if (found[prefix + t.name] != t.size)
-                fail("%s and its sisters have %lld of %lld elements of %s%s; this is a checkpoint of another model, or a part is missing", paths[0].c_str(),
-                     (long long)found[prefix + t.name], (long long)t.size, prefix, t.name.c_str());
+                fail("%s and its sisters have %lld of %lld elements of %s%s; this is a checkpoint of another model, or a part is missing",
+                     paths[0].c_str(), (long long)found[prefix + t.name], (long long)t.size, prefix, t.name.c_str());
 }
 
 // Whichever of the two a checkpoint directory holds
 inline void load_checkpoint_moments(Model& m, const std::string& directory) {
     std::vector<std::string> pieces;
     for (const auto& entry : std::filesystem::directory_iterator(directory))
-        if (const std::string name = entry.path().filename().string(); name.rfind("optimizer.", 0) == 0 && name.find("-of-") != std::string::npos) pieces.push_back(entry.path().string());
+        if (const std::string name = entry.path().filename().string();
+            name.rfind("optimizer.", 0) == 0 && name.find("-of-") != std::string::npos)
+            pieces.push_back(entry.path().string());
     std::sort(pieces.begin(), pieces.end());
     pieces.empty() ? load_moments(m, directory + "/optimizer.safetensors") : load_moment_pieces(m, pieces);
 }

@@ -80,7 +80,8 @@ class PartWriter:
 
     def __init__(self, stem: str, lengths: bool):
         self.stem, self.lengths = stem, lengths
-        self.files = {name: open(f"{stem}.{name}", "wb", buffering=1 << 20) for split in SPLITS for name in ([split, f"{split}.lengths"] if lengths else [split])}
+        kinds = [kind for split in SPLITS for kind in ([split, f"{split}.lengths"] if lengths else [split])]
+        self.files = {kind: open(f"{stem}.{kind}", "wb", buffering=1 << 20) for kind in kinds}
         self.totals = {kind: dict.fromkeys(SPLITS, 0) for kind in ("documents", "characters", "tokens")}
 
     def add(self, split: str, characters: int, tokens: np.ndarray) -> None:
@@ -185,7 +186,9 @@ def parts_in_order(jobs: Iterator[tuple[int, Job | dict]], settings: Settings, t
             first = pending.popleft()
             yield first if isinstance(first, dict) else first.result()
     except BrokenProcessPool:
-        raise ResumableError("a process that tokenizes was killed (out of memory? try fewer --processes); run the same command again to go on") from None
+        raise ResumableError(
+            "a process that tokenizes was killed (out of memory? try fewer --processes); run the same command again to go on"
+        ) from None
     except BaseException:  # nobody wants the parts that are being made
         for process in list((pool._processes or {}).values()):
             process.terminate()
@@ -361,7 +364,15 @@ class Shuffled:
             yield np.concatenate(gathered)
 
 
-def write_shards(corpus, settings: Settings, tokenizer: Tokenizer, writers: dict[str, ShardWriter], processes: int, seed: int | None, advance: Callable) -> list[dict]:
+def write_shards(
+    corpus,
+    settings: Settings,
+    tokenizer: Tokenizer,
+    writers: dict[str, ShardWriter],
+    processes: int,
+    seed: int | None,
+    advance: Callable,
+) -> list[dict]:
     """All shards of both splits; returns the parts' records."""
     Path(settings.work, "parts").mkdir(exist_ok=True)
     assembly = InOrder(settings, writers) if seed is None else Shuffled(settings, writers, seed)

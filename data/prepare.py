@@ -79,30 +79,35 @@ EXAMPLES = """examples:
 
 
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m data.prepare", description="Turns text into token shards for train_samba. After a crash or Ctrl-C, the same command goes on.",
-                    epilog=EXAMPLES, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = Parser(prog="python -m data.prepare", epilog=EXAMPLES, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    description="Turns text into token shards for train_samba. After a crash or Ctrl-C, the same command goes on.")  # fmt: skip
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the result")
     inputs = parser.add_argument_group("what to read")
     source = inputs.add_mutually_exclusive_group()
-    source.add_argument("--dataset", metavar="NAME", help=f"stdlib (default: the Python standard library), {', '.join(RECIPES)}; or OWNER/NAME of the Hugging Face hub, streamed")
+    names = f"stdlib (default: the Python standard library), {', '.join(RECIPES)}; or OWNER/NAME of the Hugging Face hub, streamed"
+    source.add_argument("--dataset", metavar="NAME", help=names)
     source.add_argument("--text", nargs="+", metavar="GLOB", help=f"files or folders of {', '.join(FORMS)}; - reads JSON lines from standard input")
     inputs.add_argument("--from", dest="clone", metavar="DIR", help="a named dataset's local clone, instead of the hub")
     inputs.add_argument("--config", metavar="NAME", help="configuration of a hub dataset")
     inputs.add_argument("--split", default="train", metavar="NAME", help="split of a dataset (default train)")
     inputs.add_argument("--field", metavar="NAME", help="field or column that holds the document (default text)")
-    inputs.add_argument("--separator", metavar="LINE", help=".txt files: lines that equal this end a document ('' for blank lines); default: a file is one")
+    inputs.add_argument("--separator", metavar="LINE",
+                        help=".txt files: lines that equal this end a document ('' for blank lines); default: a file is one")  # fmt: skip
     inputs.add_argument("--with-tests", action="store_true", help="stdlib: its test folders too")
     tokens = parser.add_argument_group("how to tokenize")
     tokenizer = tokens.add_mutually_exclusive_group()
     tokenizer.add_argument("--vocab-size", type=number, metavar="N", help="train a SentencePiece tokenizer of N tokens (default 4096)")
-    tokenizer.add_argument("--tokenizer", metavar="FILE", help="use this instead: SentencePiece .model, Hugging Face tokenizer.json, .tiktoken, or gpt2")
+    tokenizer.add_argument("--tokenizer", metavar="FILE",
+                           help="use this instead: SentencePiece .model, Hugging Face tokenizer.json, .tiktoken, or gpt2")  # fmt: skip
     tokens.add_argument("--eos", metavar="TOKEN", help="end-of-text token of a tokenizer.json, where it is not one of the usual")
     tokens.add_argument("--tokenizer-sample", type=number, default=64_000_000, metavar="CHARS", help="text to train the tokenizer on (default 64m)")
     result = parser.add_argument_group("what to write")
-    result.add_argument("--val-fraction", type=fraction, default=0.02, metavar="F", help="share of the documents held out, by a hash of their text (default 0.02)")
+    result.add_argument("--val-fraction", type=fraction, default=0.02, metavar="F",
+                        help="share of the documents held out, by a hash of their text (default 0.02)")  # fmt: skip
     result.add_argument("--shuffle", type=int, metavar="SEED", help="documents in an order drawn by SEED (default: as they come)")
     result.add_argument("--shard-tokens", type=number, metavar="N", help="largest shard (default 100m; litpkds 2,098,176)")
-    result.add_argument("--format", choices=sorted(WRITERS), default="shard", help="litpkds: the files of the official trainer (a last, unfilled file is left out, as there)")
+    result.add_argument("--format", choices=sorted(WRITERS), default="shard",
+                        help="litpkds: the files of the official trainer (a last, unfilled file is left out, as there)")  # fmt: skip
     result.add_argument("--processes", type=number, metavar="N", help="default: as many as there are cores; the result is the same")
     options = parser.parse_args(arguments)
     # Defaults come after parsing: argparse would not see a default value that is spelt out as excluding the other option.
@@ -150,7 +155,11 @@ def open_corpus(options: argparse.Namespace) -> Corpus | Stream:
 
 
 def duration(seconds: float) -> str:
-    return f"{seconds:.0f}s" if seconds < 60 else f"{seconds // 60:.0f}m{seconds % 60:02.0f}s" if seconds < 3600 else f"{seconds // 3600:.0f}h{seconds % 3600 // 60:02.0f}m"
+    if seconds < 60:
+        return f"{seconds:.0f}s"
+    if seconds < 3600:
+        return f"{seconds // 60:.0f}m{seconds % 60:02.0f}s"
+    return f"{seconds // 3600:.0f}h{seconds % 3600 // 60:02.0f}m"
 
 
 class Progress:
@@ -284,7 +293,8 @@ def make_result(corpus: Corpus | Stream, options: argparse.Namespace, work: Path
 def summary(corpus: Corpus | Stream, options: argparse.Namespace, tokenizer: Tokenizer, writers: dict, records: list[dict]) -> dict:
     entropy, cross_entropy = unigram_statistics(writers["train"].counts, writers["val"].counts)
     splits = {
-        split: {kind: sum(record[kind][split] for record in records) for kind in ("documents", "characters")} | {"tokens": writer.tokens, "shards": writer.files}
+        split: {kind: sum(record[kind][split] for record in records) for kind in ("documents", "characters")}
+        | {"tokens": writer.tokens, "shards": writer.files}
         for split, writer in writers.items()
     }
     return {
@@ -301,7 +311,10 @@ def check_result(corpus: Corpus | Stream, options: argparse.Namespace, writers: 
         why = f" ({meta['documents_left_out']} left out, the first: {first})" if first else ""
         raise PrepareError(f"{corpus.description}: no documents to train on{why}; give other files or a smaller --val-fraction")
     if not meta["train"]["shards"]:
-        raise PrepareError(f"{corpus.description}: {writers['train'].dropped} tokens fill no file of {options.shard_tokens}; give more text or a smaller --shard-tokens")
+        dropped = writers["train"].dropped
+        raise PrepareError(
+            f"{corpus.description}: {dropped} tokens fill no file of {options.shard_tokens}; give more text or a smaller --shard-tokens"
+        )
 
 
 def unigram_statistics(train: np.ndarray, val: np.ndarray) -> tuple[float, float | None]:
@@ -369,10 +382,12 @@ def report(corpus: Corpus | Stream, out: Path, seconds: float) -> None:
             print(f"warning: {line}", file=sys.stderr)
         if meta["documents_left_out"] > 10:
             print(f"warning: {meta['documents_left_out']} left out in all; {out}/left_out.txt has them", file=sys.stderr)
-    print(f"{out}: prepared from {corpus.description} in {seconds:.0f} s; vocabulary {meta['vocab_size']}, {meta['documents_left_out']} documents left out")
+    print(f"{out}: prepared from {corpus.description} in {seconds:.0f} s;", end=" ")
+    print(f"vocabulary {meta['vocab_size']}, {meta['documents_left_out']} documents left out")
     for split in SPLITS:
         one = meta[split]
-        print(f"  {split:5} {one['documents']:>9,} documents {one['characters']:>13,} characters {one['tokens']:>12,} tokens {len(one['shards']):>4} shards")
+        counts = f"{one['documents']:>9,} documents {one['characters']:>13,} characters {one['tokens']:>12,} tokens"
+        print(f"  {split:5} {counts} {len(one['shards']):>4} shards")
     print(f"  unigram entropy {meta['unigram_entropy']:.4f} nats per token", end="")
     print(f", on val {meta['val_unigram_cross_entropy']:.4f}" if meta["val"]["tokens"] else "")
     if meta["tokens_dropped"]:
@@ -389,7 +404,8 @@ def main(arguments: list[str] | None = None) -> int:
     except PrepareError as error:
         print(f"prepare: {error}", file=sys.stderr)
     except OSError as error:
-        print(f"prepare: {error.filename or 'output'}: {error.strerror}; check path, permissions and free space, and run again to go on", file=sys.stderr)
+        what = f"{error.filename or 'output'}: {error.strerror}"
+        print(f"prepare: {what}; check path, permissions and free space, and run again to go on", file=sys.stderr)
     except KeyboardInterrupt:
         print("prepare: interrupted; run the same command to go on", file=sys.stderr)
         return 130

@@ -55,7 +55,9 @@ public:
         if (file_.size < 8) fail("%s is not a safetensors file: %zu bytes, the header alone needs more", path.c_str(), file_.size);
         uint64_t length;
         memcpy(&length, file_.data, 8);
-        if (length > file_.size - 8) fail("%s is cut off or not a safetensors file: a header of %llu bytes in a file of %zu", path.c_str(), (unsigned long long)length, file_.size);
+        if (length > file_.size - 8)
+            fail("%s is cut off or not a safetensors file: a header of %llu bytes in a file of %zu", path.c_str(), (unsigned long long)length,
+                 file_.size);
         data_ = file_.data + 8 + length;
         parse_header((const char*)file_.data + 8, length);
         check_layout((int64_t)(file_.size - 8 - length));
@@ -71,7 +73,8 @@ public:
     }
     const TensorInfo& info(const std::string& name) const {
         const auto found = tensors_.find(name);
-        if (found == tensors_.end()) fail("%s has no tensor '%s'; it is not a file of this kind or of this model", path_.c_str(), printable(name).c_str());
+        if (found == tensors_.end())
+            fail("%s has no tensor '%s'; it is not a file of this kind or of this model", path_.c_str(), printable(name).c_str());
         return found->second;
     }
     // The tensor's bytes as they lie in the file: not necessarily aligned. Valid as long as the reader.
@@ -98,7 +101,8 @@ private:
         json header;
         try {
             header = json::parse(text, text + length, [&](int depth, json::parse_event_t event, json& value) {
-                if (depth == 1 && event == json::parse_event_t::key && !keys.insert(value.get<std::string>()).second) repeated = value.get<std::string>();
+                const bool is_name = depth == 1 && event == json::parse_event_t::key;
+                if (is_name && !keys.insert(value.get<std::string>()).second) repeated = value.get<std::string>();
                 return true;
             });
         } catch (const json::exception& error) {
@@ -138,8 +142,8 @@ private:
         info.offset = offsets[0].get<int64_t>();
         info.nbytes = offsets[1].get<int64_t>() - info.offset;
         if (tensor_bytes(info.dtype, info.shape) != info.nbytes)
-            fail("%s: tensor '%s' has %lld bytes, its shape and dtype %s need %lld", path_.c_str(), shown.c_str(), (long long)info.nbytes, info.dtype.c_str(),
-                 (long long)tensor_bytes(info.dtype, info.shape));
+            fail("%s: tensor '%s' has %lld bytes, its shape and dtype %s need %lld", path_.c_str(), shown.c_str(), (long long)info.nbytes,
+                 info.dtype.c_str(), (long long)tensor_bytes(info.dtype, info.shape));
         return info;
     }
 
@@ -154,11 +158,16 @@ private:
         for (const auto& [name, info] : order) {
             const std::string shown = printable(*name);
             if (info->offset < end) fail("%s: tensor '%s' overlaps another; the file is damaged", path_.c_str(), shown.c_str());
-            if (info->offset > end) fail("%s: %lld bytes before tensor '%s' belong to none; the file is damaged", path_.c_str(), (long long)(info->offset - end), shown.c_str());
+            if (info->offset > end)
+                fail("%s: %lld bytes before tensor '%s' belong to none; the file is damaged", path_.c_str(), (long long)(info->offset - end),
+                     shown.c_str());
             end = info->offset + info->nbytes;
-            if (end > available) fail("%s is cut off: tensor '%s' ends at byte %lld and the file holds %lld; copy it again", path_.c_str(), shown.c_str(), (long long)end, (long long)available);
+            if (end > available)
+                fail("%s is cut off: tensor '%s' ends at byte %lld and the file holds %lld; copy it again", path_.c_str(), shown.c_str(),
+                     (long long)end, (long long)available);
         }
-        if (end != available) fail("%s is too long: %lld bytes after its last tensor; the file is damaged", path_.c_str(), (long long)(available - end));
+        if (end != available)
+            fail("%s is too long: %lld bytes after its last tensor; the file is damaged", path_.c_str(), (long long)(available - end));
     }
 
     template <class Out> void convert(const std::string& name, Out* out) const {
@@ -185,7 +194,8 @@ private:
         else if (t.dtype == "U32") each(uint32_t{}, same);
         else if (t.dtype == "U16") each(uint16_t{}, same);
         else if (t.dtype == "U8" || t.dtype == "BOOL") each(uint8_t{}, same);
-        else fail("%s: tensor '%s' of dtype %s cannot be read as numbers; convert it to F32 or BF16", path_.c_str(), printable(name).c_str(), t.dtype.c_str());
+        else fail("%s: tensor '%s' of dtype %s cannot be read as numbers; convert it to F32 or BF16", path_.c_str(), printable(name).c_str(),
+                  t.dtype.c_str());
     }
 
     std::string path_;
@@ -205,15 +215,18 @@ struct TensorToWrite {
     std::function<void(void* dst, int64_t offset_bytes, int64_t bytes)> fill;   // copies this part of the tensor to dst (host)
 };
 
-inline std::string safetensors_header(const std::string& path, const std::vector<TensorToWrite>& tensors, const std::map<std::string, std::string>& metadata) {
+inline std::string safetensors_header(const std::string& path, const std::vector<TensorToWrite>& tensors,
+                                      const std::map<std::string, std::string>& metadata) {
     nlohmann::ordered_json header = nlohmann::ordered_json::object();
     if (!metadata.empty()) header["__metadata__"] = metadata;
     std::set<std::string> names;
     int64_t offset = 0;
     for (const TensorToWrite& tensor : tensors) {
         const int64_t bytes = tensor_bytes(tensor.dtype, tensor.shape);
-        if (dtype_bytes(tensor.dtype) == 0 || bytes < 0) fail("cannot write %s: tensor '%s' has a bad dtype or shape", path.c_str(), printable(tensor.name).c_str());
-        if (tensor.name == "__metadata__" || !names.insert(tensor.name).second) fail("cannot write %s: two tensors named '%s'", path.c_str(), printable(tensor.name).c_str());
+        if (dtype_bytes(tensor.dtype) == 0 || bytes < 0)
+            fail("cannot write %s: tensor '%s' has a bad dtype or shape", path.c_str(), printable(tensor.name).c_str());
+        if (tensor.name == "__metadata__" || !names.insert(tensor.name).second)
+            fail("cannot write %s: two tensors named '%s'", path.c_str(), printable(tensor.name).c_str());
         header[tensor.name] = {{"dtype", tensor.dtype}, {"shape", tensor.shape}, {"data_offsets", {offset, offset + bytes}}};
         offset += bytes;
     }
@@ -234,7 +247,8 @@ inline std::string safetensors_header(const std::string& path, const std::vector
 inline void write_safetensors(const std::string& path, std::vector<TensorToWrite> tensors, std::map<std::string, std::string> metadata,
                               std::function<void(int64_t bytes)> progress = {}) {
     constexpr int64_t PIECE = 64 << 20;
-    std::stable_sort(tensors.begin(), tensors.end(), [](const TensorToWrite& a, const TensorToWrite& b) { return dtype_bytes(a.dtype) > dtype_bytes(b.dtype); });
+    std::stable_sort(tensors.begin(), tensors.end(),
+                     [](const TensorToWrite& a, const TensorToWrite& b) { return dtype_bytes(a.dtype) > dtype_bytes(b.dtype); });
     const std::string header = safetensors_header(path, tensors, metadata);
     int64_t total = 0;
     for (const TensorToWrite& tensor : tensors) total += tensor_bytes(tensor.dtype, tensor.shape);

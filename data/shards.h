@@ -56,7 +56,8 @@ public:
     void read(int64_t sample, int64_t T, int* tokens, int* targets, uint8_t* starts = nullptr, int eos = -1) const {
         const std::vector<int64_t>& ends = sample_ends(T);
         const size_t s = (size_t)(std::upper_bound(ends.begin(), ends.end(), sample) - ends.begin());
-        if (sample < 0 || s == ends.size()) fail("sample %lld does not exist: there are %lld samples of %lld tokens", (long long)sample, (long long)ends.back(), (long long)T);
+        if (sample < 0 || s == ends.size())
+            fail("sample %lld does not exist: there are %lld samples of %lld tokens", (long long)sample, (long long)ends.back(), (long long)T);
         const int64_t k = s ? sample - ends[s - 1] : sample;
         read_at(s, k * T, T, tokens, targets);
         if (!starts) return;
@@ -107,8 +108,10 @@ private:
         const bool litpkds = file.size >= 7 && memcmp(file.data, "LITPKDS", 7) == 0;
         const size_t header = litpkds ? LITPKDS_HEADER_BYTES : SHARD_HEADER_BYTES;
         if (!litpkds && file.size >= 4 && word<int32_t>(file, 0) != SHARD_MAGIC)
-            fail("%s is not a token shard: it begins with %d, not %d or LITPKDS; prepare it with data/prepare.py", path.c_str(), word<int32_t>(file, 0), SHARD_MAGIC);
-        if (file.size < header) fail("%s is too short for a token shard: %zu bytes, its header alone has %zu; prepare it again", path.c_str(), file.size, header);
+            fail("%s is not a token shard: it begins with %d, not %d or LITPKDS; prepare it with data/prepare.py", path.c_str(),
+                 word<int32_t>(file, 0), SHARD_MAGIC);
+        if (file.size < header)
+            fail("%s is too short for a token shard: %zu bytes, its header alone has %zu; prepare it again", path.c_str(), file.size, header);
         ShardInfo shard = litpkds ? parse_litpkds(path, file) : parse_header(path, file);
         shard.path = path;
         const uint64_t expected = header + 2 * (uint64_t)shard.tokens;
@@ -117,7 +120,8 @@ private:
             fail("%s is %s: its header says %lld tokens, %llu bytes, and the file has %zu; copy or prepare it again", path.c_str(),
                  file.size < expected ? "cut off" : "too long", (long long)shard.tokens, (unsigned long long)expected, file.size);
         if (vocab_size_ > 0 && shard.vocab_size > vocab_size_)
-            fail("%s was prepared with a vocabulary of %d and the model has only %d; use a model or data of the same tokenizer", path.c_str(), shard.vocab_size, vocab_size_);
+            fail("%s was prepared with a vocabulary of %d and the model has only %d; use a model or data of the same tokenizer", path.c_str(),
+                 shard.vocab_size, vocab_size_);
         agree(vocab_, (uint64_t)shard.vocab_size, path, "vocabularies");
         agree(eos_, (uint64_t)(shard.eos + 1), path, "EOS ids (plus one)");
         agree(fingerprint_, shard.fingerprint, path, "tokenizers, by fingerprint");
@@ -133,7 +137,8 @@ private:
         const uint64_t count = word<uint32_t>(file, 8) | (uint64_t)word<uint32_t>(file, 28) << 32;
         shard.tokens = checked_count(path, count);
         if (vocab < 0 || vocab > 65536) fail("%s: the header says a vocabulary of %d; 16-bit tokens allow 1 to 65536", path.c_str(), vocab);
-        if (eos < 0 || eos > (vocab ? vocab : 65536)) fail("%s: the header says EOS id %lld outside its vocabulary of %d", path.c_str(), (long long)eos - 1, vocab);
+        if (eos < 0 || eos > (vocab ? vocab : 65536))
+            fail("%s: the header says EOS id %lld outside its vocabulary of %d", path.c_str(), (long long)eos - 1, vocab);
         shard.vocab_size = vocab;
         shard.eos = eos - 1;
         shard.fingerprint = word<uint64_t>(file, 20);
@@ -179,6 +184,8 @@ private:
 
 // Header of a shard, 1,024 bytes. data/prepare.py writes the same.
 inline std::string shard_header(int64_t tokens, int vocab_size, int eos, uint64_t fingerprint) {
-    int32_t words[256] = {SHARD_MAGIC, 1, (int32_t)(tokens & 0xffffffff), vocab_size, eos + 1, (int32_t)(fingerprint & 0xffffffff), (int32_t)(fingerprint >> 32), (int32_t)(tokens >> 32)};
+    const auto low = [](uint64_t x) { return (int32_t)(x & 0xffffffff); };
+    const auto high = [](uint64_t x) { return (int32_t)(x >> 32); };
+    int32_t words[256] = {SHARD_MAGIC, 1, low(tokens), vocab_size, eos + 1, low(fingerprint), high(fingerprint), high(tokens)};
     return std::string((const char*)words, sizeof words);
 }

@@ -69,7 +69,8 @@ def read_header(path) -> dict:
         version, dtype, tokens = struct.unpack_from("<QBQ", raw, 7)
         if version != 1 or dtype not in LITPKDS_DTYPES:
             raise PrepareError(f"{path}: LITPKDS version {version}, dtype code {dtype}; read are version 1 and dtypes 4 and 8")
-        header = {"format": "litpkds", "dtype": LITPKDS_DTYPES[dtype], "header_bytes": 24, "tokens": tokens, "vocab_size": 0, "eos_id": -1, "fingerprint": 0}
+        header = {"format": "litpkds", "dtype": LITPKDS_DTYPES[dtype], "header_bytes": 24, "tokens": tokens}
+        header |= {"vocab_size": 0, "eos_id": -1, "fingerprint": 0}
     elif len(raw) < HEADER_BYTES or words[0] != MAGIC or words[1] != VERSION:
         raise PrepareError(f"{path}: not a token shard (header {words[:2]}, expected [{MAGIC}, {VERSION}]); make it with data.prepare")
     else:
@@ -141,7 +142,8 @@ class ShardWriter:
     keep_tail = True  # a last shard that is not full is written
     split_names = {"train": "train", "val": "val"}
 
-    def __init__(self, folder, split: str, shard_tokens: int, vocab_size: int, eos_id: int, tokenizer_fingerprint: int, journal: Journal, digits: int = 3):
+    def __init__(self, folder, split: str, shard_tokens: int, vocab_size: int, eos_id: int, tokenizer_fingerprint: int, journal: Journal,
+                 digits: int = 3):  # fmt: skip
         self.folder, self.split, self.shard_tokens, self.digits, self.journal = Path(folder), split, shard_tokens, digits, journal
         self.identity = (vocab_size, eos_id, tokenizer_fingerprint)
         self.dtype = np.dtype("<u2")

@@ -233,7 +233,8 @@ def read_parquet(piece: Piece, tally: Tally) -> Iterator[str]:
                 tally.leave_out(f"no column '{piece.field}' (it has {', '.join(schema.names)}); give --field", 0)
                 return
             kind = schema.field(piece.field).type
-            if not any(test(kind) for test in (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_binary, pyarrow.types.is_large_binary)):
+            text_types = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_binary, pyarrow.types.is_large_binary)
+            if not any(test(kind) for test in text_types):
                 tally.leave_out(f"column '{piece.field}' holds {kind}, not text", 0)
                 return
             groups = range(piece.start, min(piece.end, file.num_row_groups))

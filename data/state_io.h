@@ -33,7 +33,9 @@ inline uint64_t weights_fingerprint(const Model& m) {
 
 template <class T> TensorToWrite host_tensor(const std::string& name, const char* dtype, std::vector<int64_t> shape, std::vector<T> values) {
     return {name, dtype, std::move(shape),
-            [values = std::move(values)](void* dst, int64_t offset, int64_t bytes) { memcpy(dst, (const char*)values.data() + offset, (size_t)bytes); }};
+            [values = std::move(values)](void* dst, int64_t offset, int64_t bytes) {
+                memcpy(dst, (const char*)values.data() + offset, (size_t)bytes);
+            }};
 }
 
 // The ring's rows of positions [position - count, position) of each sequence, between the ring's order and the file's.

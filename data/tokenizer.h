@@ -54,7 +54,8 @@ public:
     }
     std::string decode(const std::vector<int>& ids) const {
         for (int id : ids)
-            if (id < 0 || id >= vocab_size()) fail("token %d is not in the vocabulary of %d of %s; use the model's own tokenizer", id, vocab_size(), path_.c_str());
+            if (id < 0 || id >= vocab_size())
+                fail("token %d is not in the vocabulary of %d of %s; use the model's own tokenizer", id, vocab_size(), path_.c_str());
         std::string text;
         const auto status = processor_->Decode(ids, &text);
         if (!status.ok()) fail("%s cannot decode %zu tokens: %s", path_.c_str(), ids.size(), printable(status.ToString()).c_str());
@@ -115,7 +116,8 @@ private:
 class Tokenizer {
 public:
     explicit Tokenizer(const std::string& path) {
-        fail("cannot read %s: this build has no SentencePiece; install it (apt install libsentencepiece-dev, or scripts/setup.sh) and build again", path.c_str());
+        fail("cannot read %s: this build has no SentencePiece; install it (apt install libsentencepiece-dev, or scripts/setup.sh) "
+             "and build again", path.c_str());
     }
     int vocab_size() const { return 0; }
     int eos() const { return -1; }

@@ -230,7 +230,8 @@ def gpt2_from_tiktoken() -> bytes:
     try:
         encoding = tiktoken.get_encoding("gpt2")
     except Exception as error:  # whatever its HTTP library raises
-        raise PrepareError(f"--tokenizer gpt2: tiktoken cannot get its file ({type(error).__name__}); check the network, or give a .tiktoken file") from None
+        why = type(error).__name__
+        raise PrepareError(f"--tokenizer gpt2: tiktoken cannot get its file ({why}); check the network, or give a .tiktoken file") from None
     return b"".join(base64.b64encode(encoding.decode_single_token_bytes(i)) + b" %d\n" % i for i in range(encoding.eot_token))
 
 
@@ -259,7 +260,8 @@ def load_tokenizer(name: str, eos: str | None = None) -> Tokenizer:
         return TiktokenTokenizer(gpt2_from_tiktoken(), name)
     path = Path(name)
     if path.is_dir():
-        path = next((path / file for file in ("tokenizer.model", "tokenizer.json", "tokenizer.tiktoken") if (path / file).exists()), path / "tokenizer.model")
+        names = ("tokenizer.model", "tokenizer.json", "tokenizer.tiktoken")
+        path = next((path / name for name in names if (path / name).exists()), path / names[0])
     if not path.is_file():
         raise PrepareError(f"--tokenizer {path}: no such file; give a tokenizer.model, tokenizer.json or .tiktoken file, or gpt2")
     return tokenizer_of(path.read_bytes(), str(path), eos)

@@ -38,8 +38,8 @@ __global__ void adamw_kernel(W* w, float* master, float* m, float* v, const floa
 
 // w may be master itself (fp32) or nullptr. Lengths that are no multiple of 4: the last elements by a second launch.
 template <class W>
-inline void adamw_update(W* w /*(n)*/, float* master /*(n)*/, float* m /*(n)*/, float* v /*(n)*/, const float* grads /*(n)*/, const float* norm_result /*(2) device*/,
-                         int64_t n, const AdamW& options, Stream stream) {
+inline void adamw_update(W* w /*(n)*/, float* master /*(n)*/, float* m /*(n)*/, float* v /*(n)*/, const float* grads /*(n)*/,
+                         const float* norm_result /*(2) device*/, int64_t n, const AdamW& options, Stream stream) {
     const Operation op("adamw", n * (28.0 + (w ? sizeof(W) : 0)), 0, stream);
     const AdamWFactors f = {options.lr, options.lr * options.weight_decay, options.beta1, options.beta2, options.eps,
                             (float)options.m_correction(), (float)options.v_correction()};
@@ -49,7 +49,8 @@ inline void adamw_update(W* w /*(n)*/, float* master /*(n)*/, float* m /*(n)*/, 
     if (whole) adamw_kernel<N><<<(unsigned)ceil_div(whole / N, THREADS), THREADS, 0, stream>>>(w, master, m, v, grads, norm_result, whole, f);
     LAUNCH_CHECK();
     if (rest)
-        adamw_kernel<1><<<(unsigned)ceil_div(rest, THREADS), THREADS, 0, stream>>>(w ? w + whole : w, master + whole, m + whole, v + whole, grads + whole, norm_result, rest, f);
+        adamw_kernel<1><<<(unsigned)ceil_div(rest, THREADS), THREADS, 0, stream>>>(w ? w + whole : w, master + whole, m + whole, v + whole,
+                                                                                   grads + whole, norm_result, rest, f);
     LAUNCH_CHECK();
 }
 

@@ -10,7 +10,6 @@ namespace gpu {
 namespace attn {
 
 using bf16 = __nv_bfloat16;
-constexpr float LOG2E = 1.44269504f;
 
 // Query i sees keys max(i - window + 1, starts[i], oldest()) .. i. Positions count from this call's t = 0, so a key of an earlier
 // call (in the ring) has a negative one; they fit an int (check() sees to it: registers are short), offsets into tensors never do.
@@ -91,11 +90,7 @@ __device__ inline void ds_store(bf16* block, int r, int half, uint32_t n0, uint3
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-__device__ inline float exp2_fast(float x) {                    // ex2.approx: 2 ulp, exp2(-inf) = 0
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
+using ::LOG2E, ::exp2_fast;
 __device__ inline uint32_t pack(float low, float high) {
     const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
     return *reinterpret_cast<const uint32_t*>(&v);

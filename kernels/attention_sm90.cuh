@@ -1,15 +1,15 @@
 // Causal sliding-window attention for Hopper (compute capability 9.0, code built for sm_90a), bf16, head_dim 64 or 128. Same
 // formula, layout and results' form as attention.cuh (the portable path), ring of earlier keys and document starts included.
 //
-// Each block is three warpgroups: one thread of the first feeds tiles through TMA into rings in shared memory (mbarriers say
-// full and empty), the other two own 64 rows each and multiply by wgmma. Blocks stay resident (one per SM) and take work items
-// in a fixed order, so the next item's loads run during the last one's epilogue. Every result has one owner and a fixed order
+// One thread of a block's first warpgroup feeds tiles through TMA into rings in shared memory (mbarriers say full and empty), the other
+// warpgroups own 64 rows each and multiply by wgmma: three in forward, two in backward. Blocks stay resident (one per SM) and take work
+// items in a fixed order, so the next item's loads run during the last one's epilogue. Every result has one owner and a fixed order
 // of sums: no atomics.
 //
-// Forward, per warpgroup and key tile: S' = Q K'^T and then O += P V of the tile before are issued; softmax of S' runs while
-// P V does, across the ends of items too. The two warpgroups take turns at issuing (order_wait, order_pass), so that one's
-// softmax runs during the other's products. A consumer is never idle, the tensor cores are for a third of the time: what counts is the
-// number of instructions between a warpgroup's products, and control is computed between the two issues, where it is hidden.
+// Forward, per warpgroup and tile of 128 keys: S = Q K^T, softmax, O += P V, one after the other; a base below the maximum is kept as long as terms
+// stay small. Three warpgroups are between products at different times, since they take turns at issuing S (turn_wait, turn_pass), so that one's
+// softmax, masks and results hide behind the others' products. 192 queries share the keys that a block loads. What an item is (which
+// sequence, head, tiles) the producer finds out and passes on with the queries. Results are stored from the place where the queries were.
 // Tiles that no query of the item sees are never loaded, halves that a warpgroup does not see not multiplied; only 64 x 64 blocks on an
 // edge (diagonal, window, document, ring) are masked.
 //

@@ -37,6 +37,7 @@ struct Schedule {
     int tiles, owners, items;                                            // items = tiles * owners
     Divisor section, last_section, section_items;                        // owners in a section, in the last one; items in a section
     bool last_first;                                                     // the most work: the last tiles (queries) or the first (keys)
+    bool even;                                                           // sections of (nearly) equal size; no change of direction
 };
 struct Work { int tile, owner; };
 
@@ -68,28 +69,31 @@ __device__ inline Work work_item(const Schedule& s, int n) {
 // is a whole number of rounds, the next one begins with the direction in which this one ended: its light tiles meet other blocks.
 __device__ inline int item_of_round(const Schedule& s, int round) {
     const int first = round * gridDim.x;
-    const bool back = (round + s.section_items.quotient(first)) & 1;
+    const bool back = (round + (s.even ? 0 : s.section_items.quotient(first))) & 1;
     return first + (back ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
 }
 
 #ifdef SAMBA_SM90A_CODE
-// A tile of queries: the keys it sees are `count` tiles, of which the first is on the diagonal, each before the last. A tile of
-// the ring that slot 0 divides comes twice, as its newer and its older part; `newer`: the last visit to the newer side of slot 0.
-// first0, first1: the first key that the first and the second consumer's 64 queries see
-struct QueryWork { int owner, b, h, i0, count, newer, twice, first0, first1; };
-__device__ inline QueryWork query_work(const Problem& a, int item) {
+// A tile of queries, from i0 on: the keys it sees are `count` tiles, of which the first (from key `top` on) holds its last query, each before
+// the last. A tile of the ring that slot 0 divides comes twice, as its newer and its older part; `newer`: the last visit to the newer side of
+// slot 0. first0, first1: the first key that the first and the second consumer's 64 queries see. Tiles of other than ROWS queries end where the
+// last 64 queries end: what is missing for a whole number of them is missing in the first, which has least work.
+struct QueryWork { int owner, b, h, i0, top, count, newer, twice, first0, first1; };
+template <int QUERIES = ROWS> __device__ inline QueryWork query_work(const Problem& a, int item) {
     const Work work = work_item(a.schedule, item);
     const Prefix prefix = a.prefix;
-    const int b = a.heads.quotient(work.owner), i0 = work.tile * ROWS, first = a.first_key(b, i0);
+    const int missing = QUERIES == ROWS ? 0 : a.schedule.tiles * QUERIES - (a.T + 63) / 64 * 64;
+    const int b = a.heads.quotient(work.owner), i0 = work.tile * QUERIES - missing, last = (i0 + QUERIES - 1) / ROWS;
+    const int first = a.first_key(b, max(i0, 0));
     const int twice = prefix.capacity > 0 && prefix.split % ROWS != 0 && first < -prefix.split;
-    return {work.owner, b, work.owner - b * a.H, i0, work.tile - (first >> 7) + 1 + twice, work.tile - (-prefix.split >> 7), twice,
-            first, a.first_key(b, i0 + 64)};
+    return {work.owner, b, work.owner - b * a.H, i0, last * ROWS, last - (first >> 7) + 1 + twice, last - (-prefix.split >> 7), twice,
+            first, a.first_key(b, max(i0 + 64, 0))};
 }
 // Visit j: keys n0 .. n0 + 127, of which from .. to are there, at row t of the call's keys or of the ring
 struct KeyTile { int n0, t, from, to; bool ring; };
 __device__ inline KeyTile key_tile(const QueryWork& work, int j, const Prefix& prefix) {
     const bool older = work.twice && j > work.newer;
-    const int n0 = work.i0 - (j - older) * ROWS;
+    const int n0 = work.top - (j - older) * ROWS;
     if (n0 >= 0) return {n0, n0, 0, INT_MAX, false};
     if (j > work.newer) return {n0, prefix.split + prefix.capacity + n0, INT_MIN, -prefix.split - 1, true};
     return {n0, prefix.split + n0, -prefix.split, INT_MAX, true};
@@ -203,11 +207,13 @@ template <int STAGES> __device__ inline void release_staging(const Ring<STAGES>&
 // ---------------------------------------------------------------------------------------------------------------------
 // Launches
 
-inline Schedule schedule(int64_t tiles, int64_t owners, int blocks, bool last_first) {
+inline Schedule schedule(int64_t tiles, int64_t owners, int blocks, bool last_first, bool even = false) {
     if (tiles * owners > INT32_MAX / 2)
         fail("attention: %lld tiles of %lld heads: more than 2^30 pieces of work; use a smaller batch", (long long)tiles, (long long)owners);
-    const int section = (int)std::min<int64_t>(owners, std::max(1, blocks / 4)), rest = (int)(owners % section);
-    return {(int)tiles, (int)owners, (int)(tiles * owners), section, rest ? rest : section, (int)(section * tiles), last_first};
+    int section = (int)std::min<int64_t>(owners, std::max(1, blocks / 4));
+    if (even) section = (int)ceil_div(owners, ceil_div(owners, (int64_t)section));
+    const int rest = (int)(owners % section);
+    return {(int)tiles, (int)owners, (int)(tiles * owners), section, rest ? rest : section, (int)(section * tiles), last_first, even};
 }
 constexpr int SHARED_LIMIT = 227 * 1024;                                  // a block's, on compute capability 9.0
 inline int multiprocessors() {
@@ -223,18 +229,19 @@ inline bool supported(const Args<bf16>& a, const void* other) {          // T * 
 
 // EARLY: blocks may start where those of the kernel before have ended, and wait for it (results_wait) before they read its results
 enum Start { ORDERLY, EARLY };
-// One block a multiprocessor, over tiles x heads (or groups)
-template <class Kernel, class... Maps>
+// One block a multiprocessor, over tiles x heads (or groups): a producer and a warpgroup for each 64 rows of a tile
+template <int TILE_ROWS = ROWS, class Kernel, class... Maps>
 inline void launch_resident(Kernel kernel, Problem a, int64_t owners, bool last_first, Start start, int shared, Stream stream, const Maps&... maps) {
     const int blocks = multiprocessors();
-    a.schedule = schedule(ceil_div(a.T, ROWS), owners, blocks, last_first);
+    a.schedule = schedule(ceil_div(a.T, TILE_ROWS), owners, blocks, last_first, TILE_ROWS != ROWS);
     a.heads = (int)(owners / a.B);
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
     cudaLaunchAttribute early{};
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
-    config.gridDim = std::min(blocks, a.schedule.items), config.blockDim = BLOCK, config.dynamicSmemBytes = shared, config.stream = stream;
+    config.gridDim = std::min(blocks, a.schedule.items), config.blockDim = (1 + TILE_ROWS / 64) * WARPGROUP;
+    config.dynamicSmemBytes = shared, config.stream = stream;
     config.attrs = &early, config.numAttrs = start == EARLY;
     CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, maps..., a));
     LAUNCH_CHECK();

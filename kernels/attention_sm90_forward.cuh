@@ -7,18 +7,14 @@ namespace gpu {
 namespace sm90 {
 
 #ifdef SAMBA_SM90A_CODE
-// Turns at issuing products: barrier 1 is the first consumer's, 2 the second's
-__device__ inline void order_wait(int consumer) { named_sync(1 + consumer, 2 * WARPGROUP); }
-__device__ inline void order_pass(int consumer) { named_arrive(2 - consumer, 2 * WARPGROUP); }
-
 // Of a lane's two rows: probabilities so far are exp2(c s - base), `sum` is the lane's own part of their sum
 struct Statistics { float base[2] = {-INFINITY, -INFINITY}, sum[2] = {}; };
 
-// s becomes exp2(c s - base). A base may be up to SLACK below the row's maximum: terms stay under 2^SLACK, as exact as with the maximum, and
-// hardly a tile after an item's first raises it. If a row of the warp goes beyond, the warp's bases become its maxima; true then, and
-// `shrink` is what earlier sums (done here) and outputs must be multiplied with.
+// A base may be up to SLACK below the row's maximum: terms stay under 2^SLACK, as exact as with the maximum, and hardly a tile after an item's
+// first raises it. If a row of the warp goes beyond, the warp's bases become its maxima; true then, and `shrink` is what earlier sums (done
+// here) and outputs must be multiplied with.
 constexpr float SLACK = 8;
-template <int NR> __device__ inline bool online_softmax(float (&s)[NR], Statistics& stat, float (&shrink)[2], float c) {
+template <int NR> __device__ inline bool raise_bases(const float (&s)[NR], Statistics& stat, float (&shrink)[2], float c) {
     float top[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -37,6 +33,10 @@ template <int NR> __device__ inline bool online_softmax(float (&s)[NR], Statisti
             shrink[half] = exp2_fast(stat.base[half] - base);
             stat.base[half] = base, stat.sum[half] *= shrink[half];
         }
+    return raise;
+}
+// s becomes exp2(c s - base)
+template <int NR> __device__ inline void make_terms(float (&s)[NR], Statistics& stat, float c) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         float x = 0.f, y = 0.f;
@@ -48,7 +48,6 @@ template <int NR> __device__ inline bool online_softmax(float (&s)[NR], Statisti
         stat.sum[half] += x + y;
         asm volatile("" : "+f"(stat.sum[half]));                         // sums are formed here, among exp2, not behind the next wait
     }
-    return raise;
 }
 template <int NR> __device__ inline void rescale(float (&o)[NR], const float (&factor)[2]) {
 #pragma unroll
@@ -58,210 +57,224 @@ template <int NR> __device__ inline void rescale(float (&o)[NR], const float (&f
 }
 #endif // SAMBA_SM90A_CODE
 
+// A block's work: 192 queries of a head, 64 for each of three consumers
+constexpr int CONSUMERS = 3, QUERIES = CONSUMERS * 64;
 template <int HD> constexpr int FORWARD_STAGES = HD == 64 ? 4 : 2;
-// Q ring | K ring | V ring | O staging | barriers
-template <int HD> constexpr int forward_shared() { return (3 + 2 * FORWARD_STAGES<HD>) * TILE_BYTES<HD> + 32 + 32 * FORWARD_STAGES<HD>; }
-
-#ifdef SAMBA_SM90A_CODE
-template <int HD> struct ForwardRings {
-    static constexpr int STAGES = FORWARD_STAGES<HD>, TILE = TILE_BYTES<HD>, STAGING = (2 + 2 * STAGES) * TILE;
-    Ring<2> queries;
-    Ring<STAGES> keys, values;
-    __device__ ForwardRings(uint32_t shared, uint32_t bars)
-        : queries{shared, bars, TILE}, keys{shared + 2 * TILE, bars + 32, TILE},
-          values{shared + (2 + STAGES) * TILE, bars + 32 + 16 * STAGES, TILE} {}
-};
-
-// The order in which the consumers want tiles: an item's queries and first keys, then the last values of the item before.
-template <int HD> __device__ inline void
-forward_produce(const ForwardRings<HD>& rings, const CUtensorMap* qkv_map, const CUtensorMap* ring_map, const Problem& a) {
-    const int heads = a.H / a.G;
-    const KeyMaps maps{qkv_map, ring_map};
-    QueryWork before{};
-    KeyTile tile_before{};
-    int n = 0;
-    for (int round = 0, item; (item = item_of_round(a.schedule, round)) < a.schedule.items; round++) {
-        const QueryWork work = query_work(a, item);
-        load_stage<HD>(rings.queries, round, qkv_map, work.h / heads * (heads + 2) + work.h % heads, work.i0, work.b);
-        for (int j = 0; j < work.count; j++, n++) {                      // the diagonal tile first; keys one ahead of values
-            const KeyTile tile = key_tile(work, j, a.prefix);
-            load_keys<HD>(rings.keys, n, maps, a, work, tile, 0);
-            if (n > 0) load_keys<HD>(rings.values, n - 1, maps, a, before, tile_before, 1);
-            before = work, tile_before = tile;
-        }
-    }
-    load_keys<HD>(rings.values, n - 1, maps, a, before, tile_before, 1);
+template <int HD> constexpr int QUERY_BYTES = QUERIES * HD * 2;
+// What the producer finds out about an item and the consumers read when its queries are there. turns: how often each issues scores
+struct ForwardItem { int b, h, i0, top, count, newer, twice, turns; };
+constexpr int NO_MORE = -1;                                              // in place of h
+// Q ring | K ring | V ring | barriers | two items
+template <int HD> constexpr int forward_shared() {
+    return 2 * QUERY_BYTES<HD> + 2 * FORWARD_STAGES<HD> * TILE_BYTES<HD> + 32 + 32 * FORWARD_STAGES<HD> + 2 * (int)sizeof(ForwardItem);
 }
 
-// One warpgroup's 64 rows. Key tiles of all its items form one sequence: step n issues the scores of tile n and the product with
-// the values of tile n - 1, then does softmax n while the second runs; an item's results are stored in the next one's first step.
-// A consumer is never idle: every instruction between its products counts, hidden are only those between the two issues, where
-// the tensor cores would make it wait anyway. There the step looks ahead.
+#ifdef SAMBA_SM90A_CODE
+__device__ inline ForwardItem forward_item(const Problem& a, int item) {
+    const QueryWork work = query_work<QUERIES>(a, item);
+    int turns = 0;
+#pragma unroll
+    for (int i = work.i0; i < work.i0 + QUERIES; i += 64)
+        if (i >= 0) turns = max(turns, (i + 63) / ROWS - (a.first_key(work.b, i) >> 7) + 1);
+    return {work.b, work.h, work.i0, work.top, work.count, work.newer, work.twice, turns + work.twice};
+}
+
+template <int HD> struct ForwardRings {
+    static constexpr int STAGES = FORWARD_STAGES<HD>, TILE = TILE_BYTES<HD>, QUERY = QUERY_BYTES<HD>, BARRIERS = 2 * QUERY + 2 * STAGES * TILE;
+    static constexpr int ITEMS = forward_shared<HD>() - 2 * sizeof(ForwardItem);
+    Ring<2> queries;
+    Ring<STAGES> keys, values;
+    __device__ ForwardRings(uint32_t shared)
+        : queries{shared, shared + BARRIERS, QUERY}, keys{shared + 2 * QUERY, shared + BARRIERS + 32, TILE},
+          values{shared + 2 * QUERY + STAGES * TILE, shared + BARRIERS + 32 + 16 * STAGES, TILE} {}
+    __device__ void init() const {
+        constexpr int WARPS = CONSUMERS * WARPGROUP / WARP;
+        queries.init(WARPS), keys.init(WARPS), values.init(WARPS);
+        barrier_init_done();
+    }
+    __device__ static int4* item(int round) { return reinterpret_cast<int4*>(sm90_shared + ITEMS) + round % 2 * 2; }
+};
+
+// An item's queries, then its keys and values, the last tile first; NO_MORE at the end
+template <int HD> __device__ inline void
+forward_produce(const ForwardRings<HD>& rings, const CUtensorMap* query_map, const KeyMaps& maps, const Problem& a) {
+    const int heads = a.H / a.G;
+    for (int round = 0, n = 0;; round++) {
+        const int number = item_of_round(a.schedule, round);
+        const uint32_t bar = rings.queries.full_bar(round);
+        rings.queries.wait_empty(round);
+        if (number >= a.schedule.items) {
+            rings.item(round)[0].y = NO_MORE;
+            barrier_arrive(bar);
+            return;
+        }
+        const ForwardItem item = forward_item(a, number);
+        rings.item(round)[0] = {item.b, item.h, item.i0, item.top}, rings.item(round)[1] = {item.count, item.newer, item.twice, item.turns};
+        barrier_expect(bar, QUERY_BYTES<HD>);
+        load_tile<HD, QUERIES, QUERIES>(rings.queries.tile(round), bar, query_map, item.h / heads * (heads + 2) + item.h % heads, item.i0, item.b);
+        QueryWork work{};
+        work.b = item.b, work.h = item.h, work.top = item.top, work.newer = item.newer, work.twice = item.twice;
+        for (int j = 0; j < item.count; j++, n++) {
+            const KeyTile tile = key_tile(work, j, a.prefix);
+            load_keys<HD>(rings.keys, n, maps, a, work, tile, 0);
+            load_keys<HD>(rings.values, n, maps, a, work, tile, 1);
+        }
+    }
+}
+
+// One warpgroup's 64 rows: for each tile of keys S = Q K^T, softmax, O += P V, one after the other. While one warpgroup does softmax, masks or
+// stores, the other two keep the tensor cores busy. P takes the place of S, so that O and S fit the 160 registers of a lane.
 template <int HD> struct ForwardConsumer {
     const ForwardRings<HD>& rings;
     const CUtensorMap* out_map;
     const Problem& a;
     const int consumer = which_consumer();
-    const int row = consumer * 64 + threadIdx.x / WARP % 4 * 16 + threadIdx.x % WARP / 4;   // of the tile: this lane's first
+    const int row = consumer * 64 + threadIdx.x / WARP % 4 * 16 + threadIdx.x % WARP / 4;   // of the item: this lane's first
     const float c = rsqrtf((float)HD) * attn::LOG2E;
-    float s[ROWS / 2] = {}, o[HD / 2] = {}, shrink[2];
-    uint32_t p[ROWS / 16][4] = {};
-    int n = 0, round = 0, j = 0;                                         // tile n of all, j of item `round`
-    int parts = 0, now, coming;                                          // halves that are multiplied: of tiles n - 1 (p), n (s) and n + 1
-    int all;                                                             // the first key that all 64 queries see
-    QueryWork work, before, next;                                        // this item, the ones before and after it
-    bool more;                                                           // whether there is one after it
+    float o[HD / 2];
+    int n = 0, round = 0, j, turns;                                      // tile n of all, j of item `round`; scores issued in it
+    bool fresh, staged = false;                                          // no product in o yet; the item before lies in its queries' place
+    int least, first, all, item_turns;                                   // first query; first key that one of the 64 sees, and that all see
+    QueryWork work;
     Statistics stat;
 
-    template <int N> __device__ void issue_scores() {
-        const uint32_t q_at = rings.queries.tile(round) + consumer * 64 * 128, k_at = rings.keys.tile(n) + half_offset(now);
-        issue_rows<HD, ROWS, ROWS>(part_of<N>(s), q_at, k_at);
+    // Turns at issuing scores, so that warpgroups get theirs one after the other and do softmax at different times
+    __device__ void turn_wait() const { named_sync(1 + CONSUMERS + consumer, 2 * WARPGROUP); }
+    __device__ void turn_pass() const { named_arrive(1 + CONSUMERS + (consumer + 1) % CONSUMERS, 2 * WARPGROUP); }
+
+    // The halves of a tile that this warpgroup multiplies. Half a tile is worked on like a smaller tile.
+    __device__ int visible_parts(int n0) const {
+        const int last = least + 63;
+        return (n0 <= last && n0 + 63 >= first ? LOWER : 0) | (n0 + 64 <= last && n0 + 127 >= first ? UPPER : 0);
     }
-    // The product with the values of tile `of`, first or not of its item
-    __device__ void issue_output(int of, bool first) {
-        const uint32_t v_at = rings.values.tile(of) + half_offset(parts);
-        rings.values.wait_full(of);
-        if (parts == BOTH) issue_columns<ROWS>(o, p, v_at, !first);
-        else issue_columns<ROWS>(o, part_of<64>(p), v_at, !first);
-    }
-    // The halves of visit j that are multiplied: at least one
-    __device__ int visible_parts(const QueryWork& of, int j) const {
-        const int visible = parts_of(consumer, of, key_tile(of, j, a.prefix).n0);
-        return visible ? visible : UPPER;
-    }
-    __device__ void look_ahead() {
-        if (j == 0) {
-            const int item = item_of_round(a.schedule, round + 1);
-            more = item < a.schedule.items;
-            if (more) next = query_work(a, item);
-        }
-        coming = j + 1 < work.count ? visible_parts(work, j + 1) : more ? visible_parts(next, 0) : 0;
-    }
-    // S is there: its tiles may go, what is unseen becomes -infinity
-    template <int N> __device__ void scores_done() {
-        hold(s);
+    __device__ void next_keys() const { if (j + 1 < work.count) rings.keys.wait_full(n + 1); }
+    template <int N> __device__ void step(const KeyTile& tile, int parts) {
+        float s[N / 64][32], shrink[2];
+        uint32_t p[N / 64][4][4];
+        float (&scores)[N / 2] = reinterpret_cast<float (&)[N / 2]>(s);
+        turn_wait();
+        issue_rows<HD, QUERIES, ROWS>(scores, rings.queries.tile(round) + consumer * 64 * 128, rings.keys.tile(n) + half_offset(parts));
+        turn_pass();
+        wgmma_wait<0>();
+        hold(scores);
         rings.keys.release(n);
-        if (j == work.count - 1) rings.queries.release(round);
-        const KeyTile tile = key_tile(work, j, a.prefix);
-        mask_keys(s, a, work, tile, tile.n0 + (now == UPPER ? 64 : 0), N, work.i0 + row, work.i0 + consumer * 64, all);
-    }
-    // The product with the values of tile n - 1 is done
-    __device__ void output_done() {
-        wgmma_wait<0>();
-        hold(o), hold(p);
-        rings.values.release(n - 1);
-    }
-    // The first tile of all: nothing to overlap with
-    template <int N> __device__ void begin() {
-        rings.queries.wait_full(0);
-        rings.keys.wait_full(0);
-        issue_scores<N>();
-        look_ahead();
-        wgmma_wait<0>();
-        scores_done<N>();
-        online_softmax(part_of<N>(s), stat, shrink, c);
-        pack_operand(part_of<N>(p), part_of<N>(s));
-        parts = now;
-    }
-    template <int N> __device__ void step() {
-        if (j == 0) rings.queries.wait_full(round);
-        rings.keys.wait_full(n);
-        order_wait(consumer);
-        issue_scores<N>();
-        look_ahead();
-        issue_output(n - 1, j == 0 ? before.count == 1 : j == 1);
-        order_pass(consumer);
-        wgmma_wait<1>();
-        scores_done<N>();
-        const Statistics old = stat;
-        if (j == 0) stat = Statistics{};
-        const bool raised = online_softmax(part_of<N>(s), stat, shrink, c);
-        // The wait stands in the branches so that it comes after softmax: in one block with it, the compiler moves it to the front
-        if (j == 0) {
-            output_done();
-            store(before, old);
-        } else {
-            output_done();
-            if (raised) rescale(o, shrink);
+        mask_keys(scores, a, work, tile, tile.n0 + (parts == UPPER ? 64 : 0), N, work.i0 + row, least, all);
+        if (raise_bases(scores, stat, shrink, c) && !fresh) rescale(o, shrink);
+#pragma unroll
+        for (int part = 0; part < N / 64; part++) {                      // the product of the first 64 keys runs during exp2 of the others
+            make_terms(s[part], stat, c);
+            pack_operand(p[part], s[part]);
+            if (part == 0) rings.values.wait_full(n);
+            issue_columns<ROWS>(o, p[part], rings.values.tile(n) + half_offset(parts) + part * 64 * 128, part > 0 || !fresh);
         }
-        pack_operand(part_of<N>(p), part_of<N>(s));
-        parts = now;
+        if (staged) release_queries(round - 1);
+        next_keys();
+        wgmma_wait<0>();
+        hold(o);
+        for (auto& part : p) hold(part);
+        rings.values.release(n);
+        fresh = false, turns++;
     }
-    __device__ void store(const QueryWork& of, const Statistics& stat) const {
-        unsigned char* staging = sm90_shared + ForwardRings<HD>::STAGING + consumer * TILE_BYTES<HD> / 2;
+    // A tile of which this warpgroup sees nothing
+    __device__ void skip() const {
+        rings.keys.release(n);
+        rings.values.wait_full(n);
+        rings.values.release(n);
+        next_keys();
+    }
+    // The store of item `of` has read its rows: their place may be loaded again
+    __device__ void release_queries(int of) {
+        if (threadIdx.x % WARP == 0) tma_store_wait();
+        rings.queries.release(of);
+        staged = false;
+    }
+    // Results go where the item's queries were, and from there to memory: each warp's own 16 rows
+    __device__ void store() {
+        unsigned char* place = sm90_shared + round % 2 * QUERY_BYTES<HD>;
         float sum[2], factor[2];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             sum[half] = stat.sum[half];
             sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 1);
             sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 2);
-            factor[half] = __fdividef(1.f, sum[half]);                       // sum >= 1: the term of the key that set the base
+            factor[half] = __fdividef(1.f, sum[half]);                   // sum >= 1: the term of the key that set the base
         }
-        const int first = threadIdx.x / WARP % 4 * 16, t = of.i0 + consumer * 64 + first;     // a warp stores its own 16 rows
-        const bool leader = threadIdx.x % WARP == 0;
-        if (leader) tma_store_wait();                                    // the last item's store has read them
-        __syncwarp();
-        stage_rows<64>(staging, o, factor);
+        const int first_row = consumer * 64 + threadIdx.x / WARP % 4 * 16, t = work.i0 + first_row;
+        named_sync(1 + consumer, WARPGROUP);                             // all have multiplied by their queries
+        stage_rows<QUERIES>(place + consumer * 64 * 128, o, factor);
         fence_async();
         __syncwarp();
-        if (leader && t < a.T) {
-            store_tile<HD, 64>(out_map, staging + first * 128, of.h, t, of.b);
+        if (threadIdx.x % WARP == 0 && t < a.T) {
+            store_tile<HD, QUERIES>(out_map, place + first_row * 128, work.h, t, work.b);
             tma_store_commit();
         }
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int i = of.i0 + row + half * 8;
-            if (threadIdx.x % 4 == 0 && i < a.T) a.lse[(int64_t)of.owner * a.T + i] = (stat.base[half] + log2f(sum[half])) * (1 / attn::LOG2E);
+            const int i = work.i0 + row + half * 8;
+            if (threadIdx.x % 4 == 0 && i < a.T) a.lse[a.stat(work.b, work.h) + i] = (stat.base[half] + __log2f(sum[half])) * (1 / attn::LOG2E);
         }
+        staged = true;
     }
-    __device__ void begin_item(const QueryWork& item) {
-        work = item;
-        all = a.first_key(work.b, work.i0 + consumer * 64 + 63);
+    // The next item, when its queries are there. false: there is none
+    __device__ bool begin_item() {
+        auto uniform = [](int x) { return __shfl_sync(0xffffffffu, x, 0); };          // the compiler must see that it is
+        rings.queries.wait_full(round);
+        const int4 x = rings.item(round)[0], y = rings.item(round)[1];
+        work.b = uniform(x.x), work.h = uniform(x.y), work.i0 = uniform(x.z), work.top = uniform(x.w);
+        work.count = uniform(y.x), work.newer = uniform(y.y), work.twice = uniform(y.z), item_turns = uniform(y.w);
+        if (work.h == NO_MORE) return false;
+        least = work.i0 + consumer * 64;
+        first = least >= 0 ? a.first_key(work.b, least) : INT_MAX;       // before the start: sees nothing
+        all = a.first_key(work.b, max(least + 63, 0));
+        stat = Statistics{}, fresh = true, turns = 0;
+        return true;
     }
-    // On to the next tile, if there is one
-    __device__ bool advance() {
-        n++, now = coming;
-        if (++j < work.count) return true;
-        before = work, j = 0, round++;
-        if (more) begin_item(next);
-        return more;
+    __device__ void idle_turn() { turn_wait(), turn_pass(), turns++; }
+    __device__ void end_item() {
+        if (!fresh) return store();
+        if (staged) release_queries(round - 1);
+        rings.queries.release(round);
     }
+    // The tiles that a warpgroup sees lie between one that only later queries may see and those that only earlier queries see. Turns that it
+    // does not need are taken among the latter, whose release the others wait for; mostly there are none, and results are stored at once.
     __device__ void run() {
-        begin_item(query_work(a, item_of_round(a.schedule, 0)));
-        now = visible_parts(work, 0);
-        if (now == BOTH) begin<128>();
-        else begin<64>();
-        if (consumer == 1) order_pass(1);
-        while (advance())
-            if (now == BOTH) step<128>();
-            else step<64>();
-        issue_output(n - 1, before.count == 1);
-        wgmma_wait<0>();
-        hold(o), hold(p);
-        store(before, stat);
-        if (consumer == 0) order_wait(0);                                // takes the other's last pass
+        if (consumer == CONSUMERS - 1) turn_pass();
+        for (; begin_item(); round++) {
+            rings.keys.wait_full(n);
+            auto now = [&] { return key_tile(work, j, a.prefix); };
+            j = 0;
+            if (least >= 0 && !visible_parts(now().n0)) skip(), j++, n++;
+            for (; j < work.count; j++, n++) {
+                const KeyTile tile = now();
+                const int parts = visible_parts(tile.n0);
+                if (parts == BOTH) step<128>(tile, parts);
+                else if (parts) step<64>(tile, parts);
+                else break;
+            }
+            for (; j < work.count && turns < item_turns; j++, n++) skip(), idle_turn();
+            while (turns < item_turns) idle_turn();
+            end_item();
+            for (; j < work.count; j++, n++) skip();
+        }
+        if (consumer == 0) turn_wait();                                  // takes the last pass
         if (threadIdx.x % WARP == 0) tma_store_wait();
     }
 };
 #endif // SAMBA_SM90A_CODE
 
-template <int HD, bool EXTRAS> __global__ void __launch_bounds__(BLOCK, 1)
-forward(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__ CUtensorMap ring_map, const __grid_constant__ CUtensorMap out_map,
-        const __grid_constant__ Problem given) {
+template <int HD, bool EXTRAS> __global__ void __launch_bounds__((1 + CONSUMERS) * WARPGROUP, 1)
+forward(const __grid_constant__ CUtensorMap query_map, const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__ CUtensorMap ring_map,
+        const __grid_constant__ CUtensorMap out_map, const __grid_constant__ Problem given) {
 #ifdef SAMBA_SM90A_CODE
     const Problem a = simplified<EXTRAS>(given);
-    const uint32_t shared = shared_address(sm90_shared);
-    const ForwardRings<HD> rings(shared, shared + ForwardRings<HD>::STAGING + TILE_BYTES<HD>);
-    if (threadIdx.x == 0) {
-        rings.queries.init(), rings.keys.init(), rings.values.init();
-        barrier_init_done();
-    }
+    const ForwardRings<HD> rings(shared_address(sm90_shared));
+    if (threadIdx.x == 0) rings.init();
     __syncthreads();
     if (threadIdx.x < WARPGROUP) {
         registers_down<24>();
-        if (threadIdx.x == 0) forward_produce<HD>(rings, &qkv_map, &ring_map, a);
+        if (threadIdx.x == 0) forward_produce<HD>(rings, &query_map, {&qkv_map, &ring_map}, a);
     } else {
-        registers_up<240>();
+        registers_up<160>();
         ForwardConsumer<HD>{rings, &out_map, a}.run();
     }
 #endif
@@ -269,8 +282,9 @@ forward(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__ CUt
 
 static_assert(forward_shared<128>() <= SHARED_LIMIT);
 template <int HD> inline void launch_forward(const Args<bf16>& a, Stream stream) {
-    launch_resident(a.ring || a.starts ? forward<HD, true> : forward<HD, false>, problem(a), (int64_t)a.B * a.H, true, ORDERLY, forward_shared<HD>(),
-                    stream, qkv_map(a, ROWS), ring_map(a), tensor_map(a.out, a.B, a.T, a.H, HD, 16));
+    launch_resident<QUERIES>(a.ring || a.starts ? forward<HD, true> : forward<HD, false>, problem(a), (int64_t)a.B * a.H, true, ORDERLY,
+                             forward_shared<HD>(), stream, qkv_map(a, QUERIES), qkv_map(a, ROWS), ring_map(a),
+                             tensor_map(a.out, a.B, a.T, a.H, HD, 16));
 }
 
 } // namespace sm90

@@ -424,8 +424,8 @@ private:
         for (const Item& item : items) {
             const std::string name = next(), value = next();
             if (name != item.name || value != item.value)
-                fail("rank %d on %s has another %s than rank 0 on %s: %.300s, not %.300s; %s", r, hosts[r].c_str(), item.name.c_str(), hosts[0].c_str(),
-                     value.c_str(), item.value.c_str(), item.advice.c_str());
+                fail("rank %d on %s has another %s than rank 0 on %s: %.300s, not %.300s; %s", r, hosts[r].c_str(), item.name.c_str(),
+                     hosts[0].c_str(), value.c_str(), item.value.c_str(), item.advice.c_str());
         }
         fail("rank %d on %s was started with more options than rank 0", r, hosts[r].c_str());
     }

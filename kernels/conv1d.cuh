@@ -259,6 +259,15 @@ template <class Kernel> dim3 conv_grid(int& rows, Kernel kernel, size_t shared, 
     return dim3((unsigned)columns, (unsigned)ceil_div(T, rows), (unsigned)B);
 }
 
+// The last three rows of each sequence and its halo, which the next chunk starts from
+inline void conv1d_halo(floatX* halo_out /*(B,3,e) or null; may be halo_in*/, const floatX* x /*(B,T,e), row stride ldx*/, int64_t ldx,
+                        const floatX* halo_in /*(B,3,e) or null*/, int B, int64_t T, int e, Stream stream) {
+    if (!halo_out) return;
+    const ConvInput<floatX> p{x, halo_in, ldx, nullptr, nullptr, T, e, 0};
+    conv1d_halo_kernel<256><<<(unsigned)ceil_div((int64_t)B * e, 256), 256, 0, stream>>>(halo_out, p, (int64_t)B);
+    LAUNCH_CHECK();
+}
+
 inline void conv1d_forward(floatX* u /*(B,T,e)*/, floatX* halo_out /*(B,3,e) or null; may be halo_in*/,
                            const floatX* x /*(B,T,e), row stride ldx*/, int64_t ldx, const floatX* halo_in /*(B,3,e) or null*/,
                            const float* w /*(e,4)*/, const float* b /*(e)*/, int B, int64_t T, int e, Stream stream) {
@@ -272,9 +281,7 @@ inline void conv1d_forward(floatX* u /*(B,T,e)*/, floatX* halo_out /*(B,3,e) or 
     };
     if (conv_vectors({u, x, halo_in, b}, {e, ldx}, W)) launch(conv1d_forward_kernel<W, floatX>, W, ConvQueue<W, floatX>::BYTES);
     else launch(conv1d_forward_kernel<1, floatX>, 1, ConvQueue<1, floatX>::BYTES);
-    if (!halo_out) return;
-    conv1d_halo_kernel<256><<<(unsigned)ceil_div((int64_t)B * e, 256), 256, 0, stream>>>(halo_out, p, (int64_t)B);
-    LAUNCH_CHECK();
+    conv1d_halo(halo_out, x, ldx, halo_in, B, T, e, stream);
 }
 
 inline size_t conv1d_backward_workspace(int B, int64_t T, int e) {

@@ -60,7 +60,8 @@ template <class L> __device__ inline RowSoftmax row_softmax(const L& logits) {
 
 template <int W, bool SHARED, bool GRADIENT, class X>
 __global__ void __launch_bounds__(CROSS_ENTROPY_THREADS, CROSS_ENTROPY_BLOCKS)
-cross_entropy_kernel(float* losses, uint8_t* greedy, X* gradient, const X* logits /*== gradient if GRADIENT*/, const int* targets, float scale, int V) {
+cross_entropy_kernel(float* losses, uint8_t* greedy, X* gradient, const X* logits /*== gradient if GRADIENT*/, const int* targets, float scale,
+                     int V) {
     const int64_t row = blockIdx.x;
     logits += row * V;
     const int target = targets[row];
@@ -84,9 +85,10 @@ cross_entropy_kernel(float* losses, uint8_t* greedy, X* gradient, const X* logit
 }
 
 template <bool GRADIENT>
-inline void launch_cross_entropy(float* losses, uint8_t* greedy, floatX* gradient, const floatX* logits, const int* targets, float scale, int64_t M, int V, Stream stream) {
+inline void launch_cross_entropy(float* losses, uint8_t* greedy, floatX* gradient, const floatX* logits, const int* targets, float scale,
+                                 int64_t M, int V, Stream stream) {
     constexpr int W = 16 / sizeof(floatX);
-    constexpr size_t MOST_SHARED = 96 << 10;                            // of a block; two share a multiprocessor of an H100 up to there, three up to 75 KB
+    constexpr size_t MOST_SHARED = 96 << 10;                            // of a block: two share a multiprocessor of an H100; three up to 75 KB
     const size_t bytes = (size_t)V * sizeof(floatX);
     const bool vector = V % W == 0 && aligned_16(logits), shared = vector && bytes <= MOST_SHARED;
     auto kernel = !vector ? cross_entropy_kernel<1, false, GRADIENT, floatX>
@@ -104,8 +106,8 @@ inline void cross_entropy_forward(float* losses /*(M)*/, uint8_t* greedy /*(M) o
     launch_cross_entropy<false>(losses, greedy, nullptr, logits, targets, 0.f, M, V, stream);
 }
 
-inline void cross_entropy_fused(float* losses /*(M)*/, floatX* logits /*(M,V) in: logits, out: their gradient*/, const int* targets /*(M)*/, float scale,
-                                int64_t M, int V, Stream stream) {
+inline void cross_entropy_fused(float* losses /*(M)*/, floatX* logits /*(M,V) in: logits, out: their gradient*/, const int* targets /*(M)*/,
+                                float scale, int64_t M, int V, Stream stream) {
     const Operation op("cross entropy", 2.0 * M * V * sizeof(floatX), 0, stream);
     launch_cross_entropy<true>(losses, nullptr, logits, logits, targets, scale, M, V, stream);
 }

@@ -47,7 +47,8 @@ template <class X> struct ScanArgs {
 
 template <class X> __global__ void __launch_bounds__(THREADS) scan_kernel(ScanArgs<X> a) {
     extern __shared__ float x_dbl[];       // (B, rank + 2N)
-    const int sub = threadIdx.x % TEAM, team = threadIdx.x / TEAM, width = a.rank + 2 * a.N, c0 = blockIdx.x * a.channels, count = min(a.channels, a.e - c0);
+    const int sub = threadIdx.x % TEAM, team = threadIdx.x / TEAM, width = a.rank + 2 * a.N;
+    const int c0 = blockIdx.x * a.channels, count = min(a.channels, a.e - c0);
     float row[DT_AHEAD], h0 = 0, A0 = 0;
     const auto load = [&](int task) {      // what does not depend on the token
         const int b = task / count, c = c0 + task % count;
@@ -88,7 +89,7 @@ template <class X> __global__ void __launch_bounds__(THREADS) scan_kernel(ScanAr
             y += h * Cn[n];
         }
         y = team_sum(y) + a.D[c] * u;
-        if (live && sub == 0) a.out[i] = from_float<X>(y * z * fast_sigmoid(z));
+        if (live && sub == 0) a.out[i] = from_float<X>(y * z * sigmoid<float>(z));
     }
 }
 
@@ -106,47 +107,55 @@ inline void decode_norm(floatX* xw, float* squares, const float* x, const float*
 inline void decode_head(float* logits, const floatX* xw, const float* squares, const floatX* w, int B, int N, int d, float eps, Stream stream) {
     decode::linear(w, B, d, 1, decode::Input<floatX>{xw, squares, eps}, decode::StoreOutput<float>{logits, N}, stream);
 }
-inline void decode_residual(float* x, floatX* xw, float* squares, const float* norm, const floatX* in, const floatX* w, int B, int N, int K, Stream stream) {
-    decode::linear(w, B, K, 1, decode::Input<floatX>{in, nullptr, 0}, decode::ResidualOutput<floatX>{x, norm ? xw : nullptr, squares, norm, N}, stream);
+inline void decode_residual(float* x, floatX* xw, float* squares, const float* norm, const floatX* in, const floatX* w, int B, int N, int K,
+                            Stream stream) {
+    const decode::ResidualOutput<floatX> output{x, norm ? xw : nullptr, squares, norm, N};
+    decode::linear(w, B, K, 1, decode::Input<floatX>{in, nullptr, 0}, output, stream);
 }
 inline void decode_swiglu(floatX* hidden, const floatX* xw, const float* squares, const floatX* w1, int B, int d, int F, float eps, Stream stream) {
     decode::linear(w1, B, d, 1, decode::Input<floatX>{xw, squares, eps}, decode::SwigluOutput<floatX>{hidden, F}, stream);
 }
-inline void decode_mamba_in(floatX* u, floatX* z, floatX* halo, const floatX* xw, const float* squares, const floatX* in_proj, const float* conv_w, const float* conv_b, int B, int d, int e,
-                            float eps, Stream stream) {
+inline void decode_mamba_in(floatX* u, floatX* z, floatX* halo, const floatX* xw, const float* squares, const floatX* in_proj,
+                            const float* conv_w, const float* conv_b, int B, int d, int e, float eps, Stream stream) {
     decode::linear(in_proj, B, d, 1, decode::Input<floatX>{xw, squares, eps}, decode::ConvOutput<floatX>{u, z, halo, conv_w, conv_b, e}, stream);
 }
 inline int decode_x_splits(int N, int e) {
-    const int blocks = std::max(1, e / 32), most = std::clamp(decode::gpu().sms / (int)ceil_div(N, decode::ROWS), 1, 8), share = (int)ceil_div(blocks, most);
+    const int blocks = std::max(1, e / 32), most = std::clamp(decode::gpu().sms / (int)ceil_div(N, decode::ROWS), 1, 8);
+    const int share = (int)ceil_div(blocks, most);
     return (int)ceil_div(blocks, share);   // none is empty
 }
 inline void decode_x_proj(float* parts, const floatX* u, const floatX* w, int B, int N, int e, Stream stream) {
     decode::linear(w, B, e, decode_x_splits(N, e), decode::Input<floatX>{u, nullptr, 0}, decode::PartOutput{parts, N, B}, stream);
 }
-inline void decode_scan(floatX* out, float* h, const float* parts, const floatX* u, const floatX* z, const floatX* dt_proj, const float* A_log, const float* D, const float* dt_bias, int B, int e,
-                        int N, int rank, Stream stream) {
+inline void decode_scan(floatX* out, float* h, const float* parts, const floatX* u, const floatX* z, const floatX* dt_proj,
+                        const float* A_log, const float* D, const float* dt_bias, int B, int e, int N, int rank, Stream stream) {
     const int channels = (int)ceil_div(e, std::min(decode::gpu().sms, e));
-    decode::launch(decode::scan_kernel<floatX>, dim3((unsigned)ceil_div(e, channels)), decode::THREADS, (size_t)B * (rank + 2 * N) * sizeof(float), stream,
-                   decode::ScanArgs<floatX>{out, h, parts, u, z, dt_proj, A_log, D, dt_bias, B, e, N, rank, decode_x_splits(rank + 2 * N, e), channels});
+    const size_t shared = (size_t)B * (rank + 2 * N) * sizeof(float);
+    const int splits = decode_x_splits(rank + 2 * N, e);
+    decode::launch(decode::scan_kernel<floatX>, dim3((unsigned)ceil_div(e, channels)), decode::THREADS, shared, stream,
+                   decode::ScanArgs<floatX>{out, h, parts, u, z, dt_proj, A_log, D, dt_bias, B, e, N, rank, splits, channels});
 }
 // Zero it before the first use
 inline size_t decode_attention_workspace(int B, int H, int G, int hd) {
     return (size_t)round_up((int64_t)B * G * sizeof(int), 256) + (size_t)B * H * decode::attention_splits(G) * (2 + hd) * sizeof(float);
 }
-inline void decode_attention(floatX* out, floatX* ring, void* workspace, const floatX* qkv, const float* cos_sin, const int64_t* position, int64_t capacity, int B, int H, int G, int hd,
-                             Stream stream) {
-    const decode::AttentionArgs<floatX> a{out, ring, (float*)((char*)workspace + round_up((int64_t)B * G * sizeof(int), 256)), (int*)workspace, qkv, cos_sin, position, capacity, H, G, hd,
+inline void decode_attention(floatX* out, floatX* ring, void* workspace, const floatX* qkv, const float* cos_sin, const int64_t* position,
+                             int64_t capacity, int B, int H, int G, int hd, Stream stream) {
+    float* parts = (float*)((char*)workspace + round_up((int64_t)B * G * sizeof(int), 256));
+    const decode::AttentionArgs<floatX> a{out, ring, parts, (int*)workspace, qkv, cos_sin, position, capacity, H, G, hd,
                                           decode::attention_splits(G)};
     if (hd <= 64) decode::attention<floatX, 8>(a, B, stream);
     else if (hd <= 128) decode::attention<floatX, 16>(a, B, stream);
     else decode::attention<floatX, 32>(a, B, stream);
 }
-inline void decode_embed(float* x, floatX* xw, float* squares, float* cos_sin, const int* tokens, const int64_t* position, const float* norm, const floatX* embedding, double rope_base, int B, int d,
-                         int hd, Stream stream) {
-    decode::launch(decode::embed_kernel<floatX>, dim3((unsigned)B), 256, 0, stream, decode::EmbedArgs<floatX>{x, xw, squares, cos_sin, norm, embedding, d, hd, decode::rope_turns(hd, rope_base)}, tokens, position);
+inline void decode_embed(float* x, floatX* xw, float* squares, float* cos_sin, const int* tokens, const int64_t* position, const float* norm,
+                         const floatX* embedding, double rope_base, int B, int d, int hd, Stream stream) {
+    const decode::EmbedArgs<floatX> args{x, xw, squares, cos_sin, norm, embedding, d, hd, decode::rope_turns(hd, rope_base)};
+    decode::launch(decode::embed_kernel<floatX>, dim3((unsigned)B), 256, 0, stream, args, tokens, position);
 }
-inline void decode_sample(int* tokens, int* emitted, int64_t* position, int64_t* drawn, uint8_t* seen, float* x, floatX* xw, float* squares, float* cos_sin, const float* logits, const uint64_t* keys,
-                          const float* norm, const floatX* embedding, double rope_base, SampleOptions options, int B, int V, int choices, int d, int hd, Stream stream) {
+inline void decode_sample(int* tokens, int* emitted, int64_t* position, int64_t* drawn, uint8_t* seen, float* x, floatX* xw, float* squares,
+                          float* cos_sin, const float* logits, const uint64_t* keys, const float* norm, const floatX* embedding,
+                          double rope_base, SampleOptions options, int B, int V, int choices, int d, int hd, Stream stream) {
     const auto draw = [&](auto kernel, int ranks) {        // of a sequence
         const int each = (int)ceil_div(choices, ranks * decode::SAMPLE_THREADS);
         decode::launch_clusters(kernel, dim3((unsigned)(B * ranks)), ranks, decode::SAMPLE_THREADS, 0, stream,

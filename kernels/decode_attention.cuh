@@ -41,8 +41,8 @@ __device__ inline Eight unpack(const RawEight<__nv_bfloat16>& r) {
     return e;
 }
 __device__ inline Eight unpack(const RawEight<float>& r) {
-    return {{__uint_as_float(r.a.x), __uint_as_float(r.a.y), __uint_as_float(r.a.z), __uint_as_float(r.a.w), __uint_as_float(r.b.x), __uint_as_float(r.b.y),
-             __uint_as_float(r.b.z), __uint_as_float(r.b.w)}};
+    return {{__uint_as_float(r.a.x), __uint_as_float(r.a.y), __uint_as_float(r.a.z), __uint_as_float(r.a.w),
+             __uint_as_float(r.b.x), __uint_as_float(r.b.y), __uint_as_float(r.b.z), __uint_as_float(r.b.w)}};
 }
 
 // Values 8 sub .. 8 sub + 7 of a query or key head after RoPE, rounded to X; zeros past the head
@@ -56,7 +56,8 @@ template <class X> __device__ inline Eight turned(const X* head, const float* co
         if (j >= hd) continue;
         e.v[i] = load_fresh(head + j);
         if (!cos_sin) continue;
-        const float other = load_fresh(head + (j < half ? j + half : j - half)), c = __ldcg(cos_sin + j % half * 2), s = __ldcg(cos_sin + j % half * 2 + 1);
+        const float other = load_fresh(head + (j < half ? j + half : j - half));
+        const float c = __ldcg(cos_sin + j % half * 2), s = __ldcg(cos_sin + j % half * 2 + 1);
         e.v[i] = round_to<X>(j < half ? e.v[i] * c - other * s : other * s + e.v[i] * c);
     }
     return e;
@@ -91,13 +92,68 @@ struct Softmax {
     }
 };
 
+// The sums of HEADS heads from the group's `first` on over the block's keys, teams in order; one split of keys is the result already
+template <class X, int TEAMS, int HEADS>
+__device__ inline void join_teams(const AttentionArgs<X>& a, const float* shared_sums /*(TEAMS, HEADS, 2 + hd)*/, int first) {
+    const int split = blockIdx.x, g = blockIdx.y, b = blockIdx.z, per_group = a.H / a.G, hd = a.hd, width = 2 + hd;
+    const int heads_now = min(HEADS, per_group - first);
+    for (int item = threadIdx.x; item < heads_now * hd; item += THREADS) {
+        const int h = item / hd, j = item % hd;
+        float top = -INFINITY, sum = 0, acc = 0;
+#pragma unroll
+        for (int i = 0; i < TEAMS; i++) top = fmaxf(top, shared_sums[(i * HEADS + h) * width]);
+#pragma unroll
+        for (int i = 0; i < TEAMS; i++) {
+            const float* part = shared_sums + (i * HEADS + h) * width;
+            const float shrink = part[0] == -INFINITY ? 0.f : exp2f(part[0] - top);
+            sum += part[1] * shrink, acc += part[2 + j] * shrink;
+        }
+        const int64_t head = (int64_t)b * a.H + g * per_group + first + h;
+        if (a.splits == 1) {
+            a.out[head * hd + j] = from_float<X>(acc / sum);
+        } else {
+            float* to = a.parts + (head * a.splits + split) * width;
+            if (j == 0) to[0] = top, to[1] = sum;
+            to[2 + j] = acc;
+        }
+    }
+}
+
+// The sums over all splits of keys, in order, by the last of the group's blocks to come here
+template <class X> __device__ inline void join_parts(const AttentionArgs<X>& a) {
+    __shared__ bool last;
+    const int g = blockIdx.y, b = blockIdx.z, per_group = a.H / a.G, hd = a.hd, width = 2 + hd;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) last = atomicAdd(a.ended + b * a.G + g, 1) == a.splits - 1;
+    __syncthreads();
+    if (!last) return;
+    __threadfence();
+    if (threadIdx.x == 0) a.ended[b * a.G + g] = 0;
+    for (int item = threadIdx.x; item < per_group * hd; item += THREADS) {
+        const int64_t head = (int64_t)b * a.H + g * per_group + item / hd;
+        const int j = item % hd;
+        const float* part = a.parts + head * a.splits * width;
+        float top = -INFINITY, sum = 0, acc = 0;
+#pragma unroll 8
+        for (int i = 0; i < a.splits; i++) top = fmaxf(top, __ldcg(part + i * width));
+#pragma unroll 4
+        for (int i = 0; i < a.splits; i++) {
+            const float shrink = exp2f(__ldcg(part + i * width) - top);          // 0 for a part without keys
+            sum += __ldcg(part + i * width + 1) * shrink, acc += __ldcg(part + i * width + 2 + j) * shrink;
+        }
+        a.out[head * hd + j] = from_float<X>(acc / sum);
+    }
+}
+
 // HEADS query heads of a group at a time
 template <class X, int LANES, int HEADS> __global__ void __launch_bounds__(THREADS, 2) attention_kernel(AttentionArgs<X> a) {
     constexpr int TEAMS = THREADS / LANES, KEYS = sizeof(X) == 2 ? 6 : 3;        // a team's keys under way
     extern __shared__ float shared_sums[];                                       // (TEAMS, HEADS, 2 + hd)
-    __shared__ bool last;
-    const int split = blockIdx.x, g = blockIdx.y, b = blockIdx.z, sub = threadIdx.x % LANES, team = threadIdx.x / LANES, per_group = a.H / a.G, hd = a.hd, width = 2 + hd;
-    const int64_t p = a.position[b], seen = min(p, a.capacity), share = (seen + a.splits - 1) / a.splits, k0 = split * share, k1 = min(seen, k0 + share);
+    const int split = blockIdx.x, g = blockIdx.y, b = blockIdx.z, sub = threadIdx.x % LANES, team = threadIdx.x / LANES;
+    const int per_group = a.H / a.G, hd = a.hd, width = 2 + hd;
+    const int64_t p = a.position[b], seen = min(p, a.capacity), share = (seen + a.splits - 1) / a.splits;
+    const int64_t k0 = split * share, k1 = min(seen, k0 + share);
     const int64_t token = (int64_t)2 * a.G * hd;
     const X *keys = a.ring + (b * a.capacity * 2 * a.G + g) * hd + sub * 8, *values = keys + a.G * hd;
     const bool inside = sub * 8 < hd;
@@ -118,7 +174,7 @@ template <class X, int LANES, int HEADS> __global__ void __launch_bounds__(THREA
         }
     wait_for_input();
     const X* heads = a.qkv + ((int64_t)b * a.G + g) * (per_group + 2) * hd;
-    const float *turn = a.cos_sin ? a.cos_sin + (int64_t)b * hd : nullptr, scale = 1.44269504f / sqrtf((float)hd);
+    const float *turn = a.cos_sin ? a.cos_sin + (int64_t)b * hd : nullptr, scale = LOG2E / sqrtf((float)hd);
     const Eight own_key = turned(heads + (int64_t)per_group * hd, turn, hd, sub);
     for (int first = 0; first < per_group; first += HEADS) {
         Eight q[HEADS];
@@ -175,27 +231,7 @@ template <class X, int LANES, int HEADS> __global__ void __launch_bounds__(THREA
                 if (sub * 8 + i < hd) to[2 + sub * 8 + i] = soft[h].acc.v[i];
         }
         __syncthreads();
-        const int heads_now = min(HEADS, per_group - first);
-        for (int item = threadIdx.x; item < heads_now * hd; item += THREADS) {
-            const int h = item / hd, j = item % hd;
-            float top = -INFINITY, sum = 0, acc = 0;
-#pragma unroll
-            for (int i = 0; i < TEAMS; i++) top = fmaxf(top, shared_sums[(i * HEADS + h) * width]);
-#pragma unroll
-            for (int i = 0; i < TEAMS; i++) {
-                const float* part = shared_sums + (i * HEADS + h) * width;
-                const float shrink = part[0] == -INFINITY ? 0.f : exp2f(part[0] - top);
-                sum += part[1] * shrink, acc += part[2 + j] * shrink;
-            }
-            const int64_t head = (int64_t)b * a.H + g * per_group + first + h;
-            if (a.splits == 1) {
-                a.out[head * hd + j] = from_float<X>(acc / sum);
-            } else {
-                float* to = a.parts + (head * a.splits + split) * width;
-                if (j == 0) to[0] = top, to[1] = sum;
-                to[2 + j] = acc;
-            }
-        }
+        join_teams<X, TEAMS, HEADS>(a, shared_sums, first);
     }
     // The oldest key makes room. Its slot is in this block's part, and all of the block have read it.
     const int64_t slot = a.capacity > 0 ? p % a.capacity : 0;
@@ -208,28 +244,7 @@ template <class X, int LANES, int HEADS> __global__ void __launch_bounds__(THREA
             to[a.G * hd + i] = from_float<X>(load_fresh(value + i));
         }
     }
-    if (a.splits == 1) return;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) last = atomicAdd(a.ended + b * a.G + g, 1) == a.splits - 1;
-    __syncthreads();
-    if (!last) return;
-    __threadfence();
-    if (threadIdx.x == 0) a.ended[b * a.G + g] = 0;
-    for (int item = threadIdx.x; item < per_group * hd; item += THREADS) {
-        const int64_t head = (int64_t)b * a.H + g * per_group + item / hd;
-        const int j = item % hd;
-        const float* part = a.parts + head * a.splits * width;
-        float top = -INFINITY, sum = 0, acc = 0;
-#pragma unroll 8
-        for (int i = 0; i < a.splits; i++) top = fmaxf(top, __ldcg(part + i * width));
-#pragma unroll 4
-        for (int i = 0; i < a.splits; i++) {
-            const float shrink = exp2f(__ldcg(part + i * width) - top);          // 0 for a part without keys
-            sum += __ldcg(part + i * width + 1) * shrink, acc += __ldcg(part + i * width + 2 + j) * shrink;
-        }
-        a.out[head * hd + j] = from_float<X>(acc / sum);
-    }
+    if (a.splits > 1) join_parts(a);
 }
 
 inline int attention_splits(int G) { return std::clamp(gpu().sms / G, 1, 64); }

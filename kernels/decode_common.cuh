@@ -53,7 +53,6 @@ __device__ inline float load_fresh(const __nv_bfloat16* p) {
     return __bfloat162float(__ushort_as_bfloat16(bits));
 }
 template <class X> __device__ inline float round_to(float v) { return to_float(from_float<X>(v)); }
-__device__ inline float fast_sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
 
 // A launch that may begin before the kernel in front of it has ended. cluster: blocks that run together
 template <class Kernel, class... Args>

@@ -102,7 +102,7 @@ template <class X> struct SwigluOutput {   // a tile: 4 rows of w1 and the same 
         const int j = row(tile, i);
         if (j < 0) return;
         const float gate = round_to<X>(sums(i)), up = round_to<X>(sums(i + RESULTS));
-        hidden[(int64_t)b * F + j] = from_float<X>(gate * fast_sigmoid(gate) * up);
+        hidden[(int64_t)b * F + j] = from_float<X>(gate * sigmoid<float>(gate) * up);
     }
 };
 
@@ -131,7 +131,7 @@ template <class X> struct ConvOutput {     // rows below e: the convolution's st
         const float s = v.bias + v.w[0] * v.x[0] + v.w[1] * v.x[1] + v.w[2] * v.x[2] + v.w[3] * value;
         X* to = halo + (int64_t)b * 3 * e + j;
         to[0] = from_float<X>(v.x[1]), to[e] = from_float<X>(v.x[2]), to[2 * e] = from_float<X>(value);
-        u[(int64_t)b * e + j] = from_float<X>(s * fast_sigmoid(s));
+        u[(int64_t)b * e + j] = from_float<X>(s * sigmoid<float>(s));
     }
 };
 
@@ -147,7 +147,8 @@ struct LinearShape { int K, B, splits, group, l2_tiles; };     // tiles whose su
 
 // The block's results of `count` tiles from `tile` on. sums(n, b, r): of the n-th of them.
 template <class Output, class Sums>
-__device__ inline void write_results(const Output& out, const typename Output::Early& first, bool have_first, int tile, int stride, int count, int B, int split, Sums sums, const float* scale) {
+__device__ inline void write_results(const Output& out, const typename Output::Early& first, bool have_first, int tile, int stride, int count,
+                                     int B, int split, Sums sums, const float* scale) {
     for (int i = threadIdx.x; i < count * B * Output::RESULTS; i += THREADS) {
         const int r = i % Output::RESULTS, b = i / Output::RESULTS % B, n = i / Output::RESULTS / B;
         const float factor = scale[b];
@@ -170,7 +171,8 @@ __global__ void __launch_bounds__(THREADS, 2) linear_kernel(const __nv_bfloat16*
     extern __shared__ uint4 shared[];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
     const int tiles = out.tiles(), split = blockIdx.x % s.splits, first = blockIdx.x / s.splits, stride = gridDim.x / s.splits;
-    const int blocks = s.K / 32, share = (blocks + s.splits - 1) / s.splits, k0 = split * share, width = max(0, min(blocks - k0, share));   // in blocks of 32
+    const int blocks = s.K / 32, share = (blocks + s.splits - 1) / s.splits, k0 = split * share;                // in blocks of 32
+    const int width = max(0, min(blocks - k0, share));
     const int turns = (width + WARPS - 1) / WARPS, ld = width * 32 + 32;          // a row's end shifts the next by half the banks
     X* xs = (X*)shared;                                                           // (B,ld)
     float* scale = (float*)(xs + (int64_t)s.B * ld);                              // (B)
@@ -197,7 +199,8 @@ __global__ void __launch_bounds__(THREADS, 2) linear_kernel(const __nv_bfloat16*
 #pragma unroll
         for (int j = 0; j < AHEAD; j++) v[j] = load_next();
         if (!waited) {
-            const int tile = first + (int)(threadIdx.x / ROWS) * stride, row = (int)(threadIdx.x / ROWS) < s.l2_tiles && tile < tiles ? out.row(tile, threadIdx.x % ROWS) : -1;
+            const int tile = first + (int)(threadIdx.x / ROWS) * stride;
+            const int row = (int)(threadIdx.x / ROWS) < s.l2_tiles && tile < tiles ? out.row(tile, threadIdx.x % ROWS) : -1;
             if (row >= 0 && (int)(threadIdx.x / ROWS) * turns >= AHEAD - turns) prefetch_l2(w + (int64_t)row * s.K + k0 * 32, width * 64);
             wait_for_input();
             early = early_operands(out, first, stride, count, s.B);

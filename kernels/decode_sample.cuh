@@ -199,7 +199,7 @@ template <class X, int RANKS> __global__ void __launch_bounds__(SAMPLE_THREADS) 
     int drawn_token = -1;                                                       // where this thread has it
     if (any && o.temperature > 0) {
         const unsigned best_key = (unsigned)(best >> 32);
-        const float top = __uint_as_float(best_key & 0x80000000u ? best_key ^ 0x80000000u : ~best_key), scale = 1.44269504f / o.temperature;
+        const float top = __uint_as_float(best_key & 0x80000000u ? best_key ^ 0x80000000u : ~best_key), scale = LOG2E / o.temperature;
         const auto mass = [&](float x) { return (uint64_t)(exp2f((x - top) * scale) * (float)SAMPLE_MASS); };
         uint64_t lowest = 0;                                                    // rank of those that are kept
         // The lowest rank so that what ranks there or above weighs at least `target`

@@ -152,6 +152,30 @@ public:
     }
 
     void create(const DecodeModel& m, Stream stream) {
+        const Buffers buffers = make_buffers(m, stream);
+        tasks = phases_of(m, buffers);
+        args.count = (int)tasks.size();
+        const std::vector<int4> shares = shares_of(tasks);
+        copy_to_device(buffers.table, tasks.data(), tasks.size() * sizeof(tasks[0]), stream);
+        copy_to_device(buffers.shares, shares.data(), shares.size() * sizeof(shares[0]), stream);
+        stream_sync(stream);
+        check_residence();
+    }
+    bool ready() const { return memory; }
+
+    void run([[maybe_unused]] Stream stream) const {
+        if constexpr (sizeof(floatX) == 2) decode::launch(kernel(), dim3((unsigned)decode::gpu().sms), decode::STEP_THREADS, SHARED, stream, args);
+    }
+
+    decode::StepArgs args{};               // a benchmark may set the fields of measurements
+    std::vector<decode::Phase> tasks;
+
+private:
+    using Phase = decode::Phase;
+    struct Buffers { Phase::X *u, *z, *x_dbl /*(B, rank + 2 N)*/, *qkv, *out; Phase* table; int4* shares; };
+
+    // The memory of the blocks' exchange, and the arguments that point to it
+    Buffers make_buffers(const DecodeModel& m, Stream stream) {
         using namespace decode;
         const int splits = std::clamp(gpu().sms / std::max(1, m.H), 1, 64);
         int64_t F = 8;
@@ -169,10 +193,15 @@ public:
         device_zero(memory, (size_t)bytes, stream);
         const auto X = [&](int64_t at) { return (Phase::X*)(memory + at); };
         const int depth = m.B > 2 ? 4 : 2;                                         // with few sequences the latency of results matters more
-        args = {(const Phase*)(memory + table), (const int4*)(memory + share), 0, m.B, m.d, m.e, m.N, m.rank, m.H, m.G, m.hd, m.V, splits, m.rope,
-                m.eps, m.x, m.cos_sin, m.position, m.logits, (float*)(memory + parts), (float*)(memory + sums), (unsigned*)(memory + counter), 0, depth,
-                nullptr};
-        tasks.clear();
+        args = {(const Phase*)(memory + table), (const int4*)(memory + share), 0,
+                m.B, m.d, m.e, m.N, m.rank, m.H, m.G, m.hd, m.V, splits, m.rope, m.eps, m.x, m.cos_sin, m.position, m.logits,
+                (float*)(memory + parts), (float*)(memory + sums), (unsigned*)(memory + counter), 0, depth, nullptr};
+        return {X(u), X(z), X(x_dbl), X(qkv), X(out), (Phase*)(memory + table), (int4*)(memory + share)};
+    }
+
+    std::vector<Phase> phases_of(const DecodeModel& m, const Buffers& buffers) const {
+        using namespace decode;
+        std::vector<Phase> phases;
         // What the next norm's reader reads: at first as the sampler left it
         const float* squares = m.squares;
         int squares_n = (int)ceil_div(m.d, ROWS);
@@ -182,71 +211,64 @@ public:
             p.in = (const Phase::X*)m.xw, p.squares = squares, p.squares_n = squares_n;
             return p;
         };
-        const auto plain = [&](Task task, int results, int K, int stride, const floatX* w, int64_t in) {
+        const auto plain = [&](Task task, int results, int K, int stride, const floatX* w, const Phase::X* in) {
             Phase p{};
-            p.task = task, p.results = results, p.K = K, p.in_stride = stride, p.w = (const Phase::X*)w, p.in = X(in);
+            p.task = task, p.results = results, p.K = K, p.in_stride = stride, p.w = (const Phase::X*)w, p.in = in;
             return p;
         };
         const auto residual = [&](const floatX* w, int K, const float* norm) {
-            Phase p = plain(Task::residual, m.d, K, K, w, out);
+            Phase p = plain(Task::residual, m.d, K, K, w, buffers.out);
             p.norm = norm, p.out = norm ? (Phase::X*)m.xw : nullptr;
             if (norm) squares = args.sums, squares_n = gpu().sms;
-            tasks.push_back(p);
+            phases.push_back(p);
         };
         for (const DecodeLayer& l : m.layers) {
             if (l.kind == DecodeLayer::mamba) {
                 Phase p = normed(Task::conv, 2 * m.e, l.in_proj);
-                p.out = X(u), p.z = X(z), p.halo = (Phase::X*)l.halo, p.conv_w = l.conv_w, p.conv_b = l.conv_b;
-                tasks.push_back(p);
-                p = plain(Task::x_proj, (int)width, m.e, m.e, l.x_proj, u);
-                p.out = X(x_dbl);
-                tasks.push_back(p);
-                p = plain(Task::scan, m.e, m.rank, (int)width, l.dt_proj, x_dbl);
-                p.out = X(out), p.u = X(u), p.z = X(z), p.h = l.h, p.A_log = l.A_log, p.D = l.D, p.dt_bias = l.dt_bias;
-                tasks.push_back(p);
+                p.out = buffers.u, p.z = buffers.z, p.halo = (Phase::X*)l.halo, p.conv_w = l.conv_w, p.conv_b = l.conv_b;
+                phases.push_back(p);
+                p = plain(Task::x_proj, m.rank + 2 * m.N, m.e, m.e, l.x_proj, buffers.u);
+                p.out = buffers.x_dbl;
+                phases.push_back(p);
+                p = plain(Task::scan, m.e, m.rank, m.rank + 2 * m.N, l.dt_proj, buffers.x_dbl);
+                p.out = buffers.out, p.u = buffers.u, p.z = buffers.z, p.h = l.h, p.A_log = l.A_log, p.D = l.D, p.dt_bias = l.dt_bias;
+                phases.push_back(p);
                 residual(l.out_proj, m.e, l.next_norm);
             } else if (l.kind == DecodeLayer::attention) {
                 Phase p = normed(Task::qkv, (m.H + 2 * m.G) * m.hd / 2, l.qkv);
-                p.out = X(qkv);
-                tasks.push_back(p);
+                p.out = buffers.qkv;
+                phases.push_back(p);
                 p = Phase{};
-                p.qkv = X(qkv), p.ring = (Phase::X*)l.ring, p.out = X(out);
+                p.qkv = buffers.qkv, p.ring = (Phase::X*)l.ring, p.out = buffers.out;
                 p.capacity = l.capacity, p.per_capacity = 1.0 / (double)std::max<int64_t>(1, l.capacity);
-                p.task = Task::attend, tasks.push_back(p);
-                p.task = Task::combine, tasks.push_back(p);
+                p.task = Task::attend, phases.push_back(p);
+                p.task = Task::combine, phases.push_back(p);
                 residual(l.proj, m.H * m.hd, l.next_norm);
             } else {
                 Phase p = normed(Task::swiglu, l.F, l.w1);
-                p.out = X(out);
-                tasks.push_back(p);
+                p.out = buffers.out;
+                phases.push_back(p);
                 residual(l.w3, l.F, l.next_norm);
             }
         }
-        tasks.push_back(normed(Task::head, m.V, m.head));
-        args.count = (int)tasks.size();
-        copy_to_device(memory + table, tasks.data(), tasks.size() * sizeof(Phase), stream);
+        phases.push_back(normed(Task::head, m.V, m.head));
+        return phases;
+    }
+
+    // Each block's part of a phase's results
+    static std::vector<int4> shares_of(const std::vector<Phase>& phases) {
+        using namespace decode;
         std::vector<int4> shares;
-        for (const Phase& p : tasks)
+        for (const Phase& p : phases)
             for (int64_t i = 0; i < gpu().sms; i++) {
                 const int most = p.task == Task::qkv || p.task == Task::swiglu ? TILE / 2 : TILE;
                 const int begin = (int)(p.results * i / gpu().sms), n = (int)(p.results * (i + 1) / gpu().sms) - begin;
                 const int tiles = (int)ceil_div(n, most);
                 shares.push_back({begin, n, tiles, tiles ? n / tiles : 0});
             }
-        copy_to_device(memory + share, shares.data(), shares.size() * sizeof(int4), stream);
-        stream_sync(stream);
-        check_residence();
-    }
-    bool ready() const { return memory; }
-
-    void run([[maybe_unused]] Stream stream) const {
-        if constexpr (sizeof(floatX) == 2) decode::launch(kernel(), dim3((unsigned)decode::gpu().sms), decode::STEP_THREADS, SHARED, stream, args);
+        return shares;
     }
 
-    decode::StepArgs args{};               // a benchmark may set the fields of measurements
-    std::vector<decode::Phase> tasks;
-
-private:
     static constexpr size_t SHARED = decode::STAGES * decode::STAGE + decode::PARTIAL * sizeof(float);
     using Kernel = void (*)(decode::StepArgs);
     template <int NT> Kernel of_heads() const {

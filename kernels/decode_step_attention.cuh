@@ -48,7 +48,7 @@ template <int LANES> struct Attend {
     __device__ void run(Ring& ring) const {
         const int hd = a.hd, width = 2 + hd, parts = a.B * a.H * a.splits;
         const bool inside = sub * 8 < hd;
-        const float scale = 1.44269504f * rsqrtf((float)hd);
+        const float scale = LOG2E * rsqrtf((float)hd);
         float* sums = s.partial;
         Heads heads = load(blockIdx.x);
         for (int part = blockIdx.x; part < parts; part += gridDim.x) {

@@ -14,6 +14,7 @@ constexpr int PARTIAL = 2 * std::max(WARP_SUMS, WARPS * TILE * (MAX_BATCH + 2));
 
 #if __CUDA_ARCH__ >= 900
 __device__ inline void consumers_meet() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
+// sigmoid<float> with an approximate division (2 ulp): the exact one has a slow path, a subroutine
 __device__ inline float quick_sigmoid(float x) { return __fdividef(1.f, 1.f + expf(-x)); }
 
 // A zero that the compiler does not know to be one, so that it is made once, and a load over it where i < n, past L1
@@ -122,7 +123,6 @@ template <int NT> struct Linear {
     // The scan's step of a tile's channels: 4 lanes a channel of a sequence. dt_proj's sums: sum(slot, b)
     template <class Sum> __device__ void scan(unsigned state, int first, int n, const Operands& o, Sum sum) const {
         constexpr int TASKS = 2 * NT;                       // of a thread: one channel, several sequences
-        constexpr float LOG2E = 1.44269504f;
         const unsigned bytes = n * a.N * 4;
         const int sub = threadIdx.x % 4, r = threadIdx.x / 4 % TILE, c = first + r, b0 = threadIdx.x / (4 * TILE);
         float dt[TASKS], y[TASKS] = {};

@@ -30,7 +30,8 @@ public:
 
     // m: with activations for one sequence. Tokens up to `choices` may be drawn. Sequence b draws from the stream of seed + b.
     // `room`: tokens a sequence will have, where that is known; full attention makes more room when it runs out.
-    Decoder(Model& m, int B, const SampleOptions& options, uint64_t seed, int choices, int64_t room = FIRST_ROOM) : m(m), B(B), options(options), choices(choices), positions(B) {
+    Decoder(Model& m, int B, const SampleOptions& options, uint64_t seed, int choices, int64_t room = FIRST_ROOM)
+        : m(m), B(B), options(options), choices(choices), positions(B) {
         if (B < 1 || B > MAX_BATCH) fail("%d prompts: from 1 to %d can be continued together", B, MAX_BATCH);
         const Layout& layout = m.layout;
         for (const Layer& layer : layout.layers) unlimited = unlimited || (layer.kind == Kind::attention && layer.window == 0);
@@ -48,7 +49,8 @@ public:
         copy_to_device(keys, key.data(), B * sizeof(uint64_t), m.stream);
         device_zero(drawn, B * sizeof(int64_t), m.stream);
         device_zero(seen, host_seen.size(), m.stream);
-        device_zero(workspace, ops::decode_attention_workspace(B, layout.config.n_head, std::max(1, layout.config.n_kv_head), layout.config.head_dim), m.stream);
+        const Config& c = layout.config;
+        device_zero(workspace, ops::decode_attention_workspace(B, c.n_head, std::max(1, c.n_kv_head), c.head_dim), m.stream);
         stream_sync(m.stream);
         make_whole();
     }
@@ -114,7 +116,9 @@ public:
         event_sync(drawn_events[slot]);
         std::vector<int> ids(emitted + slot * B, emitted + (slot + 1) * B);
         for (int b = 0; b < B; b++) {
-            if (ids[b] < 0) fail("the model's logits are not numbers after %lld tokens of sequence %d; the checkpoint is damaged or its training diverged", (long long)positions[b], b);
+            if (ids[b] < 0)
+                fail("the model's logits are not numbers after %lld tokens of sequence %d; the checkpoint is damaged or its training diverged",
+                     (long long)positions[b], b);
             host_seen[(size_t)b * m.config().vocab_size + ids[b]] = 1;
         }
         return ids;
@@ -127,7 +131,8 @@ public:
         make_room(*std::max_element(positions.begin(), positions.end()) + 1);
         upload_positions(0);
         copy_to_device(tokens, given.data(), B * sizeof(int), m.stream);
-        ops::decode_embed(x, xw, squares, cos_sin, tokens, position, norm_of(0), m.w(m.layout.network.embedding), c.rope_base, B, c.d_model, rope_dim(), m.stream);
+        const floatX* embedding = m.w(m.layout.network.embedding);
+        ops::decode_embed(x, xw, squares, cos_sin, tokens, position, norm_of(0), embedding, c.rope_base, B, c.d_model, rope_dim(), m.stream);
         layers_and_head();
         stream_sync(m.stream);
         for (int64_t& p : positions) p++;
@@ -205,7 +210,8 @@ private:
             } else if (layer.kind == Kind::attention) {
                 const AttentionTensors& t = layer.attention;
                 ops::decode_norm_linear(qkv, xw, squares, w(t.qkv), B, c.qkv_dim(), d, eps, s);                                     // (B,(H+2G)hd)
-                ops::decode_attention(out, own.ring, workspace, qkv, c.rope ? cos_sin : nullptr, position, own.capacity, B, H, G, hd, s);   // (B,H hd)
+                const float* turns = c.rope ? cos_sin : nullptr;
+                ops::decode_attention(out, own.ring, workspace, qkv, turns, position, own.capacity, B, H, G, hd, s);                // (B,H hd)
                 ops::decode_residual(x, xw, squares, next, out, w(t.proj), B, d, c.q_dim(), s);                                     // (B,d)
             } else {
                 const MlpTensors& t = layer.mlp;
@@ -223,8 +229,8 @@ private:
     void make_whole() {
         const Config& c = m.config();
         const Parameters& w = m.w;
-        DecodeModel all{B, c.d_model, c.d_inner(), c.d_state, c.dt_rank(), c.n_head, c.n_kv_head, c.head_dim, c.vocab_size, c.rope, c.norm_eps, w(m.layout.network.head), {}, x, squares, cos_sin, xw,
-                        position, logits};
+        DecodeModel all{B, c.d_model, c.d_inner(), c.d_state, c.dt_rank(), c.n_head, c.n_kv_head, c.head_dim, c.vocab_size, c.rope, c.norm_eps,
+                        w(m.layout.network.head), {}, x, squares, cos_sin, xw, position, logits};
         for (size_t l = 0; l < m.layout.layers.size(); l++) {
             const Layer& layer = m.layout.layers[l];
             const LayerState& own = state->layers[l];
@@ -255,8 +261,9 @@ private:
     }
     void sample() {
         const Config& c = m.config();
-        ops::decode_sample(tokens, emitted, position, drawn, seen, x, xw, squares, cos_sin, logits, keys, norm_of(0), m.w(m.layout.network.embedding), c.rope_base, options, B, c.vocab_size,
-                           choices, c.d_model, rope_dim(), m.stream);                                                               // (B)
+        ops::decode_sample(tokens, emitted, position, drawn, seen, x, xw, squares, cos_sin, logits, keys, norm_of(0),
+                           m.w(m.layout.network.embedding), c.rope_base, options, B, c.vocab_size, choices, c.d_model, rope_dim(),
+                           m.stream);                                                                                               // (B)
     }
     void launched() {
         event_record(drawn_events[launches % EMIT_SLOTS], m.stream);
@@ -282,7 +289,8 @@ private:
             if (from.halo) copy_on_device(to.halo, from.halo, B * 3 * e * sizeof(floatX), m.stream);
             if (from.h) copy_on_device(to.h, from.h, B * e * N * sizeof(float), m.stream);
             for (int64_t b = 0; from.ring && b < B; b++)
-                copy_on_device(to.ring + b * to.capacity * token, from.ring + b * from.capacity * token, (size_t)(from.capacity * token) * sizeof(floatX), m.stream);
+                copy_on_device(to.ring + b * to.capacity * token, from.ring + b * from.capacity * token,
+                               (size_t)(from.capacity * token) * sizeof(floatX), m.stream);
         }
         stream_sync(m.stream);
         state = std::move(larger);

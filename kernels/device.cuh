@@ -1,5 +1,6 @@
 // What differs between a GPU and a CPU build, and nothing else: memory, streams, error checks, the working precision
-// `floatX`, and (GPU only) vector loads and reductions. samba.cuh and train_samba.cu contain no #ifdef because of this file.
+// `floatX`, and (GPU only) what many kernels use: vector loads, copies, reductions, the sigmoid. Because of this file samba.cuh and
+// train_samba.cu contain no #ifdef.
 //
 //   build                  macro         floatX           Stream
 //   make                   -             __nv_bfloat16    cudaStream_t
@@ -154,9 +155,12 @@ inline void pinned_free(void* p) { CUDA_CHECK(cudaFreeHost(p)); }
 inline Stream stream_create() { Stream s; CUDA_CHECK(cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking)); return s; }
 inline void stream_destroy(Stream s) { CUDA_CHECK(cudaStreamDestroy(s)); }
 inline void stream_sync(Stream s) { CUDA_CHECK(cudaStreamSynchronize(s)); }
-inline void copy_to_device(void* dst, const void* src, size_t bytes, Stream s) { CUDA_CHECK(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyHostToDevice, s)); }
-inline void copy_to_host(void* dst, const void* src, size_t bytes, Stream s) { CUDA_CHECK(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDeviceToHost, s)); }
-inline void copy_on_device(void* dst, const void* src, size_t bytes, Stream s) { CUDA_CHECK(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDeviceToDevice, s)); }
+inline void copy_bytes(void* dst, const void* src, size_t bytes, cudaMemcpyKind kind, Stream s) {
+    CUDA_CHECK(cudaMemcpyAsync(dst, src, bytes, kind, s));
+}
+inline void copy_to_device(void* dst, const void* src, size_t bytes, Stream s) { copy_bytes(dst, src, bytes, cudaMemcpyHostToDevice, s); }
+inline void copy_to_host(void* dst, const void* src, size_t bytes, Stream s) { copy_bytes(dst, src, bytes, cudaMemcpyDeviceToHost, s); }
+inline void copy_on_device(void* dst, const void* src, size_t bytes, Stream s) { copy_bytes(dst, src, bytes, cudaMemcpyDeviceToDevice, s); }
 inline void device_zero(void* dst, size_t bytes, Stream s) { CUDA_CHECK(cudaMemsetAsync(dst, 0, bytes, s)); }
 using Event = cudaEvent_t;
 inline Event event_create() { Event e; CUDA_CHECK(cudaEventCreateWithFlags(&e, cudaEventDisableTiming)); return e; }
@@ -165,7 +169,8 @@ inline void event_record(Event e, Stream s) { CUDA_CHECK(cudaEventRecord(e, s));
 inline void event_sync(Event e) { CUDA_CHECK(cudaEventSynchronize(e)); }
 inline void stream_wait(Stream s, Event e) { CUDA_CHECK(cudaStreamWaitEvent(s, e, 0)); }       // what the stream does next waits for the event
 inline void stream_delay(Stream s, int microseconds) {                                         // for tests of the order between streams
-    CUDA_CHECK(cudaLaunchHostFunc(s, [](void* us) { std::this_thread::sleep_for(std::chrono::microseconds((intptr_t)us)); }, (void*)(intptr_t)microseconds));
+    const auto wait = [](void* us) { std::this_thread::sleep_for(std::chrono::microseconds((intptr_t)us)); };
+    CUDA_CHECK(cudaLaunchHostFunc(s, wait, (void*)(intptr_t)microseconds));
 }
 struct Timer { cudaEvent_t event; };                                                           // a mark in a stream, with the time it was passed at
 inline Timer timer_create() { Timer t; CUDA_CHECK(cudaEventCreate(&t.event)); return t; }
@@ -258,7 +263,9 @@ template <int BYTES> __device__ inline void copy_async(uint32_t to, const void* 
     if constexpr (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(live ? 16 : 0) : "memory");
     else asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(to), "l"(from), "r"(live ? BYTES : 0), "n"(BYTES) : "memory");
 }
-template <int BYTES> __device__ inline void copy_async(void* to, const void* from, bool live = true) { copy_async<BYTES>(shared_address(to), from, live); }
+template <int BYTES> __device__ inline void copy_async(void* to, const void* from, bool live = true) {
+    copy_async<BYTES>(shared_address(to), from, live);
+}
 __device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING = 0> __device__ inline void copy_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 
@@ -267,6 +274,21 @@ __host__ __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162f
 template <class T> __host__ __device__ inline T from_float(float x);
 template <> __host__ __device__ inline float from_float<float>(float x) { return x; }
 template <> __host__ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+
+// Special-function instructions: 2^x to 2 ulp, 1/x to 1 ulp. Of the ends: exp2_fast(-inf) = 0, reciprocal_fast(inf) = 0.
+constexpr float LOG2E = 1.4426950408889634f;
+__device__ inline float exp2_fast(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+__device__ inline float reciprocal_fast(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+
+// sigma(x) = 1 / (1 + e^-x), in fp32 as exactly as a gate of X values needs it.
+//   bf16    4 instructions; relative error at most about 4e-7, and 6e-8 |x| more where x < 0, because x log2(e) is rounded: little beside
+//           the 2e-3 of the bf16 that is stored in the end. The library's expf and division are several times as many instructions.
+//   float   the library's functions, 3e-7. Decoding takes these for bf16 too: a step makes few gates.
+// One function for all kernels, so that what two of them make of the same values has the same bits.
+template <class X> __device__ inline float sigmoid(float x) {
+    if constexpr (sizeof(X) == 2) return reciprocal_fast(1.f + exp2_fast(-x * LOG2E));
+    else return 1.f / (1.f + expf(-x));
+}
 
 // Sum over the 32 lanes by a butterfly: every lane gets the same bits.
 __device__ inline float warp_sum(float x) {

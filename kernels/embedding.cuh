@@ -55,7 +55,8 @@ template <int W> __device__ inline void add_to(float* p, const Vec<float, W>& x)
 
 // Stage 1. partial (chunks,2,d): [0] the piece of a segment that began in an earlier chunk, [1] of one that begins here and goes on.
 template <int W, class X>
-__global__ void embedding_chunk_kernel(float* dwte, float* partial, ResidualGradient<X> dout, const int* tokens /*sorted*/, const int* positions, int64_t BT, int V, int d) {
+__global__ void embedding_chunk_kernel(float* dwte, float* partial, ResidualGradient<X> dout, const int* tokens /*sorted*/,
+                                       const int* positions, int64_t BT, int V, int d) {
     constexpr int GROUP = 8;   // rows in flight
     __shared__ int token[EMBEDDING_CHUNK + 2], position[EMBEDDING_CHUNK];   // token[i + 1] belongs to pair i; its neighbours at both ends
     const int64_t chunk = blockIdx.x, first = chunk * EMBEDDING_CHUNK;
@@ -125,7 +126,9 @@ inline EmbeddingWorkspace embedding_workspace(int64_t BT, int V, int d) {
     if (BT > INT_MAX) fail("embedding_backward of %lld tokens: a micro-batch may have 2^31-1; use a smaller --micro-batch", (long long)BT);
     EmbeddingWorkspace w{};
     for (w.token_bits = 1; w.token_bits < 31 && (1ll << w.token_bits) < V;) w.token_bits++;
-    CUDA_CHECK(cub::DeviceRadixSort::SortPairs(nullptr, w.sort_bytes, (const int*)nullptr, (int*)nullptr, (const int*)nullptr, (int*)nullptr, (int)BT, 0, w.token_bits));
+    const int *in = nullptr;
+    int *out = nullptr;
+    CUDA_CHECK(cub::DeviceRadixSort::SortPairs(nullptr, w.sort_bytes, in, out, in, out, (int)BT, 0, w.token_bits));   // asks for the bytes only
     auto take = [&](size_t bytes) { const size_t at = w.total; w.total += (size_t)round_up((int64_t)bytes, 256); return at; };
     w.sorted_tokens = take(BT * sizeof(int));
     w.positions = take(BT * sizeof(int));
@@ -138,7 +141,8 @@ inline EmbeddingWorkspace embedding_workspace(int64_t BT, int V, int d) {
 inline size_t embedding_backward_workspace(int64_t BT, int V, int d) { return embedding_workspace(BT, V, d).total; }
 
 template <int W>
-inline void embedding_sum(float* dwte, float* partial, ResidualGradient<floatX> dout, const int* tokens, const int* positions, int64_t BT, int V, int d, Stream stream) {
+inline void embedding_sum(float* dwte, float* partial, ResidualGradient<floatX> dout, const int* tokens, const int* positions, int64_t BT,
+                          int V, int d, Stream stream) {
     const int threads = row_threads(d / W);
     const dim3 grid((unsigned)ceil_div(BT, EMBEDDING_CHUNK), (unsigned)ceil_div(d / W, threads));
     embedding_chunk_kernel<W><<<grid, threads, 0, stream>>>(dwte, partial, dout, tokens, positions, BT, V, d);
@@ -147,8 +151,8 @@ inline void embedding_sum(float* dwte, float* partial, ResidualGradient<floatX> 
     LAUNCH_CHECK();
 }
 
-inline void embedding_backward(float* dwte /*(V,d) +=*/, ResidualGradient<floatX> dout /*(BT,d)*/, const int* tokens /*(BT)*/, void* workspace /*256-byte aligned*/,
-                               int64_t BT, int V, int d, Stream stream) {
+inline void embedding_backward(float* dwte /*(V,d) +=*/, ResidualGradient<floatX> dout /*(BT,d)*/, const int* tokens /*(BT)*/,
+                               void* workspace /*256-byte aligned*/, int64_t BT, int V, int d, Stream stream) {
     const Operation op("embedding backward", (double)BT * d * (sizeof(floatX) + HAS_LOW_PLANE<floatX>), 0, stream);
     EmbeddingWorkspace w = embedding_workspace(BT, V, d);
     char* base = (char*)workspace;
@@ -156,7 +160,8 @@ inline void embedding_backward(float* dwte /*(V,d) +=*/, ResidualGradient<floatX
     float* partial = (float*)(base + w.partial);
     positions_kernel<256><<<(unsigned)ceil_div(BT, 256), 256, 0, stream>>>(positions, BT);
     LAUNCH_CHECK();
-    CUDA_CHECK(cub::DeviceRadixSort::SortPairs(base + w.sort, w.sort_bytes, tokens, sorted, (const int*)positions, sorted_positions, (int)BT, 0, w.token_bits, stream));
+    CUDA_CHECK(cub::DeviceRadixSort::SortPairs(base + w.sort, w.sort_bytes, tokens, sorted, (const int*)positions, sorted_positions, (int)BT,
+                                               0, w.token_bits, stream));
     if (d % 4 == 0 && aligned_16(dwte) && aligned_16(dout.high) && aligned_16(dout.low) && aligned_16(workspace))
         embedding_sum<4>(dwte, partial, dout, sorted, sorted_positions, BT, V, d, stream);
     else

@@ -58,21 +58,23 @@ __device__ inline uint32_t larger_halves(uint32_t most, const uint4& eight) {
 }
 __device__ inline uint2 quantise_eight(const uint4& x, float inverse) { return {quantise_four(x.x, x.y, inverse), quantise_four(x.z, x.w, inverse)}; }
 
-// The largest magnitude over a block of `WARPS` warps, from each thread's halves. All threads must call it, once.
-template <int WARPS> __device__ inline uint32_t block_most(uint32_t halves) {
-    __shared__ uint32_t parts[WARPS];
+// The largest magnitude of a row that WARPS neighbouring warps hold, from each thread's halves; the block has BLOCK warps. All its threads must
+// call it, once. A warp's maximum is one instruction, because the bits of magnitudes are ordered like the magnitudes.
+template <int WARPS, int BLOCK = WARPS> __device__ inline uint32_t row_most(uint32_t halves) {
     const uint32_t of_warp = __reduce_max_sync(0xffffffffu, larger_half(halves));
-    if (threadIdx.x % WARP == 0) parts[threadIdx.x / WARP] = of_warp;
+    if constexpr (WARPS == 1) return of_warp;
+    __shared__ uint32_t parts[BLOCK];
+    const int warp = threadIdx.x / WARP, first = BLOCK == WARPS ? 0 : warp / WARPS * WARPS;
+    if (threadIdx.x % WARP == 0) parts[warp] = of_warp;
     __syncthreads();
-    uint32_t most = parts[0];
-    for (int i = 1; i < WARPS; i++) most = max(most, parts[i]);
+    uint32_t most = parts[first];
+    for (int i = 1; i < WARPS; i++) most = max(most, parts[first + i]);
     return most;
 }
 
 constexpr int QUANTISE_WARPS = 8;          // of a block: that many warps share 8 / WARPS rows
 template <int WARPS, int ITEMS>            // warps a row, loads of 16 bytes a lane
 __global__ void __launch_bounds__(QUANTISE_WARPS * WARP) quantise_rows_kernel(uint8_t* q, float* scale, const bf16* x, int64_t M, int64_t K) {
-    __shared__ uint32_t parts[QUANTISE_WARPS];
     const int warp = threadIdx.x / WARP, first = warp % WARPS * WARP + threadIdx.x % WARP, vectors = (int)(K / 8);
     const int64_t row = blockIdx.x * (int64_t)(QUANTISE_WARPS / WARPS) + warp / WARPS;
     const uint4* in = (const uint4*)(x + row * K);
@@ -85,12 +87,7 @@ __global__ void __launch_bounds__(QUANTISE_WARPS * WARP) quantise_rows_kernel(ui
     uint32_t halves = 0;
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) halves = larger_halves(halves, xs[i]);
-    uint32_t most = __reduce_max_sync(0xffffffffu, larger_half(halves));
-    if (WARPS > 1) {
-        if (threadIdx.x % WARP == 0) parts[warp] = most;
-        __syncthreads();
-        for (int i = 0; i < WARPS; i++) most = max(most, parts[warp / WARPS * WARPS + i]);
-    }
+    const uint32_t most = row_most<WARPS, QUANTISE_WARPS>(halves);
     if (row >= M) return;
     if (first == 0) scale[row] = scale_of(most);
     const float inverse = inverse_scale(most);
@@ -140,7 +137,8 @@ template <class X> __global__ void column_maxima_kernel(uint32_t* partial, const
 
 // A tile of 128 rows x 64 columns of w becomes 64 rows of 128 bytes of q (K,N)
 constexpr int TURN_ROWS = 128, TURN_COLUMNS = 64;
-template <class X> __global__ void __launch_bounds__(256) quantise_columns_kernel(Quantised out, const X* w, const uint32_t* partial, int64_t N, int64_t K) {
+template <class X> __global__ void __launch_bounds__(256)
+quantise_columns_kernel(Quantised out, const X* w, const uint32_t* partial, int64_t N, int64_t K) {
     __shared__ uint8_t tile[TURN_COLUMNS][TURN_ROWS + 4];
     __shared__ float inverse[TURN_COLUMNS];
     const int64_t first_column = blockIdx.x * TURN_COLUMNS, first_row = blockIdx.y * TURN_ROWS;

@@ -48,7 +48,8 @@ template <class T> __global__ void __launch_bounds__(NORM_THREADS) clip_scale_ke
 
 inline size_t global_norm_workspace(int64_t /*n*/) { return NORM_BLOCKS * sizeof(double); }
 
-inline void global_norm(float* result /*(2) norm, clipping factor*/, const float* grads /*(n)*/, int64_t n, float max_norm, void* workspace, Stream stream) {
+inline void global_norm(float* result /*(2) norm, clipping factor*/, const float* grads /*(n)*/, int64_t n, float max_norm, void* workspace,
+                        Stream stream) {
     const Operation op("global norm", 4.0 * n, 0, stream);
     double* partial = (double*)workspace;
     if (aligned_16(grads)) global_norm_kernel<4><<<NORM_BLOCKS, NORM_THREADS, 0, stream>>>(partial, grads, n);

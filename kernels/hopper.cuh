@@ -329,7 +329,7 @@ template <int HD, int N, int BOX> __device__ inline void load_tile(uint32_t tile
         for (int r = 0; r < N; r += BOX) tma_load(tile + (slab * N + r) * 128, map, bar, slab * 64, head, t + r, b);
 }
 
-// Of the block's three warpgroups, a producer and two consumers: 0 or 1 for these. The compiler must see that it is one for a warp
+// The block's first warpgroup is the producer; 0, 1 .. for the consumers after it. The compiler must see that it is one for a warp
 __device__ inline int which_consumer() { return __shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP, 0) - 1; }
 #endif // SAMBA_SM90A_CODE
 #endif // __CUDACC__

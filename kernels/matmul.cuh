@@ -136,7 +136,8 @@ inline int pointer_alignment(const void* p) {
 }
 
 // Candidates for a shape, the heuristic's best first. Returns how many.
-inline int matmul_candidates(const Matmul& matmul, const MatmulPlan& plan, const MatmulShape& shape, bool relaxed, cublasLtMatmulHeuristicResult_t* results, int count) {
+inline int matmul_candidates(const Matmul& matmul, const MatmulPlan& plan, const MatmulShape& shape, bool relaxed,
+                             cublasLtMatmulHeuristicResult_t* results, int count) {
     cublasLtMatmulPreference_t preference;
     CUBLAS_CHECK(cublasLtMatmulPreferenceCreate(&preference));
     auto set = [&](cublasLtMatmulPreferenceAttributes_t attribute, auto value) {
@@ -152,7 +153,8 @@ inline int matmul_candidates(const Matmul& matmul, const MatmulPlan& plan, const
     set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, (uint32_t)(relaxed ? out_bytes : shape.align_c));
     set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, (uint32_t)(relaxed ? out_bytes : shape.align_d));
     int found = 0;
-    const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(matmul.handle, plan.operation, plan.a, plan.b, plan.c, plan.c, preference, count, results, &found);
+    const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(matmul.handle, plan.operation, plan.a, plan.b, plan.c, plan.c, preference,
+                                                                 count, results, &found);
     cublasLtMatmulPreferenceDestroy(preference);
     if (status != CUBLAS_STATUS_NOT_SUPPORTED) CUBLAS_CHECK(status);   // not supported: nothing found
     return status == CUBLAS_STATUS_SUCCESS ? found : 0;
@@ -195,12 +197,13 @@ inline cublasStatus_t start_matmul(const Matmul& matmul, const MatmulPlan& plan,
                                    const MatmulOperands& o) {
     const float alpha = 1, beta = accumulate ? 1 : 0;
     if (o.a_scale) set_scales(plan, o);
-    return cublasLtMatmul(matmul.handle, plan.operation, &alpha, o.a, plan.a, o.b, plan.b, &beta, o.c, plan.c, o.d, plan.c, &algorithm, matmul.workspace,
-                          Matmul::WORKSPACE_BYTES, o.stream);
+    return cublasLtMatmul(matmul.handle, plan.operation, &alpha, o.a, plan.a, o.b, plan.b, &beta, o.c, plan.c, o.d, plan.c, &algorithm,
+                          matmul.workspace, Matmul::WORKSPACE_BYTES, o.stream);
 }
 
 // ms a call, the mean of `repeats` in a row after one that is not counted; infinity where the algorithm refuses
-inline double time_matmul(const Matmul& matmul, const MatmulPlan& plan, const MatmulChoice& choice, bool accumulate, const MatmulOperands& o, int repeats) {
+inline double time_matmul(const Matmul& matmul, const MatmulPlan& plan, const MatmulChoice& choice, bool accumulate, const MatmulOperands& o,
+                          int repeats) {
     const cublasLtMatmulAlgo_t algorithm = to_algorithm(choice);
     if (start_matmul(matmul, plan, algorithm, accumulate, o) != CUBLAS_STATUS_SUCCESS) return INFINITY;
     cudaEvent_t begin, end;
@@ -232,8 +235,10 @@ inline MatmulChoice fastest_matmul(const Matmul& matmul, const MatmulPlan& plan,
     std::vector<double> means(order.size());
     for (int round = 0; round < ROUNDS; round++)
         for (size_t j = 0; j < order.size(); j++) {
-            const auto [ms, i] = order[j];                   // infinity: refused
-            means[j] += std::isfinite(ms) ? time_matmul(matmul, plan, candidates[i], accumulate, o, std::clamp((int)(TURN_MS / ms), 4, MOST_CALLS)) / ROUNDS : ms;
+            const auto [ms, i] = order[j];
+            if (!std::isfinite(ms)) { means[j] = ms; continue; }                                 // infinity: refused
+            const int calls = std::clamp((int)(TURN_MS / ms), 4, MOST_CALLS);
+            means[j] += time_matmul(matmul, plan, candidates[i], accumulate, o, calls) / ROUNDS;
         }
     for (size_t j = 0; j < order.size(); j++) order[j].first = means[j];
     const double first_ms = order[0].first;                  // of candidate 0
@@ -268,8 +273,10 @@ inline MatmulPlan make_matmul_plan(Matmul& matmul, const MatmulShape& s, const M
     for (int i = 0; i < found; i++)
         if (results[i].state == CUBLAS_STATUS_SUCCESS) candidates.push_back(to_choice(results[i].algo));
     if (candidates.empty())
-        fail("cuBLASLt has no algorithm for m=%lld n=%lld k=%lld lda=%lld ldb=%lld ldc=%lld %c%c (column-major) on this GPU; choose sizes that are multiples of 8",
-             (long long)s.m, (long long)s.n, (long long)s.k, (long long)s.lda, (long long)s.ldb, (long long)s.ldc, s.transpose_a ? 'T' : 'N', s.transpose_b ? 'T' : 'N');
+        fail("cuBLASLt has no algorithm for m=%lld n=%lld k=%lld lda=%lld ldb=%lld ldc=%lld %c%c (column-major) on this GPU; "
+             "choose sizes that are multiples of 8",
+             (long long)s.m, (long long)s.n, (long long)s.k, (long long)s.lda, (long long)s.ldb, (long long)s.ldc,
+             s.transpose_a ? 'T' : 'N', s.transpose_b ? 'T' : 'N');
     plan.algorithm = to_algorithm(candidates[0]);
     if (matmul.rehearsal) {
         const MatmulChoice choice = fastest_matmul(matmul, plan, s.accumulate, candidates, operands);
@@ -289,8 +296,8 @@ inline void run_matmul(Matmul& matmul, const MatmulShape& shape, const MatmulOpe
 
 // D = op(A) op(B) + C (accumulate) or op(A) op(B), column-major. C may be D.
 template <class Out>
-inline void run_matmul(Matmul& matmul, Out* d, const Out* c, int64_t ldc, const floatX* a, int64_t lda, bool transpose_a, const floatX* b, int64_t ldb, bool transpose_b,
-                       int64_t m, int64_t n, int64_t k, bool accumulate, Stream stream) {
+inline void run_matmul(Matmul& matmul, Out* d, const Out* c, int64_t ldc, const floatX* a, int64_t lda, bool transpose_a,
+                       const floatX* b, int64_t ldb, bool transpose_b, int64_t m, int64_t n, int64_t k, bool accumulate, Stream stream) {
     const MatmulShape shape = {transpose_a, transpose_b, accumulate, sizeof(Out) == 4, Factors::floatX, pointer_alignment(a), pointer_alignment(b),
                                pointer_alignment(c), pointer_alignment(d), m, n, k, lda, ldb, ldc};
     run_matmul(matmul, shape, {a, b, c, d, stream});
@@ -341,7 +348,8 @@ inline void matmul_dgrad(Matmul& matmul, floatX* dx /*(M,K) row stride lddx*/, i
 }
 
 inline void matmul_wgrad(Matmul& matmul, float* dw /*(N,K)*/, const floatX* dy /*(M,N) row stride lddy*/, int64_t lddy,
-                         const floatX* x /*(M,K) row stride ldx*/, int64_t ldx, int64_t M, int N, int K, bool accumulate /*dw += or dw =*/, Stream stream) {
+                         const floatX* x /*(M,K) row stride ldx*/, int64_t ldx, int64_t M, int N, int K, bool accumulate /*dw += or dw =*/,
+                         Stream stream) {
     const Operation op = matmul_operation("wgrad", M, N, K, BYTES * ((double)M * N + (double)M * K) + (accumulate ? 8.0 : 4.0) * N * K, stream);
     run_matmul<float>(matmul, dw, dw, K, x, ldx, false, dy, lddy, true, K, N, M, accumulate, stream);
 }

@@ -10,6 +10,7 @@
 #include "cpu/attention.h"
 #include "cpu/bf16.h"
 #include "cpu/conv1d.h"
+#include "cpu/conv1d_x_proj_backward.h"
 #include "cpu/cross_entropy.h"
 #include "cpu/decode.h"
 #include "cpu/embedding.h"
@@ -19,6 +20,7 @@
 #include "cpu/matmul_swiglu.h"
 #include "cpu/rmsnorm.h"
 #include "cpu/rope.h"
+#include "cpu/scan_inputs.h"
 #include "cpu/selective_scan.h"
 #include "cpu/swiglu.h"
 
@@ -29,6 +31,7 @@ namespace ops = cpu;
 #include "attention.cuh"
 #include "bf16.cuh"
 #include "conv1d.cuh"
+#include "conv1d_x_proj_backward.cuh"
 #include "cross_entropy.cuh"
 #include "decode.cuh"
 #include "decode_step.cuh"
@@ -39,6 +42,7 @@ namespace ops = cpu;
 #include "matmul_swiglu.cuh"
 #include "rmsnorm.cuh"
 #include "rope.cuh"
+#include "scan_inputs.cuh"
 #include "selective_scan.cuh"
 #include "swiglu.cuh"
 namespace ops = gpu;

@@ -73,7 +73,7 @@ rmsnorm_forward_warp_kernel(X* out, Quantised copy, float* rstd, const float* x,
         }
     }
     if constexpr (FP8) {
-        const uint32_t most = __reduce_max_sync(0xffffffffu, larger_half(halves));
+        const uint32_t most = row_most<1>(halves);
         const float inverse = inverse_scale(most);
         if (first == 0) copy.scale[row] = scale_of(most);
 #pragma unroll

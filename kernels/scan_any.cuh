@@ -66,7 +66,7 @@ selective_scan_forward_kernel(X* out, X* saved, float* h_out, const float* h_fir
             const float dt = t < p.T ? scan_softplus<X>(to_float(dts[k]) + bias[k]) : 0.f;
             s_dt[row][column + k] = make_float2(start ? SCAN_CUT : dt, dt * x);
             skip[k] = skip_weight[k] * x;
-            gate[k] = z * scan_sigmoid<X>(z);
+            gate[k] = z * sigmoid<X>(z);
         }
         for (int g = 0; g < groups; g++) {
             if (MANY) {
@@ -95,7 +95,7 @@ selective_scan_forward_kernel(X* out, X* saved, float* h_out, const float* h_fir
                     y[i] = 0.f;
 #pragma unroll
                     for (int j = 0; j < 4; j++) {
-                        h[j] = fmaf(scan_ex2(dt.x * A2[j]), h[j], dt.y * B[j]);
+                        h[j] = fmaf(exp2_fast(dt.x * A2[j]), h[j], dt.y * B[j]);
                         y[i] = fmaf(h[j], C[j], y[i]);
                     }
                 }
@@ -158,7 +158,8 @@ __device__ inline void scan_mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint
 // bf16: one product m16 n8 k16 a step and 16 channels: rows are states, k the channels, and the weights of the warp's i-th step fill
 // column i and leave the others zero, so that one accumulator collects all steps of the warp.
 template <int CH>
-__device__ inline void scan_sum_channels(float* to, int64_t stride, int64_t steps, const ScanTile<__nv_bfloat16, CH>& s, const __nv_bfloat16 (&weight)[SCAN_TILE][CH]) {
+__device__ inline void scan_sum_channels(float* to, int64_t stride, int64_t steps, const ScanTile<__nv_bfloat16, CH>& s,
+                                         const __nv_bfloat16 (&weight)[SCAN_TILE][CH]) {
     constexpr int STEPS = SCAN_TILE / (CH / 8);                       // a block has CH / 8 warps
     const int lane = threadIdx.x % WARP, g = lane / 4, q = lane % 4, first = threadIdx.x / WARP * STEPS;
     float sum[4] = {};
@@ -212,7 +213,7 @@ __device__ inline void scan_remake(ScanTile<X, CH>& s, const float (&A2)[4], int
             y[i] = 0.f;
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                h[j] = fmaf(scan_ex2(dt.x * A2[j]), h[j], dt.y * B[j]);
+                h[j] = fmaf(exp2_fast(dt.x * A2[j]), h[j], dt.y * B[j]);
                 y[i] = fmaf(h[j], C[j], y[i]);
                 kept[j] = from_float<X>(h[j]);
             }
@@ -241,7 +242,7 @@ __device__ inline void scan_reverse(ScanTile<X, CH>& s, float (&carry)[4], float
             for (int j = 0; j < 4; j++) {
                 const float lambda = fmaf(dy, C[j], carry[j]);
                 dinput[i] = fmaf(lambda, B[j], dinput[i]);
-                carry[j] = scan_ex2(dt * A2[j]) * lambda;
+                carry[j] = exp2_fast(dt * A2[j]) * lambda;
                 const float pull = carry[j] * to_float(before[j]);
                 ddecay[i] = fmaf(A2[j], pull, ddecay[i]);
                 dA[j] = fmaf(dt, pull, dA[j]);
@@ -259,10 +260,11 @@ __device__ inline void scan_reverse(ScanTile<X, CH>& s, float (&carry)[4], float
 template <class X> struct ScanRow { Vec<X, 4> u, dt_raw, z, dout; };
 
 // What the sweeps over a tile need of its rows. live: the step is not past the end.
-template <class X, int CH> __device__ inline void scan_fill_tile(ScanTile<X, CH>& s, const ScanRow<X>& r, bool live, bool start, int row, int column) {
+template <class X, int CH>
+__device__ inline void scan_fill_tile(ScanTile<X, CH>& s, const ScanRow<X>& r, bool live, bool start, int row, int column) {
 #pragma unroll
     for (int k = 0; k < 4; k++) {
-        const float u = to_float(r.u[k]), z = to_float(r.z[k]), dy = to_float(r.dout[k]) * z * scan_sigmoid<X>(z);
+        const float u = to_float(r.u[k]), z = to_float(r.z[k]), dy = to_float(r.dout[k]) * z * sigmoid<X>(z);
         const float dt = live ? scan_softplus<X>(to_float(r.dt_raw[k]) + s.dt_bias[column + k]) : 0.f;
         s.dt[row][column + k] = make_float2(start ? SCAN_CUT : dt, dt * u);
         s.dy[row][column + k] = dy;
@@ -275,13 +277,16 @@ template <class X, int CH> __device__ inline void scan_fill_tile(ScanTile<X, CH>
 
 // What the sweeps leave becomes gradients. at: the row of (B,T).
 template <class X, int CH, bool VEC>
-__device__ inline void scan_finish_tile(ScanTile<X, CH>& s, const ScanRow<X>& r, const ScanGradients<X>& out, const ScanInput<X>& p, int64_t at, bool live, bool start, int row, int column) {
+__device__ inline void scan_finish_tile(ScanTile<X, CH>& s, const ScanRow<X>& r, const ScanGradients<X>& out, const ScanInput<X>& p, int64_t at,
+                                        bool live, bool start, int row, int column) {
     const int first_channel = blockIdx.x * CH + column, limit = live ? p.e : 0;
     float o[4], dz[4], du[4], ddt[4];
 #pragma unroll
     for (int k = 0; k < 4; k++) {
-        const float u = to_float(r.u[k]), z = to_float(r.z[k]), gate = scan_sigmoid<X>(z), slope = scan_sigmoid<X>(to_float(r.dt_raw[k]) + s.dt_bias[column + k]);
-        const float D = s.skip_weight[column + k], y = fmaf(D, u, s.y[row][column + k]), dinput = s.dinput[row][column + k], dy = s.dy[row][column + k];
+        const float u = to_float(r.u[k]), z = to_float(r.z[k]);
+        const float gate = sigmoid<X>(z), slope = sigmoid<X>(to_float(r.dt_raw[k]) + s.dt_bias[column + k]);
+        const float D = s.skip_weight[column + k], y = fmaf(D, u, s.y[row][column + k]);
+        const float dinput = s.dinput[row][column + k], dy = s.dy[row][column + k];
         o[k] = y * z * gate;
         dz[k] = to_float(r.dout[k]) * y * gate * (1.f + z * (1.f - gate));
         const float dt = start ? scan_softplus<X>(to_float(r.dt_raw[k]) + s.dt_bias[column + k]) : s.dt[row][column + k].x;
@@ -320,7 +325,8 @@ selective_scan_backward_kernel(ScanGradients<X> out, ScanInput<X> p) {
     float A2[4], carry[4] = {}, dA[4] = {};
     for (int g = 0; g < groups; g++) {
         float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
-        if (out.carry && channel < p.e) v = scan_load_carry(out.carry + (segment * p.e + channel) * out.carry_stride, g * SCAN_GROUP + q * 4, min(out.carry_stride, p.N));
+        if (out.carry && channel < p.e)
+            v = scan_load_carry(out.carry + (segment * p.e + channel) * out.carry_stride, g * SCAN_GROUP + q * 4, min(out.carry_stride, p.N));
         carry[0] = v.x, carry[1] = v.y, carry[2] = v.z, carry[3] = v.w;
         if (MANY) s_carry[g * THREADS + tid] = v, s_dA[g * THREADS + tid] = make_float4(0.f, 0.f, 0.f, 0.f);
     }
@@ -334,7 +340,10 @@ selective_scan_backward_kernel(ScanGradients<X> out, ScanInput<X> p) {
     __syncthreads();
     ScanRow<X> next;
     Vec<X, 4> bcs, hs;
-    auto load_state = [&](int64_t tile, int g) { return scan_load<true>(out.saved + ((sequence * tiles + tile) * p.e + channel) * Np, g * SCAN_GROUP + q * 4, channel < p.e ? Np : 0); };
+    auto load_state = [&](int64_t tile, int g) {
+        const X* states = out.saved + ((sequence * tiles + tile) * p.e + channel) * Np;
+        return scan_load<true>(states, g * SCAN_GROUP + q * 4, channel < p.e ? Np : 0);
+    };
     auto load_tile = [&](int64_t tile) {
         const int64_t t = tile * SCAN_TILE + row, at = sequence * p.T + t;
         const int limit = t < p.T ? p.e : 0;

@@ -29,7 +29,7 @@ constexpr int SCAN_LANES = 4;       // lanes a channel
 constexpr int SCAN_CHANNELS = 32;   // channels a block, but for the bf16 backward kernel
 constexpr int SCAN_MAX_STATES = 256;
 constexpr float SCAN_CUT = 1e30f;   // as dt it makes a decay zero (if A_log > -60): the state before the start of a document is dropped
-constexpr float SCAN_LOG2E = 1.4426950408889634f, SCAN_LN2 = 0.6931471805599453f;
+constexpr float SCAN_LN2 = 0.6931471805599453f;
 
 inline int scan_padded(int N) { return (int)round_up(N, SCAN_GROUP); }
 inline int64_t scan_tiles(int64_t T) { return ceil_div(T, SCAN_TILE); }
@@ -59,19 +59,18 @@ template <class X> struct ScanGradients {
 // Arithmetic. bf16: special-function instructions, relative error about 1e-6. float: the library's functions.
 // The decay is 2^(dt A log2 e) by ex2.approx in both: 2 ulp.
 
-__device__ inline float scan_ex2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 __device__ inline float scan_lg2(float x) { float y; asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
-__device__ inline float scan_rcp(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+// Of device.cuh, under the names that scan_mma.cuh and conv1d.cuh use
+constexpr float SCAN_LOG2E = LOG2E;
+__device__ inline float scan_ex2(float x) { return exp2_fast(x); }
+__device__ inline float scan_rcp(float x) { return reciprocal_fast(x); }
+template <class X> __device__ inline float scan_sigmoid(float x) { return sigmoid<X>(x); }
 
-template <class X> __device__ inline float scan_sigmoid(float x) {
-    if constexpr (sizeof(X) == 2) return scan_rcp(1.f + scan_ex2(-x * SCAN_LOG2E));
-    else return 1.f / (1.f + expf(-x));
-}
 // log(1 + e^x) = max(x, 0) + log(1 + p) with p = e^-|x|. Below p = 0.01 the sum 1 + p would lose digits: a series.
 template <class X> __device__ inline float scan_softplus(float x) {
     if constexpr (sizeof(X) == 2) {
-        const float p = scan_ex2(fabsf(x) * -SCAN_LOG2E);
-        const float series = p * (SCAN_LOG2E - p * (0.5f * SCAN_LOG2E - p * (0.33333333f * SCAN_LOG2E))), log = scan_lg2(1.f + p);
+        const float p = exp2_fast(fabsf(x) * -LOG2E);
+        const float series = p * (LOG2E - p * (0.5f * LOG2E - p * (0.33333333f * LOG2E))), log = scan_lg2(1.f + p);
         return fmaf(p < 1e-2f ? series : log, SCAN_LN2, fmaxf(x, 0.f));
     } else {
         return x > 20.f ? x : log1pf(expf(x));
@@ -81,7 +80,7 @@ template <class X> __device__ inline float scan_softplus(float x) {
 // A log2(e) of 4 states from n on; 0 past the end
 __device__ inline void scan_load_A(float (&A2)[4], const float* A_log, int channel, int n, int e, int N) {
 #pragma unroll
-    for (int j = 0; j < 4; j++) A2[j] = channel < e && n + j < N ? -expf(A_log[(int64_t)channel * N + n + j]) * SCAN_LOG2E : 0.f;
+    for (int j = 0; j < 4; j++) A2[j] = channel < e && n + j < N ? -expf(A_log[(int64_t)channel * N + n + j]) * LOG2E : 0.f;
 }
 
 // 4 values of a row from column i on, zeros from `limit` on. VEC: all rows allow aligned loads of 4, and limit % 4 = 0.
@@ -104,7 +103,9 @@ template <bool VEC, class X> __device__ inline void scan_store(X* row, int i, in
             if (i + k < limit) row[i + k] = v[k];
     }
 }
-template <class X> __device__ inline float4 scan_floats(const Vec<X, 4>& v) { return make_float4(to_float(v[0]), to_float(v[1]), to_float(v[2]), to_float(v[3])); }
+template <class X> __device__ inline float4 scan_floats(const Vec<X, 4>& v) {
+    return make_float4(to_float(v[0]), to_float(v[1]), to_float(v[2]), to_float(v[3]));
+}
 
 // B (first 4 threads of 8) or C (last 4) of one step of the tile and one group of states, for the first 128 threads
 template <bool VEC, class X> __device__ inline Vec<X, 4> scan_load_bc(const ScanInput<X>& p, int64_t sequence, int64_t tile, int group) {
@@ -179,7 +180,7 @@ scan_segment_kernel(float* end, float* time, const X* dout, ScanInput<X> p, int 
 #pragma unroll
         for (int k = 0; k < 4; k++) {
             const float dt = t < p.T ? scan_softplus<X>(to_float(dts[k]) + bias[k]) : 0.f, z = REVERSE ? to_float(zs[k]) : 0.f;
-            s_dt[row][column + k] = make_float2(start ? SCAN_CUT : dt, to_float(inputs[k]) * (REVERSE ? z * scan_sigmoid<X>(z) : dt));
+            s_dt[row][column + k] = make_float2(start ? SCAN_CUT : dt, to_float(inputs[k]) * (REVERSE ? z * sigmoid<X>(z) : dt));
         }
         *(float4*)&s_bc[tid / 8][tid % 8 * 4] = scan_floats(bcs);
         __syncthreads();
@@ -192,7 +193,7 @@ scan_segment_kernel(float* end, float* time, const X* dout, ScanInput<X> p, int 
             total += dt.x;
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                const float a = scan_ex2(dt.x * A2[j]);
+                const float a = exp2_fast(dt.x * A2[j]);
                 h[j] = REVERSE ? a * fmaf(dt.y, v[j], h[j]) : fmaf(a, h[j], dt.y * v[j]);
             }
         }
@@ -205,28 +206,31 @@ scan_segment_kernel(float* end, float* time, const X* dout, ScanInput<X> p, int 
 
 // In place: end of segment -> what the segment starts from. A thread is one state of one channel of one sequence.
 template <bool REVERSE>
-__global__ void scan_chain_kernel(float* end, const float* time, const float* h_in, const float* A_log, int64_t B, int64_t segments, int e, int N, int Np) {
+__global__ void scan_chain_kernel(float* end, const float* time, const float* h_in, const float* A_log, int64_t B, int64_t segments, int e,
+                                  int N, int Np) {
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= B * e * Np) return;
     const int n = (int)(i % Np);
     const int64_t channel = i / Np % e, sequence = i / Np / e;
-    const float A2 = n < N ? -expf(A_log[channel * N + n]) * SCAN_LOG2E : 0.f;
+    const float A2 = n < N ? -expf(A_log[channel * N + n]) * LOG2E : 0.f;
     float h = h_in && n < N ? h_in[(sequence * e + channel) * N + n] : 0.f;
     for (int64_t k = 0; k < segments; k++) {
         const int64_t at = (sequence * segments + (REVERSE ? segments - 1 - k : k)) * e + channel;
         const float local = k + 1 < segments ? end[at * Np + n] : 0.f;
         end[at * Np + n] = h;
-        if (k + 1 < segments) h = fmaf(scan_ex2(A2 * time[at]), h, local);
+        if (k + 1 < segments) h = fmaf(exp2_fast(A2 * time[at]), h, local);
     }
 }
 
 template <class X, bool VEC, bool REVERSE>
-void scan_chain_segments(float* end, float* time, const float* h_in, const X* dout, const ScanInput<X>& p, int B, const ScanSegments& segments, Stream stream) {
+void scan_chain_segments(float* end, float* time, const float* h_in, const X* dout, const ScanInput<X>& p, int B,
+                         const ScanSegments& segments, Stream stream) {
     const int Np = scan_padded(p.N), groups = Np / SCAN_GROUP;
     const dim3 grid((unsigned)ceil_div(p.e, SCAN_CHANNELS), (unsigned)B, (unsigned)((segments.count - 1) * groups));
     scan_segment_kernel<X, VEC, REVERSE><<<grid, SCAN_CHANNELS * SCAN_LANES, 0, stream>>>(end, time, dout, p, groups);
     LAUNCH_CHECK();
-    scan_chain_kernel<REVERSE><<<(unsigned)ceil_div((int64_t)B * p.e * Np, 256), 256, 0, stream>>>(end, time, h_in, p.A_log, B, segments.count, p.e, p.N, Np);
+    const unsigned blocks = (unsigned)ceil_div((int64_t)B * p.e * Np, 256);
+    scan_chain_kernel<REVERSE><<<blocks, 256, 0, stream>>>(end, time, h_in, p.A_log, B, segments.count, p.e, p.N, Np);
     LAUNCH_CHECK();
 }
 
@@ -272,7 +276,8 @@ __device__ inline void scan_add_parameters(float* dA_log, float* dD, float* ddt_
     dD[channel] += sum_D;
     ddt_bias[channel] += sum_bias;
 }
-template <class X> __global__ void __launch_bounds__(SCAN_ADD_THREADS) scan_add_kernel(X* dbc, int64_t lddbc, float* dA_log, float* dD, float* ddt_bias, ScanSums s) {
+template <class X> __global__ void __launch_bounds__(SCAN_ADD_THREADS)
+scan_add_kernel(X* dbc, int64_t lddbc, float* dA_log, float* dD, float* ddt_bias, ScanSums s) {
     if (blockIdx.x < s.dbc_blocks) scan_add_dbc(dbc, lddbc, s, blockIdx.x * (int64_t)SCAN_ADD_THREADS + threadIdx.x);
     else scan_add_parameters(dA_log, dD, ddt_bias, s, (blockIdx.x - s.dbc_blocks) * (int64_t)SCAN_ADD_THREADS + threadIdx.x);
 }

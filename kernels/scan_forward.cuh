@@ -7,9 +7,10 @@
 // to 15 the same channels at the second. Lane (g = lane / 4, q = lane % 4) keeps channel g and states 4q to 4q + 3.
 //   the input:  lanes q = 0 hold the k places of the first step, lanes q = 2 those of the second; dt u is split in two bf16 numbers
 //   the sums:   k is the 16 states; the columns are 8 steps, of which all but the two are masked
-// Neither the decays nor the inputs depend on the state, and they are nearly all of the work. So four warps take units of 8 steps of the same channels
-// in turns: while one walks (a multiply-add a state and step) and hands the state on to the next, the others make the decays of their units or the
-// sums of those that they have walked. (1.143 ms when one warp walked through all steps of 8 channels and 8 states and made the decays on the way.)
+// Neither the decays nor the inputs depend on the state, and they are nearly all of the work. So four warps take units of 8 steps of the same
+// channels in turns: while one walks (a multiply-add a state and step) and hands the state on to the next, the others make the decays of their
+// units or the sums of those that they have walked. (1.143 ms when one warp walked through all steps of 8 channels and 8 states and made the
+// decays on the way.)
 #pragma once
 #include "scan_mma.cuh"
 
@@ -77,7 +78,7 @@ struct Scan {
             product8(input[k][0], rows, __byte_perm(B, B, 0x1010));
             product8(input[k][1], rows, __byte_perm(B, B, 0x3232));
 #pragma unroll
-            for (int i = 0; i < 8; i++) a[k][i / 4][i % 4] = scan_ex2((i < 4 ? pair.x : pair.z) * A2[i % 4]);
+            for (int i = 0; i < 8; i++) a[k][i / 4][i % 4] = exp2_fast((i < 4 ? pair.x : pair.z) * A2[i % 4]);
         }
     }
     // From the state before the unit to the one behind it; on the way the states as operand A of the sums
@@ -125,8 +126,8 @@ struct Scan {
     }
 };
 
-__device__ inline void scan_forward(Block& s, bf16* saved, float* h_out, const float* h_first, int h_stride, const ScanInput<bf16>& p, int64_t segment,
-                                    int64_t first_tile, int count) {
+__device__ inline void scan_forward(Block& s, bf16* saved, float* h_out, const float* h_first, int h_stride, const ScanInput<bf16>& p,
+                                    int64_t segment, int64_t first_tile, int count) {
     Scan scan(s);
     const int channel = blockIdx.x * CHANNELS + scan.c, n = 4 * scan.q;
     const int64_t units = (p.T + UNIT - 1) / UNIT, unit = first_tile * 2 + scan.turn, tiles = (p.T + STEPS - 1) / STEPS;
@@ -138,7 +139,7 @@ __device__ inline void scan_forward(Block& s, bf16* saved, float* h_out, const f
     }
 #pragma unroll
     for (int k = 0; k < 4; k++) {
-        scan.A2[k] = live ? -expf(p.A_log[(int64_t)channel * 16 + n + k]) * SCAN_LOG2E : 0.f;
+        scan.A2[k] = live ? -expf(p.A_log[(int64_t)channel * 16 + n + k]) * LOG2E : 0.f;
         if (h_first && live) scan.h[k] = h_first[(segment * p.e + channel) * h_stride + n + k];
     }
     scan.run(count);

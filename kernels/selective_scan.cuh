@@ -26,8 +26,11 @@ template <class X> ScanSegments scan_segments(int B, int64_t T, int e, int N) {
     return scan_uses_mma<X>(N) ? scan_segments(B, T, e, scan_mma::CH, 1) : scan_segments(B, T, e, SCAN_CHANNELS, 4);
 }
 
-// The forward pass in bf16: blocks of 192 channels, or narrow ones, which need fewer segments or none and leave less of the GPU idle in the last wave
-// of blocks. A narrow block takes 1.17 times as long a channel and step (H200, T 32768), and about 120 steps' time to start and end (T 512).
+// The forward pass in bf16: blocks of 192 channels, or narrow ones, which need fewer segments or none and leave less of the GPU idle in the last
+// wave of blocks. Two numbers decide, both from bench_scan on an H200, to be measured again when one of the kernels changes:
+//   1.17        a narrow block's time for a channel and step, in those of a wide one: 0.818 ms at B 1, T 32768 against 0.703 at B 8, T 4096
+//               (d_inner 3072): one wave of blocks each, and as many channels times steps in a block
+//   120 steps   what starting and ending a narrow block takes, from B 64, T 512
 struct ScanForwardPlan {
     bool narrow;
     ScanSegments segments;

@@ -9,16 +9,11 @@
 
 namespace gpu {
 
-// exp(-a) = infinity for a < -88 gives s = 0 and a s = -0, as it should. For bf16 values by two special-function instructions, error about 2e-7;
-// matmul_swiglu_sm90.cuh uses the same, so that h has the same bits wherever it is made.
-template <class X> __device__ inline float sigmoid(float a) {
-    if constexpr (sizeof(X) == 2) {
-        float e, s;
-        asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(a * -1.4426950408889634f));
-        asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(s) : "f"(1.f + e));
-        return s;
-    }
-    return 1.f / (1.f + __expf(-a));
+// exp(-a) = infinity for a < -88 gives s = 0 and a s = -0, as it should. Float: the exponential by ex2 as well, error about 1e-7 (1 + |a|);
+// sigmoid<float> would be more exact, and change the bits of runs of the FP32 build.
+template <class X> __device__ inline float swiglu_sigmoid(float a) {
+    if constexpr (sizeof(X) == 2) return sigmoid<X>(a);
+    else return 1.f / (1.f + __expf(-a));
 }
 
 template <int W, class X> __device__ inline Vec<X, W> swiglu(const Vec<X, W>& gate, const Vec<X, W>& up) {
@@ -26,7 +21,7 @@ template <int W, class X> __device__ inline Vec<X, W> swiglu(const Vec<X, W>& ga
 #pragma unroll
     for (int k = 0; k < W; k++) {
         const float a = to_float(gate[k]);
-        h[k] = from_float<X>(a * sigmoid<X>(a) * to_float(up[k]));
+        h[k] = from_float<X>(a * swiglu_sigmoid<X>(a) * to_float(up[k]));
     }
     return h;
 }
@@ -34,7 +29,7 @@ template <int W, class X>
 __device__ inline void swiglu_gradient(Vec<X, W>& dgate, Vec<X, W>& dup, const Vec<X, W>& dh, const Vec<X, W>& gate, const Vec<X, W>& up) {
 #pragma unroll
     for (int k = 0; k < W; k++) {
-        const float a = to_float(gate[k]), s = sigmoid<X>(a), g = to_float(dh[k]);
+        const float a = to_float(gate[k]), s = swiglu_sigmoid<X>(a), g = to_float(dh[k]);
         dgate[k] = from_float<X>(g * to_float(up[k]) * s * (1.f + a * (1.f - s)));
         dup[k] = from_float<X>(g * a * s);
     }
@@ -74,7 +69,7 @@ __global__ void __launch_bounds__(SWIGLU_ROW_THREADS) swiglu_forward_row_kernel(
             words[i] = words_of(out);
             halves = larger_halves(halves, words[i]);
         }
-        const uint32_t most = block_most<SWIGLU_ROW_THREADS / WARP>(halves);
+        const uint32_t most = row_most<SWIGLU_ROW_THREADS / WARP>(halves);
         const float inverse = inverse_scale(most);
         if (threadIdx.x == 0) copy.scale[row] = scale_of(most);
 #pragma unroll
@@ -100,7 +95,7 @@ __global__ void __launch_bounds__(SWIGLU_ROW_THREADS) swiglu_backward_row_kernel
             words[0][i] = words_of(dgate), words[1][i] = words_of(dup);
             halves = larger_halves(larger_halves(halves, words[0][i]), words[1][i]);
         }
-        const uint32_t most = block_most<SWIGLU_ROW_THREADS / WARP>(halves);
+        const uint32_t most = row_most<SWIGLU_ROW_THREADS / WARP>(halves);
         const float inverse = inverse_scale(most);
         if (threadIdx.x == 0) copy.scale[row] = scale_of(most);
 #pragma unroll

@@ -30,7 +30,8 @@ class Samba(LM):
     def __init__(self, checkpoint, program=PROGRAM, batch_size=16, gpu=0, tokenizer=None, **_):
         super().__init__()
         command = [str(program), "score", "--checkpoint", str(checkpoint), "--micro-batch", str(batch_size or 16), "--gpu", str(gpu)]
-        self.process = subprocess.Popen(command + (["--tokenizer", str(tokenizer)] if tokenizer else []), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        command = command + (["--tokenizer", str(tokenizer)] if tokenizer else [])
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def score(self, pairs):
         """(log-likelihood, greedy) of each (context, continuation)"""

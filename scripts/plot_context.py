@@ -70,7 +70,8 @@ def length_axis(axis, reports):
 def mark_training_length(axis, reports):
     for length in {report.about.get("training_length") for report in reports} - {None}:
         axis.axvline(length, color="#b0b0b0", linewidth=1, linestyle=":")
-        axis.annotate("trained at", (length, 1), xycoords=("data", "axes fraction"), xytext=(3, -10), textcoords="offset points", fontsize=8, color="#6b6b6b")
+        axis.annotate("trained at", (length, 1), xycoords=("data", "axes fraction"), xytext=(3, -10), textcoords="offset points",
+                      fontsize=8, color="#6b6b6b")  # fmt: skip
 
 
 def draw_paper(reports, path):

@@ -9,9 +9,11 @@ shift 3
 # On two CPU cores the tiny model sees a million and a half tokens in about three minutes. A GPU has time for a larger one,
 # which sees the corpus four times.
 if "$program" info --device | grep -q '^gpu'; then
-    recipe=(--model small --micro-batch 32 --steps 400 --lr 2e-3 --warmup-steps 40 --val-every 100 --val-batches 1 --checkpoint-every 200 --log-every 10)
+    recipe=(--model small --micro-batch 32 --steps 400 --lr 2e-3 --warmup-steps 40
+            --val-every 100 --val-batches 1 --checkpoint-every 200 --log-every 10)
 else
-    recipe=(--model tiny --micro-batch 4 --steps 1500 --lr 3e-3 --warmup-steps 50 --val-every 250 --val-batches 8 --checkpoint-every 500 --log-every 10)
+    recipe=(--model tiny --micro-batch 4 --steps 1500 --lr 3e-3 --warmup-steps 50
+            --val-every 250 --val-batches 8 --checkpoint-every 500 --log-every 10)
 fi
 
 "$program" --data "$data/train_*.bin" --val "$data/val_*.bin" --out "$out" --resume --decay matrices --keep 1 "${recipe[@]}" "$@"

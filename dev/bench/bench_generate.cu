@@ -58,7 +58,8 @@ static double step_bytes(const Model& m, int B, int64_t context) {
         if (t.name != "transformer.wte.weight") bytes += (double)t.size * (t.is_matrix ? sizeof(floatX) : sizeof(float));
     for (const Layer& layer : m.layout.layers) {
         if (layer.kind == Kind::mamba) bytes += B * 2.0 * (c.d_inner() * c.d_state * sizeof(float) + 3.0 * c.d_inner() * sizeof(floatX));
-        if (layer.kind == Kind::attention) bytes += B * 2.0 * (double)(layer.window > 0 ? std::min(context, layer.window - 1) : context) * c.n_kv_head * c.head_dim * sizeof(floatX);
+        const double keys = layer.kind != Kind::attention ? 0 : (double)(layer.window > 0 ? std::min(context, layer.window - 1) : context);
+        bytes += B * 2.0 * keys * c.n_kv_head * c.head_dim * sizeof(floatX);
     }
     return bytes;
 }
@@ -79,7 +80,8 @@ static void fill_rings(Model& m, const SequenceState& state) {
     copy_to_device(from, host.data(), n * sizeof(floatX), m.stream);
     for (const LayerState& s : state.layers) {
         const int64_t values = s.ring ? state.B * s.capacity * 2 * m.config().n_kv_head * m.config().head_dim : 0;
-        for (int64_t at = 0; at < values; at += (int64_t)n) copy_on_device(s.ring + at, from, (size_t)std::min<int64_t>((int64_t)n, values - at) * sizeof(floatX), m.stream);
+        for (int64_t at = 0; at < values; at += (int64_t)n)
+            copy_on_device(s.ring + at, from, (size_t)std::min<int64_t>((int64_t)n, values - at) * sizeof(floatX), m.stream);
     }
     stream_sync(m.stream);
     device_free(from);
@@ -92,7 +94,8 @@ static json bench_decode(Model& m, const Options& o, int B, int64_t context, dou
     dry.B = B;
     dry.plan(m.layout, room);
     if ((double)dry.arena.bytes() > 0.95 * (double)device_free_bytes()) {
-        printf("%-12s batch %2d  %8lld tokens behind: its state of %.1f GB does not fit\n", m.config().name.c_str(), B, (long long)context, (double)dry.arena.bytes() * 1e-9);
+        printf("%-12s batch %2d  %8lld tokens behind: its state of %.1f GB does not fit\n", m.config().name.c_str(), B, (long long)context,
+               (double)dry.arena.bytes() * 1e-9);
         return nullptr;
     }
     Decoder decoder(m, B, {1, 0, 1, 1}, 1, V, room);
@@ -111,8 +114,8 @@ static json bench_decode(Model& m, const Options& o, int B, int64_t context, dou
     step();
     const double t = seconds_per_call(m.stream, o.seconds, step), bytes = step_bytes(m, B, context);
     const double share = bytes / bandwidth / t;
-    printf("%-12s batch %2d  %8lld tokens behind  %8.4f ms  %9.0f tok/s  %7.3f GB a step  %6.0f GB/s  %5.1f%% of a copy\n", m.config().name.c_str(), B, (long long)context, t * 1e3, B / t, bytes * 1e-9,
-           bytes / t * 1e-9, 100 * share);
+    printf("%-12s batch %2d  %8lld tokens behind  %8.4f ms  %9.0f tok/s  %7.3f GB a step  %6.0f GB/s  %5.1f%% of a copy\n",
+           m.config().name.c_str(), B, (long long)context, t * 1e3, B / t, bytes * 1e-9, bytes / t * 1e-9, 100 * share);
     fflush(stdout);
     return {{"model", m.config().name}, {"batch", B}, {"context", context}, {"ms", t * 1e3}, {"tok_s", B / t}, {"bytes", bytes}, {"share", share}};
 }
@@ -129,7 +132,8 @@ static json bench_prefill(Model& m, const Options& o, int64_t prompt) {
             forward_layers(m, 1, T, &state);
         }
     };
-    const double t = seconds_per_call(m.stream, o.seconds, read_all, 1);          // a long prompt takes its time; the first reading of a short one is not counted
+    // A long prompt takes its time; the first reading of a short one is not counted
+    const double t = seconds_per_call(m.stream, o.seconds, read_all, 1);
     printf("%-12s prompt of %7lld tokens  %9.2f ms  %9.0f tok/s\n", m.config().name.c_str(), (long long)prompt, t * 1e3, (double)prompt / t);
     fflush(stdout);
     return {{"model", m.config().name}, {"prompt", prompt}, {"ms", t * 1e3}, {"tok_s", (double)prompt / t}};
@@ -192,14 +196,15 @@ static void bench_probe(Model& m, const Options& o, int B, int64_t context, doub
             }
             slowest += (double)most, barrier += sum;
         }
-        if (times) printf("  %-14s %5d %12.0f %12.0f %12.0f %12.0f\n", names[task], times, first / times, work / times, slowest / times, barrier / times);
+        if (!times) continue;
+        printf("  %-14s %5d %12.0f %12.0f %12.0f %12.0f\n", names[task], times, first / times, work / times, slowest / times, barrier / times);
     }
     fflush(stdout);
 }
 #endif
 
 // Each operation alone. The graph holds its launch of every layer that has it, so that weights come from memory.
-static void bench_parts(Model& m, const Options& o, int B, double bandwidth) {
+static void bench_parts(Model& m, int B, double bandwidth) {
     const Config& c = m.config();
     const Parameters& w = m.w;
     const Stream s = m.stream;
@@ -214,16 +219,19 @@ static void bench_parts(Model& m, const Options& o, int B, double bandwidth) {
     const size_t workspace_bytes = ops::decode_attention_workspace(B, H, std::max(1, G), hd);
     const auto plan = [&] {
         arena.rewind();
-        x = arena.take<float>(B * d), squares = arena.take<float>(B * d), cos_sin = arena.take<float>(B * std::max(2, hd)), logits = arena.take<float>((int64_t)B * V);
-        parts = arena.take<float>((int64_t)ops::decode_x_splits(R + 2 * N, e) * B * (R + 2 * N)), position = arena.take<int64_t>(B);
-        xw = arena.take<floatX>(B * d), u = arena.take<floatX>(B * e), z = arena.take<floatX>(B * e), out = arena.take<floatX>((int64_t)B * std::max({e, H * hd, F})), qkv = arena.take<floatX>(B * c.qkv_dim());
+        x = arena.take<float>(B * d), squares = arena.take<float>(B * d), cos_sin = arena.take<float>(B * std::max(2, hd));
+        logits = arena.take<float>((int64_t)B * V), position = arena.take<int64_t>(B);
+        parts = arena.take<float>((int64_t)ops::decode_x_splits(R + 2 * N, e) * B * (R + 2 * N));
+        xw = arena.take<floatX>(B * d), u = arena.take<floatX>(B * e), z = arena.take<floatX>(B * e);
+        out = arena.take<floatX>((int64_t)B * std::max({e, H * hd, F})), qkv = arena.take<floatX>(B * c.qkv_dim());
         workspace = arena.take<char>((int64_t)workspace_bytes);
     };
     plan();
     arena.allocate("the benchmark's buffers");
     plan();
-    for (auto [p, bytes] : {std::pair<void*, size_t>{x, B * d * 4}, {squares, B * d * 4}, {cos_sin, B * hd * 4}, {xw, B * d * sizeof(floatX)}, {u, B * e * sizeof(floatX)}, {z, B * e * sizeof(floatX)},
-                            {out, B * e * sizeof(floatX)}, {qkv, (size_t)B * c.qkv_dim() * sizeof(floatX)}, {workspace, workspace_bytes}})
+    for (auto [p, bytes] : {std::pair<void*, size_t>{x, B * d * 4}, {squares, B * d * 4}, {cos_sin, B * hd * 4}, {xw, B * d * sizeof(floatX)},
+                            {u, B * e * sizeof(floatX)}, {z, B * e * sizeof(floatX)}, {out, B * e * sizeof(floatX)},
+                            {qkv, (size_t)B * c.qkv_dim() * sizeof(floatX)}, {workspace, workspace_bytes}})
         device_fill(p, 0, bytes, s);
     const int64_t context = 100000;
     std::vector<int64_t> positions(B, context);
@@ -235,17 +243,37 @@ static void bench_parts(Model& m, const Options& o, int B, double bandwidth) {
     const auto matrix = [&](double rows, double columns) { return rows * columns * sizeof(floatX); };
     struct Part { const char* name; Kind kind; double bytes; std::function<void(const Layer&, LayerState&)> run; };
     const std::vector<Part> all = {
-        {"in_proj, conv", Kind::mamba, matrix(2 * e, d), [&](const Layer& l, LayerState& own) { ops::decode_mamba_in(u, z, own.halo, xw, squares, w(l.mamba.in_proj), w(l.mamba.conv_w), w(l.mamba.conv_b), B, d, e, eps, s); }},
-        {"x_proj", Kind::mamba, matrix(R + 2 * N, e), [&](const Layer& l, LayerState&) { ops::decode_x_proj(parts, u, w(l.mamba.x_proj), B, R + 2 * N, e, s); }},
-        {"dt_proj, scan", Kind::mamba, matrix(e, R) + 4.0 * e * N * (1 + 2 * B),
-         [&](const Layer& l, LayerState& own) { ops::decode_scan(out, own.h, parts, u, z, w(l.mamba.dt_proj), w(l.mamba.A_log), w(l.mamba.D), w(l.mamba.dt_bias), B, e, N, R, s); }},
-        {"out_proj", Kind::mamba, matrix(d, e), [&](const Layer& l, LayerState&) { ops::decode_residual(x, xw, squares, w(l.mamba.norm), out, w(l.mamba.out_proj), B, d, e, s); }},
-        {"qkv", Kind::attention, matrix(c.qkv_dim(), d), [&](const Layer& l, LayerState&) { ops::decode_norm_linear(qkv, xw, squares, w(l.attention.qkv), B, c.qkv_dim(), d, eps, s); }},
+        {"in_proj, conv", Kind::mamba, matrix(2 * e, d), [&](const Layer& l, LayerState& own) {
+             const MambaTensors& t = l.mamba;
+             ops::decode_mamba_in(u, z, own.halo, xw, squares, w(t.in_proj), w(t.conv_w), w(t.conv_b), B, d, e, eps, s);
+         }},
+        {"x_proj", Kind::mamba, matrix(R + 2 * N, e), [&](const Layer& l, LayerState&) {
+             ops::decode_x_proj(parts, u, w(l.mamba.x_proj), B, R + 2 * N, e, s);
+         }},
+        {"dt_proj, scan", Kind::mamba, matrix(e, R) + 4.0 * e * N * (1 + 2 * B), [&](const Layer& l, LayerState& own) {
+             const MambaTensors& t = l.mamba;
+             ops::decode_scan(out, own.h, parts, u, z, w(t.dt_proj), w(t.A_log), w(t.D), w(t.dt_bias), B, e, N, R, s);
+         }},
+        {"out_proj", Kind::mamba, matrix(d, e), [&](const Layer& l, LayerState&) {
+             ops::decode_residual(x, xw, squares, w(l.mamba.norm), out, w(l.mamba.out_proj), B, d, e, s);
+         }},
+        {"qkv", Kind::attention, matrix(c.qkv_dim(), d), [&](const Layer& l, LayerState&) {
+             ops::decode_norm_linear(qkv, xw, squares, w(l.attention.qkv), B, c.qkv_dim(), d, eps, s);
+         }},
         {"attention", Kind::attention, 2.0 * B * (double)(c.window > 0 ? c.window - 1 : context) * G * hd * sizeof(floatX),
-         [&](const Layer&, LayerState& own) { ops::decode_attention(out, own.ring, workspace, qkv, c.rope ? cos_sin : nullptr, position, own.capacity, B, H, G, hd, s); }},
-        {"proj", Kind::attention, matrix(d, H * hd), [&](const Layer& l, LayerState&) { ops::decode_residual(x, xw, squares, w(l.attention.norm), out, w(l.attention.proj), B, d, H * hd, s); }},
-        {"w1|w2, swiglu", Kind::mlp, matrix(2 * F, d), [&](const Layer& l, LayerState&) { ops::decode_swiglu(out, xw, squares, w(l.mlp.w1), B, d, F, eps, s); }},
-        {"w3", Kind::mlp, matrix(d, F), [&](const Layer& l, LayerState&) { ops::decode_residual(x, xw, squares, w(l.mlp.norm), out, w(l.mlp.w3), B, d, F, s); }},
+         [&](const Layer&, LayerState& own) {
+             const float* turns = c.rope ? cos_sin : nullptr;
+             ops::decode_attention(out, own.ring, workspace, qkv, turns, position, own.capacity, B, H, G, hd, s);
+         }},
+        {"proj", Kind::attention, matrix(d, H * hd), [&](const Layer& l, LayerState&) {
+             ops::decode_residual(x, xw, squares, w(l.attention.norm), out, w(l.attention.proj), B, d, H * hd, s);
+         }},
+        {"w1|w2, swiglu", Kind::mlp, matrix(2 * F, d), [&](const Layer& l, LayerState&) {
+             ops::decode_swiglu(out, xw, squares, w(l.mlp.w1), B, d, F, eps, s);
+         }},
+        {"w3", Kind::mlp, matrix(d, F), [&](const Layer& l, LayerState&) {
+             ops::decode_residual(x, xw, squares, w(l.mlp.norm), out, w(l.mlp.w3), B, d, F, s);
+         }},
     };
     printf("%s, batch %d, each operation alone\n", c.name.c_str(), B);
     double sum = 0;
@@ -290,7 +318,7 @@ static void run(const Options& o) {
         stream_sync(m.stream);
         const auto keep = [](json& list, const json& entry) { if (!entry.is_null()) list.push_back(entry); };
         for (int B : o.batches) {
-            if (o.parts) bench_parts(m, o, B, bandwidth);
+            if (o.parts) bench_parts(m, B, bandwidth);
 #ifndef SAMBA_CPU
             if (o.probe) bench_probe(m, o, B, 65536, bandwidth);
 #endif

@@ -13,7 +13,9 @@ namespace {
 
 constexpr double EIGHT_H100 = 8 * 0.45 * 989e12 / 2.70e9;
 
-double seconds_since(std::chrono::steady_clock::time_point start) { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(); }
+double seconds_since(std::chrono::steady_clock::time_point start) {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
 
 void measure(const char* what, DataLoader& loader, int64_t B, int64_t T, double seconds) {
     int64_t tokens = 0, sum = 0;
@@ -38,12 +40,14 @@ int main(int argc, char** argv) {
         std::vector<uint16_t> tokens((size_t)n);
         uint64_t state = 1;
         for (uint16_t& token : tokens) token = (uint16_t)((state = state * 6364136223846793005ull + 1442695040888963407ull) >> 33) % 32000;
-        std::ofstream(folder + "/a.bin", std::ios::binary) << shard_header(n, 32000, 2, 0) << std::string((const char*)tokens.data(), 2 * tokens.size());
-        std::ofstream(folder + "/b.bin", std::ios::binary) << shard_header(n / 10, 32000, 2, 0) << std::string((const char*)tokens.data(), 2 * tokens.size() / 10);
+        const char* bytes = (const char*)tokens.data();
+        std::ofstream(folder + "/a.bin", std::ios::binary) << shard_header(n, 32000, 2, 0) << std::string(bytes, 2 * tokens.size());
+        std::ofstream(folder + "/b.bin", std::ios::binary) << shard_header(n / 10, 32000, 2, 0) << std::string(bytes, 2 * tokens.size() / 10);
         {
             const Shards shards({folder + "/a.bin"}, 32000);
             const Mixture mixture({folder + "/a.bin:0.7", folder + "/b.bin:0.3"}, 32000);
-            printf("micro-batch %lld x %lld tokens; eight H100s consume %.2f M tokens/s of Samba-421M\n", (long long)B, (long long)T, EIGHT_H100 / 1e6);
+            printf("micro-batch %lld x %lld tokens; eight H100s consume %.2f M tokens/s of Samba-421M\n", (long long)B, (long long)T,
+                   EIGHT_H100 / 1e6);
             DataLoader warm(shards, B, T, B, 0, 1, 1, false);
             for (int64_t i = 0; i < warm.samples_per_epoch() / B; i++) warm.next();
             DataLoader plain(shards, B, T, B, 0, 1, 1, true);

@@ -23,11 +23,16 @@ static void bench_mamba(const Shape& s) {
     Rotating<float> conv_w(e * 4, 1, 0.5f), vector(e, 1, 0.5f), A_log(e * s.N, 1, 1.f), D(e, 1), dt_bias(e, 1, 4.f), grad(e * s.N, 1, 0.f);
     std::vector<void*> states(COPIES);
     for (auto& p : states) p = device_alloc(gpu::selective_scan_saved(s.B, s.T, e, s.N), "states");
-    void* workspace = device_alloc(std::max(gpu::selective_scan_workspace(s.B, s.T, e, s.N), gpu::conv1d_backward_workspace(s.B, s.T, e)), "workspace");
+    void* workspace = device_alloc(std::max(gpu::selective_scan_workspace(s.B, s.T, e, s.N), gpu::x_proj_conv_backward_workspace(s.B, s.T, e, R2N)), "workspace");
     floatX* no_halo = nullptr;
     float* no_h = nullptr;
     const double e_bytes = (double)BT * e * X;
     print_row("conv1d forward", time_ms([&](int i) { gpu::conv1d_forward(u[i], no_halo, xz[i], 2 * e, no_halo, conv_w[0], vector[0], s.B, s.T, e, 0); }), 2 * e_bytes);
+    gpu::Matmul matmul;
+    Rotating<floatX> w_x((int64_t)R2N * e, 1, 0.05f), w_dt((int64_t)e * R, 1, 0.05f);
+    print_row("conv1d, x_proj, dt_proj forward", time_ms([&](int i) {
+        gpu::scan_inputs_forward(matmul, u[i], x_dbl[i], dt[i], no_halo, xz[i], 2 * e, no_halo, conv_w[0], vector[0], w_x[0], w_dt[0], false, s.B, s.T, e, R, s.N, 0);
+    }), 3 * e_bytes + X * ((double)BT * R2N + (double)(R2N + R) * e), 2.0 * BT * e * (R2N + R));
     print_row("scan forward", time_ms([&](int i) {
         gpu::selective_scan_forward(out[i], states[i % COPIES], no_h, u[i], dt[i], x_dbl[i] + R, R2N, xz[i] + e, 2 * e, A_log[0], D[0], dt_bias[0], no_h, workspace, s.B, s.T, e, s.N, 0);
     }), 4 * e_bytes + (double)gpu::selective_scan_saved(s.B, s.T, e, s.N));
@@ -39,6 +44,13 @@ static void bench_mamba(const Shape& s) {
     print_row("conv1d backward", time_ms([&](int i) {
         gpu::conv1d_backward(dxz[i], 2 * e, grad[0], grad[0], du[i], xz[i], 2 * e, no_halo, conv_w[0], vector[0], workspace, s.B, s.T, e, 0);
     }), 3 * e_bytes);
+    Rotating<floatX> w_x((int64_t)R2N * e, 1, 0.02f);
+    Rotating<float> dw_x((int64_t)R2N * e, 1, 0.f);
+    gpu::Matmul matmul;
+    print_row("x_proj and conv1d backward", time_ms([&](int i) {
+        gpu::x_proj_conv_backward(matmul, dxz[i], 2 * e, dw_x[0], false, grad[0], grad[0], du[i], dx_dbl[i], w_x[0], u[i], xz[i], 2 * e, no_halo, conv_w[0],
+                                  vector[0], workspace, s.B, s.T, e, R2N, 0);
+    }), 3 * e_bytes, 4.0 * BT * e * R2N);
     for (void* p : states) cudaFree(p);
     cudaFree(workspace);
 }
@@ -52,8 +64,9 @@ static void bench_attention(const Shape& s) {
     const double w = (double)std::min(s.window, s.T), pairs = (w * (w + 1) / 2 + ((double)s.T - w) * w) * s.B * s.H, bytes = (double)BT * qkv_dim * X;
     gpu::rope_table(table[0], 0, s.T, s.hd, 10000.0, 0);
     print_row("rope", time_ms([&](int i) { gpu::rope_forward(qkv[i], table[0], s.B, s.T, s.H, s.H, s.hd, 0); }), bytes * 4 / 3);
-    print_row("attention forward", time_ms([&](int i) { gpu::attention_forward(out[i], lse[0], qkv[i], no_ring, 0, 0, nullptr, s.B, s.T, s.H, s.H, s.hd, s.window, 0); }),
-              bytes * 4 / 3, 4 * pairs * s.hd);
+    print_row("attention forward", time_ms([&](int i) {
+        gpu::attention_forward(out[i], lse[0], qkv[i], no_ring, 0, 0, nullptr, s.B, s.T, s.H, s.H, s.hd, s.window, 0);
+    }), bytes * 4 / 3, 4 * pairs * s.hd);
     print_row("attention backward", time_ms([&](int i) {
         gpu::attention_backward(dqkv[i], dout[i], out[i], qkv[i], lse[0], no_ring, 0, 0, nullptr, workspace, s.B, s.T, s.H, s.H, s.hd, s.window,
                                 nullptr, 0);
@@ -67,7 +80,8 @@ static void bench_elementwise(const Shape& s) {
     Rotating<float> x(BT * s.d, COPIES), rstd(BT, 1), weight(s.d, 1), grad(s.d, 1, 0.f), losses(BT, 1);
     Rotating<floatX> n(BT * s.d, COPIES), gate_up(BT * 2 * s.F, 2), h(BT * s.F, 2), dgate_up(BT * 2 * s.F, 2), wte((int64_t)s.V * s.d, 1, 0.02f);
     void* workspace = device_alloc(std::max(gpu::rmsnorm_backward_workspace(BT, s.d), gpu::embedding_backward_workspace(BT, s.V, s.d)), "workspace");
-    print_row("rmsnorm forward", time_ms([&](int i) { gpu::rmsnorm_forward(n[i], rstd[0], x[i], weight[0], BT, s.d, 1e-5f, 0); }), d_elements * (4 + X));
+    print_row("rmsnorm forward", time_ms([&](int i) { gpu::rmsnorm_forward(n[i], rstd[0], x[i], weight[0], BT, s.d, 1e-5f, 0); }),
+              d_elements * (4 + X));
     // A gradient of the residual stream: its planes are two arrays of their own
     Rotating<floatX> high(BT * s.d, 2), low(BT * s.d / 2, 2);
     const auto gradient = [&](int i) { return ResidualGradient<floatX>{high[i], HAS_LOW_PLANE<floatX> ? (int8_t*)low[i] : nullptr}; };
@@ -86,7 +100,8 @@ static void bench_elementwise(const Shape& s) {
               d_elements * (X + HAS_LOW_PLANE<floatX>));
     const int64_t rows = std::min<int64_t>(BT, 4096);
     Rotating<floatX> logits(rows * s.V, 3, 5.f);
-    print_row("cross entropy fused, 4096 rows", time_ms([&](int i) { gpu::cross_entropy_fused(losses[0], logits[i], tokens, 1e-5f, rows, s.V, 0); }), 2.0 * rows * s.V * X);
+    print_row("cross entropy fused, 4096 rows",
+              time_ms([&](int i) { gpu::cross_entropy_fused(losses[0], logits[i], tokens, 1e-5f, rows, s.V, 0); }), 2.0 * rows * s.V * X);
     cudaFree(workspace);
     cudaFree(tokens);
 }
@@ -106,21 +121,27 @@ static void bench_matmul(const Shape& s) {
     Products products;
     const int64_t M = s.BT();
     const int e = 2 * s.d, R = (s.d + 15) / 16, R2N = R + 2 * s.N;
-    struct Product { const char* name; int N, K; } linear[] = {{"in_proj", 2 * e, s.d}, {"x_proj", R2N, e}, {"dt_proj", e, R}, {"out_proj", s.d, e}, {"qkv", 3 * s.H * s.hd, s.d},
-                                                             {"attention out", s.d, s.H * s.hd}, {"w1|w2", 2 * s.F, s.d}, {"w3", s.d, s.F}};
+    struct Product { const char* name; int N, K; };
+    const Product linear[] = {{"in_proj", 2 * e, s.d}, {"x_proj", R2N, e}, {"dt_proj", e, R}, {"out_proj", s.d, e},
+                              {"qkv", 3 * s.H * s.hd, s.d}, {"attention out", s.d, s.H * s.hd}, {"w1|w2", 2 * s.F, s.d}, {"w3", s.d, s.F}};
     for (const Product& p : linear) {
         const std::string name = p.name;
         const int64_t ldx = name == "dt_proj" ? R2N : p.K;
         Rotating<floatX> x(M * ldx, 2), y(M * p.N, 2), w((int64_t)p.N * p.K, 2, 0.05f);
         Rotating<float> dw((int64_t)p.N * p.K, 1, 0.f);
         const double flops = 2.0 * M * p.N * p.K, weights = (double)p.N * p.K, bytes = X * ((double)M * p.N + (double)M * p.K + weights);
-        products.row(name + " forward", bytes, flops, [&](gpu::Matmul& mm, int i) { gpu::matmul_forward(mm, y[i], p.N, x[i], ldx, w[i], M, p.N, p.K, 0); });
-        products.row(name + " dgrad", bytes, flops, [&](gpu::Matmul& mm, int i) { gpu::matmul_dgrad(mm, x[i], ldx, y[i], p.N, w[i], M, p.N, p.K, name == "x_proj", 0); });
-        products.row(name + " wgrad", bytes + (4 - X) * weights, flops, [&](gpu::Matmul& mm, int i) { gpu::matmul_wgrad(mm, dw[0], y[i], p.N, x[i], ldx, M, p.N, p.K, false, 0); });
-        products.row(name + " wgrad +=", bytes + (8 - X) * weights, flops, [&](gpu::Matmul& mm, int i) { gpu::matmul_wgrad(mm, dw[0], y[i], p.N, x[i], ldx, M, p.N, p.K, true, 0); });
+        products.row(name + " forward", bytes, flops,
+                     [&](gpu::Matmul& mm, int i) { gpu::matmul_forward(mm, y[i], p.N, x[i], ldx, w[i], M, p.N, p.K, 0); });
+        products.row(name + " dgrad", bytes, flops,
+                     [&](gpu::Matmul& mm, int i) { gpu::matmul_dgrad(mm, x[i], ldx, y[i], p.N, w[i], M, p.N, p.K, name == "x_proj", 0); });
+        products.row(name + " wgrad", bytes + (4 - X) * weights, flops,
+                     [&](gpu::Matmul& mm, int i) { gpu::matmul_wgrad(mm, dw[0], y[i], p.N, x[i], ldx, M, p.N, p.K, false, 0); });
+        products.row(name + " wgrad +=", bytes + (8 - X) * weights, flops,
+                     [&](gpu::Matmul& mm, int i) { gpu::matmul_wgrad(mm, dw[0], y[i], p.N, x[i], ldx, M, p.N, p.K, true, 0); });
         if (p.N == s.d) {
             Rotating<float> r(M * p.N, 2), r2(M * p.N, 2);
-            products.row(name + " residual", bytes + 6.0 * M * p.N, flops, [&](gpu::Matmul& mm, int i) { gpu::matmul_residual(mm, r[i], r2[i], x[i], w[i], M, p.N, p.K, 0); });
+            products.row(name + " residual", bytes + 6.0 * M * p.N, flops,
+                         [&](gpu::Matmul& mm, int i) { gpu::matmul_residual(mm, r[i], r2[i], x[i], w[i], M, p.N, p.K, 0); });
         }
     }
     Rotating<floatX> n(M * s.d, 2), gate_up(M * 2 * s.F, 2), h(M * s.F, 2), dgate_up(M * 2 * s.F, 1), w(2 * (int64_t)s.F * s.d, 2, 0.05f);
@@ -134,9 +155,12 @@ static void bench_matmul(const Shape& s) {
         Rotating<floatX> x(rows * s.d, 2), y(rows * s.V, 2), w((int64_t)s.V * s.d, 1, 0.05f);
         Rotating<float> dw((int64_t)s.V * s.d, 1, 0.f);
         const double flops = 2.0 * rows * s.V * s.d, weights = (double)s.V * s.d, bytes = X * (double)(rows * s.V + rows * s.d) + X * weights;
-        products.row(name + " forward", bytes, flops, [&](gpu::Matmul& mm, int i) { gpu::matmul_forward(mm, y[i], s.V, x[i], s.d, w[0], rows, s.V, s.d, 0); });
-        products.row(name + " dgrad", bytes, flops, [&](gpu::Matmul& mm, int i) { gpu::matmul_dgrad(mm, x[i], s.d, y[i], s.V, w[0], rows, s.V, s.d, false, 0); });
-        products.row(name + " wgrad +=", bytes + (8 - X) * weights, flops, [&](gpu::Matmul& mm, int i) { gpu::matmul_wgrad(mm, dw[0], y[i], s.V, x[i], s.d, rows, s.V, s.d, true, 0); });
+        products.row(name + " forward", bytes, flops,
+                     [&](gpu::Matmul& mm, int i) { gpu::matmul_forward(mm, y[i], s.V, x[i], s.d, w[0], rows, s.V, s.d, 0); });
+        products.row(name + " dgrad", bytes, flops,
+                     [&](gpu::Matmul& mm, int i) { gpu::matmul_dgrad(mm, x[i], s.d, y[i], s.V, w[0], rows, s.V, s.d, false, 0); });
+        products.row(name + " wgrad +=", bytes + (8 - X) * weights, flops,
+                     [&](gpu::Matmul& mm, int i) { gpu::matmul_wgrad(mm, dw[0], y[i], s.V, x[i], s.d, rows, s.V, s.d, true, 0); });
     }
 }
 
@@ -146,7 +170,9 @@ static void bench_optimizer() {
     Rotating<floatX> w(n, 1);
     void* workspace = device_alloc(gpu::global_norm_workspace(n), "workspace");
     print_row("global norm, 421.8M", time_ms([&](int) { gpu::global_norm(result[0], grads[0], n, 1.f, workspace, 0); }, 10), 4.0 * n);
-    print_row("AdamW, 421.8M", time_ms([&](int i) { gpu::adamw_update(w[0], master[0], m[0], v[0], grads[0], result[0], n, AdamW{1e-4f, 0.9f, 0.95f, 1e-8f, 0.1f, i + 1}, 0); }, 10), (28.0 + X) * n);
+    print_row("AdamW, 421.8M", time_ms([&](int i) {
+        gpu::adamw_update(w[0], master[0], m[0], v[0], grads[0], result[0], n, AdamW{1e-4f, 0.9f, 0.95f, 1e-8f, 0.1f, i + 1}, 0);
+    }, 10), (28.0 + X) * n);
     cudaFree(workspace);
 }
 
@@ -155,7 +181,8 @@ int main(int argc, char** argv) {
         Shape s;
         const bool products_only = argc > 1 && std::string(argv[argc - 1]) == "matmul";
         if (argc > 7) s = {atoi(argv[1]), atoll(argv[2]), atoi(argv[3]), atoi(argv[4]), atoi(argv[5]), atoi(argv[6]), atoll(argv[7])};
-        printf("%s, %s, B=%d T=%lld d=%d F=%d heads %dx%d window %lld\n", device_info().name.c_str(), BUILD_NAME, s.B, (long long)s.T, s.d, s.F, s.H, s.hd, (long long)s.window);
+        printf("%s, %s, B=%d T=%lld d=%d F=%d heads %dx%d window %lld\n", device_info().name.c_str(), BUILD_NAME, s.B, (long long)s.T, s.d, s.F,
+               s.H, s.hd, (long long)s.window);
         print_header();
         bench_matmul(s);
         if (products_only) return 0;

@@ -32,8 +32,9 @@ def llama_form(path: Path) -> None:
     model = io.BytesIO()
     lines = (line for text in stdlib(with_tests=True).texts() for line in text.splitlines() if line)
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=lines, model_writer=model, model_type="bpe", vocab_size=32000, byte_fallback=True, split_digits=True, character_coverage=0.9995,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, max_sentence_length=4192, minloglevel=2)  # fmt: skip
+        sentence_iterator=lines, model_writer=model, model_type="bpe", vocab_size=32000, byte_fallback=True, split_digits=True,
+        character_coverage=0.9995, normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
+        max_sentence_length=4192, minloglevel=2)  # fmt: skip
     path.write_bytes(model.getvalue())
 
 
@@ -126,7 +127,8 @@ def main() -> None:
         "corpus_bytes": corpus.stat().st_size, "processes": options.processes, "load_before": load,
         "one_plain_loop": {"tokens_per_second": single[0], "tokens_per_cpu_second": single[1]},
         "prepare_alone": alone, "speed_in_plain_loops": alone["tokens_per_second"] / single[0],
-        "prepare_beside_loops": beside, "loops_beside": {"tokens_per_second": [loop[0] for loop in loops], "tokens_per_cpu_second": [loop[1] for loop in loops]},
+        "prepare_beside_loops": beside,
+        "loops_beside": {"tokens_per_second": [loop[0] for loop in loops], "tokens_per_cpu_second": [loop[1] for loop in loops]},
         "speed_of_a_process_in_loops_beside": beside["tokens_per_second"] / sum(loop[0] for loop in loops),
         "tokens_per_cpu_second_in_loops_beside": beside["tokens_per_cpu_second"] / (sum(loop[1] for loop in loops) / len(loops)),
     }, indent=1))  # fmt: skip

@@ -160,13 +160,15 @@ def run_program(arguments, **options):
 
 def start_checkpoint(o, folder):
     """The trainer's initial weights: a step with learning rate 0 changes nothing"""
-    run_program([o.program, "--model", o.model, "--data", o.data, "--out", folder, "--micro-batch", "1", "--steps", "1", "--lr", "0", "--seq-len", "64"], stdout=subprocess.DEVNULL)
+    run_program([o.program, "--model", o.model, "--data", o.data, "--out", folder, "--micro-batch", "1", "--steps", "1", "--lr", "0",
+                 "--seq-len", "64"], stdout=subprocess.DEVNULL)  # fmt: skip
     return folder + "/step_00000001"
 
 
 def compare_bench(ours, theirs, tokens):
     print(f"\n{'':34}{'train_samba':>14}{'PyTorch twin':>14}{'ratio':>8}")
-    for key, what in [("forward_backward", "forward and backward"), ("step", "step of 1 micro-batch"), ("accumulated_step", "step of {} micro-batches")]:
+    names = {"forward_backward": "forward and backward", "step": "step of 1 micro-batch", "accumulated_step": "step of {} micro-batches"}
+    for key, what in names.items():
         if key not in ours:
             continue
         n = ours[key].get("micro_batches", 1)
@@ -184,7 +186,8 @@ def bench(o):
     with tempfile.TemporaryDirectory() as folder:
         path = o.ours or folder + "/ours.json"
         if not o.ours:
-            run_program([o.program, "bench", "--model", o.model, "--micro-batch", str(o.micro_batch), "--accumulate", str(o.accumulate), "--recompute", o.recompute, "--json", path])
+            run_program([o.program, "bench", "--model", o.model, "--micro-batch", str(o.micro_batch), "--accumulate", str(o.accumulate),
+                         "--recompute", o.recompute, "--json", path])  # fmt: skip
         ours = json.load(open(path, encoding="utf-8"))
     config = json.loads(run_program([o.program, "info", "--model", o.model, "--json"], capture_output=True).stdout)
     theirs = bench_twin(config, o.micro_batch, o.accumulate, o.repeats)
@@ -197,10 +200,12 @@ def parity(o):
     with tempfile.TemporaryDirectory() as folder:
         start = start_checkpoint(o, folder + "/start")
         T = o.seq_len or json.loads(run_program([o.program, "info", "--model", o.model, "--json"], capture_output=True).stdout)["block_size"]
-        # The rate rises as in the reference's recipe. With more, fresh weights on batches this small blow up now and then, and after that roundings decide
+        # The rate rises as in the reference's recipe. With more, fresh weights on batches this small blow up now and then, and after that
+        # roundings decide
         schedule = ["--lr", str(o.lr), "--schedule", "constant", "--warmup-steps", str(o.warmup), "--seed", "3407"]
-        run_program([o.program, "--model", o.model, "--data", o.data, "--init-from", start, "--out", folder + "/run", "--micro-batch", str(o.micro_batch), "--seq-len", str(T),
-                     "--steps", str(o.steps), "--log-every", "10", "--checkpoint-every", "0", *schedule])  # fmt: skip
+        run_program([o.program, "--model", o.model, "--data", o.data, "--init-from", start, "--out", folder + "/run",
+                     "--micro-batch", str(o.micro_batch), "--seq-len", str(T), "--steps", str(o.steps), "--log-every", "10",
+                     "--checkpoint-every", "0", *schedule])  # fmt: skip
         log = [json.loads(line) for line in open(folder + "/run/log.jsonl", encoding="utf-8")]
         ours = [(line["loss"], line["grad_norm"]) for line in log if line["type"] == "train"]
         model = twin.load(start + "/model.safetensors")
@@ -253,7 +258,8 @@ def main():
             p.add_argument("--steps", type=int, default=50)
             p.add_argument("--seq-len", type=int, default=0)
             p.add_argument("--lr", type=float, default=4e-4, help="after the warm-up")
-            p.add_argument("--warmup", type=int, default=762, help="steps in which the rate rises from 0; the reference's 20B recipe: 762 micro-batches of this size")
+            p.add_argument("--warmup", type=int, default=762,
+                           help="steps in which the rate rises from 0; the reference's 20B recipe: 762 micro-batches of this size")  # fmt: skip
             p.add_argument("--tolerance", type=float, default=0.005)
     o = parser.parse_args()
     sys.exit(o.function(o))

@@ -32,7 +32,8 @@ def run(*arguments):
 
 @pytest.mark.parametrize("graphs", ["on", "off"])
 def test_bench_measures_passes_and_steps(model, tmp_path, graphs):
-    result = run(PROGRAM, "bench", "--model", model, "--micro-batch", 2, "--repeats", 3, "--accumulate", 3, "--graphs", graphs, "--json", tmp_path / "bench.json")
+    result = run(PROGRAM, "bench", "--model", model, "--micro-batch", 2, "--repeats", 3, "--accumulate", 3, "--graphs", graphs,
+                 "--json", tmp_path / "bench.json")  # fmt: skip
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "bench.json").read_text())
     assert report["graphs"] == graphs and report["seq_len"] == 24
@@ -60,7 +61,7 @@ def test_the_twin_trains_as_the_trainer(model, tmp_path):
     header = np.zeros(256, dtype="<i4")
     header[:4] = 20240520, 1, len(tokens), 64
     (tmp_path / "train_0.bin").write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
-    result = run(sys.executable, os.path.join(ROOT, "dev/parity/run.py"), "parity", "--program", PROGRAM, "--model", model, "--data", tmp_path / "train_*.bin",
-                 "--micro-batch", 4, "--steps", 8, "--lr", 3e-3, "--warmup", 8, "--tolerance", 1e-4)  # fmt: skip
+    result = run(sys.executable, os.path.join(ROOT, "dev/parity/run.py"), "parity", "--program", PROGRAM, "--model", model,
+                 "--data", tmp_path / "train_*.bin", "--micro-batch", 4, "--steps", 8, "--lr", 3e-3, "--warmup", 8, "--tolerance", 1e-4)  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     assert "ok: losses at most" in result.stdout

@@ -19,7 +19,8 @@ std::string raw_file(const std::string& header, const std::string& data) {
 }
 
 template <class T> TensorToWrite tensor(const std::string& name, const std::string& dtype, std::vector<int64_t> shape, const std::vector<T>& values) {
-    return {name, dtype, std::move(shape), [values](void* dst, int64_t offset, int64_t bytes) { memcpy(dst, (const char*)values.data() + offset, (size_t)bytes); }};
+    const auto give = [values](void* dst, int64_t offset, int64_t bytes) { memcpy(dst, (const char*)values.data() + offset, (size_t)bytes); };
+    return {name, dtype, std::move(shape), give};
 }
 
 // The largest file that this process may write, and no death by signal when it tries more
@@ -66,8 +67,8 @@ TEST(Safetensors, RoundTrip) {
     const std::vector<float> scalar = {42};
     const std::map<std::string, std::string> metadata = {{"config", "{\"n\": 3}"}, {"quote\"\n", "ünïcode"}};
     std::vector<int64_t> progress;
-    write_safetensors(path, {tensor("d", "U8", {3}, d), tensor("a", "F32", {2, 3}, a), tensor("empty", "F32", {0, 5}, std::vector<float>{}), tensor("b", "F64", {3}, b),
-                             tensor("c", "I32", {2}, c), tensor("scalar", "F32", {}, scalar)},
+    write_safetensors(path, {tensor("d", "U8", {3}, d), tensor("a", "F32", {2, 3}, a), tensor("empty", "F32", {0, 5}, std::vector<float>{}),
+                             tensor("b", "F64", {3}, b), tensor("c", "I32", {2}, c), tensor("scalar", "F32", {}, scalar)},
                       metadata, [&](int64_t bytes) { progress.push_back(bytes); });
     EXPECT_EQ(folder.list(), std::vector<std::string>{"x.safetensors"});
     EXPECT_EQ(progress, std::vector<int64_t>{24 + 24 + 8 + 4 + 3});
@@ -151,7 +152,8 @@ TEST(Safetensors, LargeTensorsStreamInPieces) {
         expected_offset += bytes;
         calls++;
     }};
-    write_safetensors(folder.path("x"), {tensor("small", "F32", {2}, std::vector<float>{1, 2}), large}, {}, [&](int64_t b) { progress.push_back(b); });
+    const TensorToWrite small = tensor("small", "F32", {2}, std::vector<float>{1, 2});
+    write_safetensors(folder.path("x"), {small, large}, {}, [&](int64_t b) { progress.push_back(b); });
     EXPECT_EQ(calls, 3);
     EXPECT_EQ(progress, (std::vector<int64_t>{64 << 20, 128 << 20, 4 * n + 8}));
     SafetensorsReader file(folder.path("x"));
@@ -194,8 +196,9 @@ TEST(Safetensors, MalformedFilesAreNamed) {
     expect(raw_file(w(R"("dtype":"F32","shape":[2],"data_offsets":[0,8,9])"), eight), "data_offsets");
     expect(raw_file(w(R"("dtype":"F32","shape":[2],"data_offsets":[0,-1])"), eight), "data_offsets");
     expect(raw_file(w(R"("dtype":"F32","shape":[3],"data_offsets":[0,8])"), eight), "has 8 bytes, its shape and dtype F32 need 12");
-    expect(raw_file(w(R"("dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,0])"), ""), "its shape and dtype");      // 2^64 overflows to 0
-    expect(raw_file(w(R"("dtype":"F32","shape":[2],"data_offsets":[0,8])"), eight.substr(1)), "is cut off: tensor 'w' ends at byte 8 and the file holds 7");
+    expect(raw_file(w(R"("dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,0])"), ""), "its shape and dtype");  // 2^64: 0
+    expect(raw_file(w(R"("dtype":"F32","shape":[2],"data_offsets":[0,8])"), eight.substr(1)),
+           "is cut off: tensor 'w' ends at byte 8 and the file holds 7");
     expect(raw_file(w(R"("dtype":"F32","shape":[2],"data_offsets":[0,8])"), eight + "x"), "too long: 1 bytes");
     expect(raw_file(w(R"("dtype":"F32","shape":[1],"data_offsets":[4,8])"), eight), "4 bytes before tensor 'w' belong to none");
     expect(raw_file(w(R"("dtype":"F32","shape":[1],"data_offsets":[9223372036854775804,9223372036854775807])"), eight), "bytes");
@@ -306,7 +309,8 @@ TEST(Checkpoint, Names) {
     EXPECT_EQ(checkpoint_step("step_00001000"), 1000);
     EXPECT_EQ(checkpoint_step("step_1234567890"), 1234567890);
     EXPECT_EQ(checkpoint_step("step_00001000.replaced"), 1000);
-    for (const char* name : {"step_", "step_100", "step_0000100x", ".tmp_step_00001000.5", "latest", "step_00001000.old", "xstep_00001000", "step_99999999999999999999"})
+    for (const char* name : {"step_", "step_100", "step_0000100x", ".tmp_step_00001000.5", "latest", "step_00001000.old", "xstep_00001000",
+                             "step_99999999999999999999"})
         EXPECT_FALSE(checkpoint_step(name)) << name;
 }
 
@@ -445,7 +449,8 @@ TEST(Checkpoint, Prune) {
     const std::string active_name = ".tmp_step_00000070." + std::to_string(getpid()), alive = ".tmp_step_00000062." + std::to_string(getppid());
     const auto rest = [&] {
         auto names = folder.list();
-        names.erase(std::remove_if(names.begin(), names.end(), [&](auto& n) { return n == active_name || n == alive || n == "log.jsonl" || n == "latest"; }), names.end());
+        const auto expected = [&](auto& n) { return n == active_name || n == alive || n == "log.jsonl" || n == "latest"; };
+        names.erase(std::remove_if(names.begin(), names.end(), expected), names.end());
         return names;
     };
     prune_checkpoints(folder.root, 0);

@@ -44,8 +44,9 @@ def world(tmp_path_factory):
 
 
 def command(world, out, *extra, steps=STEPS):
-    return [PROGRAM, "--model", world / "model.json", "--data", f"{world}/train_*.bin", "--out", out, "--micro-batch", "2", "--global-batch", "64",
-            "--steps", str(steps), "--lr", "1e-2", "--warmup-steps", "2", "--schedule", "constant", "--checkpoint-every", "3", "--keep", "0", *map(str, extra)]
+    return [PROGRAM, "--model", world / "model.json", "--data", f"{world}/train_*.bin", "--out", out,
+            "--micro-batch", "2", "--global-batch", "64", "--steps", str(steps), "--lr", "1e-2", "--warmup-steps", "2", "--schedule", "constant",
+            "--checkpoint-every", "3", "--keep", "0", *map(str, extra)]  # fmt: skip
 
 
 def run(*arguments, **options):
@@ -94,7 +95,8 @@ def test_a_run_learns_and_logs_every_step(world, tmp_path):
     assert [r["step"] for r in records(tmp_path / "run", "checkpoint")] == [100, 150]
     first = json.loads(open(tmp_path / "run/log.jsonl").readline())
     assert first["type"] == "run" and first["config"]["blocks"] == "MS" and first["commit"]
-    assert {n: first["options"][n] for n in ("lr", "min-lr", "seq-len", "recompute")} == {"lr": "0.01", "min-lr": "0.001", "seq-len": "16", "recompute": "none"}
+    options = {"lr": "0.01", "min-lr": "0.001", "seq-len": "16", "recompute": "none"}
+    assert {name: first["options"][name] for name in options} == options
     assert json.load(open(tmp_path / "run/latest/state.json"))["options"] == first["options"]
     assert re.search(r"step +1/150 \| .* tokens \| loss \d+\.\d{4} \| norm .* \| lr .* ms \| .* tok/s.* ETA", result.stdout)
 
@@ -118,7 +120,8 @@ def test_resumed_equals_uninterrupted(world, tmp_path, reference):
     """Killed outright at several moments, then resumed from whatever checkpoint was whole."""
     out = tmp_path / "run"
     for delay in (0.05, 0.15, 0.3):
-        process = subprocess.Popen([str(a) for a in command(world, out, "--resume", "--checkpoint-every", "1")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        arguments = [str(a) for a in command(world, out, "--resume", "--checkpoint-every", "1")]
+        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
         process.wait()

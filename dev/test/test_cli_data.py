@@ -101,4 +101,5 @@ def test_data_that_does_not_say_its_tokenizer_is_taken(world, mixed, tmp_path):
     assert train(world, tmp_path / "run", "--data", f"{world}/silent", "--init-from", mixed).returncode == 0
     state = json.loads((tmp_path / "run" / "step_00000008" / "state.json").read_text())
     assert state["tokenizer_fingerprint"] == str(7 << 40)  # passed on
-    assert run(PROGRAM, "eval", "--checkpoint", mixed, "--data", f"{world}/silent/train_000.bin", "--val-lengths", "1x", "--batches", 1).returncode == 0
+    evaluate = [PROGRAM, "eval", "--checkpoint", mixed, "--data", f"{world}/silent/train_000.bin"]
+    assert run(*evaluate, "--val-lengths", "1x", "--batches", 1).returncode == 0

@@ -30,7 +30,8 @@ def reader(tmp_path_factory):
     rng = np.random.default_rng(2)
     steps = np.repeat(rng.integers(1, 4, (1 << 22) // 50 + 100), 50)
     write_shard(folder / "text.bin", np.cumsum(steps)[: (1 << 22) + 1] % 32, vocab=32)
-    result = run(PROGRAM, "--model", folder / "model.json", "--data", folder / "text.bin", "--out", folder / "run", "--micro-batch", "2", "--steps", "20", "--lr", "1e-2")
+    result = run(PROGRAM, "--model", folder / "model.json", "--data", folder / "text.bin", "--out", folder / "run", "--micro-batch", "2",
+                 "--steps", "20", "--lr", "1e-2")  # fmt: skip
     assert result.returncode == 0, result.stderr
     return folder
 
@@ -69,7 +70,8 @@ def test_chunks_and_batches_change_nothing_but_rounding(reader):
 
 
 def test_one_length_is_what_validation_says(reader):
-    plain = run(PROGRAM, "eval", "--checkpoint", reader / "run", "--data", reader / "text.bin", "--val-lengths", "1x,4x", "--micro-batch", "2", "--batches", "1")
+    plain = run(PROGRAM, "eval", "--checkpoint", reader / "run", "--data", reader / "text.bin", "--val-lengths", "1x,4x",
+                "--micro-batch", "2", "--batches", "1")  # fmt: skip
     said = dict(re.findall(r"length (\d+) \| loss ([\d.]+)", plain.stdout))
     got = by_length(evaluate(reader, "--lengths", "4k", "--tokens", "8192")[0])[4096]
     assert got["loss"] == pytest.approx(float(said["4096"]), abs=1e-4)
@@ -107,7 +109,8 @@ def test_memory_is_the_same_at_64k_and_4m(reader):
 def test_the_plots_are_drawn(reader, tmp_path):
     evaluate(reader, "--lengths", "512,...,4k", "--tokens", "8192", "--last", "256")
     script = os.path.join(ROOT, "scripts/plot_context.py")
-    drawn = subprocess.run([sys.executable, script, f"mine={reader}/context.json", reader / "context.json", "--out", tmp_path], capture_output=True, text=True)
+    command = [sys.executable, script, f"mine={reader}/context.json", reader / "context.json", "--out", tmp_path]
+    drawn = subprocess.run(command, capture_output=True, text=True)
     assert drawn.returncode == 0, drawn.stderr
     for name in ("context.png", "context_paper.png"):
         assert (tmp_path / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -143,7 +146,8 @@ def chunks(tmp_path_factory):
 
 
 def train_in_chunks(folder, out, data, *options):
-    result = run(PROGRAM, "--model", folder / "model.json", "--data", folder / data, "--out", out, "--micro-batch", "2", "--tbptt", "4", "--schedule", "constant", *options)
+    result = run(PROGRAM, "--model", folder / "model.json", "--data", folder / data, "--out", out, "--micro-batch", "2", "--tbptt", "4",
+                 "--schedule", "constant", *options)  # fmt: skip
     assert result.returncode == 0, result.stderr
     return [r for r in map(json.loads, open(f"{out}/log.jsonl")) if r["type"] == "train"]
 
@@ -166,8 +170,8 @@ def test_tbptt_resumes_bit_for_bit(chunks, tmp_path):
     for name in ("model", "optimizer"):
         a, b = ((tmp_path / run_ / f"step_00000006/{name}.safetensors").read_bytes() for run_ in ("whole", "parts"))
         assert a == b
-    other = run(PROGRAM, "--model", chunks / "model.json", "--data", chunks / "many.bin", "--out", tmp_path / "parts", "--micro-batch", "2", "--tbptt", "2",
-                "--global-batch", "256", "--steps", "9", "--resume")  # fmt: skip
+    other = run(PROGRAM, "--model", chunks / "model.json", "--data", chunks / "many.bin", "--out", tmp_path / "parts", "--micro-batch", "2",
+                "--tbptt", "2", "--global-batch", "256", "--steps", "9", "--resume")  # fmt: skip
     assert "was trained with --tbptt 4" in error_line(other)
 
 
@@ -177,5 +181,6 @@ def test_tbptt_resumes_bit_for_bit(chunks, tmp_path):
     (["--tbptt", "1000"], "smaller --seq-len or more data"),
 ])
 def test_bad_tbptt_gets_one_clear_line(chunks, tmp_path, options, expected):
-    arguments = [PROGRAM, "--model", chunks / "model.json", "--data", chunks / "two.bin", "--out", tmp_path / "run", "--micro-batch", "2", "--steps", "1", *options]
+    arguments = [PROGRAM, "--model", chunks / "model.json", "--data", chunks / "two.bin", "--out", tmp_path / "run", "--micro-batch", "2",
+                 "--steps", "1", *options]  # fmt: skip
     assert expected in error_line(run(*arguments))

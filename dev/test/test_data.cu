@@ -40,8 +40,10 @@ Sample read(const Shards& shards, int64_t k, int64_t T) {
 // Rows of a batch
 std::vector<Sample> rows(const Batch& batch, int64_t B, int64_t T) {
     std::vector<Sample> out;
-    for (int64_t b = 0; b < B; b++)
-        out.push_back({std::vector<int>(batch.tokens + b * T, batch.tokens + (b + 1) * T), std::vector<int>(batch.targets + b * T, batch.targets + (b + 1) * T)});
+    for (int64_t b = 0; b < B; b++) {
+        const int *tokens = batch.tokens + b * T, *targets = batch.targets + b * T;
+        out.push_back({std::vector<int>(tokens, tokens + T), std::vector<int>(targets, targets + T)});
+    }
     return out;
 }
 

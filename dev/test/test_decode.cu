@@ -142,9 +142,10 @@ TEST(DecodeGpu, MambaStep) {
             const int e = 2 * d, width = rank + 2 * N;
             SCOPED_TRACE("B " + std::to_string(B) + " d " + std::to_string(d) + " N " + std::to_string(N));
             Normed in(B, d);
-            Both<floatX> in_proj((size_t)2 * e * d, 5, 0.1), u((size_t)B * e, 6), z((size_t)B * e, 7), halo((size_t)B * 3 * e, 8), x_proj((size_t)width * e, 9, 0.05),
-                dt_proj((size_t)e * rank, 10, 0.1), out((size_t)B * e, 11);
-            Both<float> conv_w((size_t)e * 4, 12, 0.5), conv_b(e, 13, 0.5), A_log((size_t)e * N, 14), D(e, 15), dt_bias(e, 16, 2), h((size_t)B * e * N, 17);
+            Both<floatX> in_proj((size_t)2 * e * d, 5, 0.1), u((size_t)B * e, 6), z((size_t)B * e, 7), halo((size_t)B * 3 * e, 8);
+            Both<floatX> x_proj((size_t)width * e, 9, 0.05), dt_proj((size_t)e * rank, 10, 0.1), out((size_t)B * e, 11);
+            Both<float> conv_w((size_t)e * 4, 12, 0.5), conv_b(e, 13, 0.5), A_log((size_t)e * N, 14), D(e, 15), dt_bias(e, 16, 2);
+            Both<float> h((size_t)B * e * N, 17);
             DeviceBuffer<float> parts((size_t)gpu::decode_x_splits(width, e) * B * width);
             std::vector<double> x_dbl((size_t)B * width);
             cpu::decode_mamba_in<double>(u.h(), z.h(), halo.h(), in.xw.h(), in.squares.h(), in_proj.h(), conv_w.h(), conv_b.h(), B, d, e, 1e-5f);
@@ -171,12 +172,14 @@ TEST(DecodeGpu, Attention) {
     REQUIRE_GPU();
     struct Case { int H, G, hd; int64_t capacity; bool rope; };
     for (int B : {1, 3, 16})
-        for (const Case& c : {Case{3, 3, 64, 127, true}, Case{12, 12, 128, 2047, true}, Case{12, 1, 128, 300, false}, Case{6, 1, 256, 511, true}, Case{4, 2, 24, 50, true}, Case{2, 2, 8, 0, false},
-                              Case{32, 4, 64, 3000, true}})
+        for (const Case& c : {Case{3, 3, 64, 127, true}, Case{12, 12, 128, 2047, true}, Case{12, 1, 128, 300, false},
+                              Case{6, 1, 256, 511, true}, Case{4, 2, 24, 50, true}, Case{2, 2, 8, 0, false}, Case{32, 4, 64, 3000, true}})
             for (int64_t first : {(int64_t)0, (int64_t)7, c.capacity - 1, c.capacity + 5, (int64_t)1000003}) {
                 if (first < 0 || B * c.capacity * c.G * c.hd > 4 << 20) continue;             // the oracle's ring would take minutes
-                SCOPED_TRACE("B " + std::to_string(B) + " H " + std::to_string(c.H) + " G " + std::to_string(c.G) + " hd " + std::to_string(c.hd) + " position " + std::to_string(first));
-                Both<floatX> qkv((size_t)B * (c.H + 2 * c.G) * c.hd, 1, 2), ring((size_t)B * c.capacity * 2 * c.G * c.hd + 1, 2), out((size_t)B * c.H * c.hd, 3);
+                SCOPED_TRACE("B " + std::to_string(B) + " H " + std::to_string(c.H) + " G " + std::to_string(c.G) + " hd " +
+                             std::to_string(c.hd) + " position " + std::to_string(first));
+                Both<floatX> qkv((size_t)B * (c.H + 2 * c.G) * c.hd, 1, 2), ring((size_t)B * c.capacity * 2 * c.G * c.hd + 1, 2);
+                Both<floatX> out((size_t)B * c.H * c.hd, 3);
                 Both<float> cos_sin((size_t)B * c.hd, 4);
                 std::vector<int64_t> position(B);
                 for (int b = 0; b < B; b++) position[b] = first + b * 3;
@@ -184,8 +187,10 @@ TEST(DecodeGpu, Attention) {
                 const size_t bytes = gpu::decode_attention_workspace(B, c.H, c.G, c.hd);
                 DeviceBuffer<char> workspace(std::vector<char>(bytes, 0));
                 for (int step = 0; step < 2; step++) {     // the second finds the counters as the first left them
-                    cpu::decode_attention<double>(out.h(), ring.h(), nullptr, qkv.h(), c.rope ? cos_sin.h() : nullptr, position.data(), c.capacity, B, c.H, c.G, c.hd);
-                    gpu::decode_attention(out, ring, workspace.ptr, qkv, c.rope ? (float*)cos_sin : nullptr, device_position.ptr, c.capacity, B, c.H, c.G, c.hd, Stream{});
+                    cpu::decode_attention<double>(out.h(), ring.h(), nullptr, qkv.h(), c.rope ? cos_sin.h() : nullptr, position.data(),
+                                                  c.capacity, B, c.H, c.G, c.hd);
+                    gpu::decode_attention(out, ring, workspace.ptr, qkv, c.rope ? (float*)cos_sin : nullptr, device_position.ptr,
+                                          c.capacity, B, c.H, c.G, c.hd, Stream{});
                     out.expect_equal("out", 2 * tolerance<floatX>());                        // queries and keys are rounded after RoPE
                     ring.expect_equal("ring");
                     for (auto& p : position) p++;
@@ -201,10 +206,13 @@ TEST(DecodeGpu, SampleAndEmbed) {
     REQUIRE_GPU();
     const int B = 4, d = 40, hd = 16;
     for (int V : {64, 5000, 65536})
-        for (const SampleOptions& o : {SampleOptions{0, 0, 1, 1}, SampleOptions{0.8f, 0, 1, 1.3f}, SampleOptions{1.2f, 50, 1, 1}, SampleOptions{1, 0, 0.9f, 1.1f}, SampleOptions{0.9f, 200, 0.5f, 1}}) {
-            SCOPED_TRACE("V " + std::to_string(V) + " temperature " + std::to_string(o.temperature) + " k " + std::to_string(o.top_k) + " p " + std::to_string(o.top_p));
+        for (const SampleOptions& o : {SampleOptions{0, 0, 1, 1}, SampleOptions{0.8f, 0, 1, 1.3f}, SampleOptions{1.2f, 50, 1, 1},
+                                       SampleOptions{1, 0, 0.9f, 1.1f}, SampleOptions{0.9f, 200, 0.5f, 1}}) {
+            SCOPED_TRACE("V " + std::to_string(V) + " temperature " + std::to_string(o.temperature) + " k " + std::to_string(o.top_k) +
+                         " p " + std::to_string(o.top_p));
             const int choices = V - 5;
-            Both<float> logits((size_t)B * V, 1, 6), x((size_t)B * d, 2), squares((size_t)B * ceil_div(d, 8), 3), cos_sin((size_t)B * hd, 4), norm(d, 5);
+            Both<float> logits((size_t)B * V, 1, 6), x((size_t)B * d, 2), squares((size_t)B * ceil_div(d, 8), 3);
+            Both<float> cos_sin((size_t)B * hd, 4), norm(d, 5);
             Both<floatX> embedding((size_t)V * d, 6), xw((size_t)B * d, 7);
 
             std::vector<int64_t> position = {0, 5, 1000000, 77}, drawn = {3, 3, 3, 3};
@@ -217,10 +225,11 @@ TEST(DecodeGpu, SampleAndEmbed) {
             DeviceBuffer<uint64_t> device_keys(keys);
             DeviceBuffer<uint8_t> device_seen(seen);
             for (int step = 0; step < (V > 10000 ? 5 : 20); step++) {
-                cpu::decode_sample<double>(tokens.data(), emitted.data(), position.data(), drawn.data(), seen.data(), x.h(), xw.h(), squares.h(), cos_sin.h(), logits.h(), keys.data(), norm.h(),
-                                           embedding.h(), 10000, o, B, V, choices, d, hd);
-                gpu::decode_sample(device_tokens.ptr, device_emitted.ptr, device_position.ptr, device_drawn.ptr, device_seen.ptr, x, xw, squares, cos_sin, logits, device_keys.ptr, norm, embedding,
-                                   10000, o, B, V, choices, d, hd, Stream{});
+                cpu::decode_sample<double>(tokens.data(), emitted.data(), position.data(), drawn.data(), seen.data(), x.h(), xw.h(),
+                                           squares.h(), cos_sin.h(), logits.h(), keys.data(), norm.h(), embedding.h(), 10000, o, B, V,
+                                           choices, d, hd);
+                gpu::decode_sample(device_tokens.ptr, device_emitted.ptr, device_position.ptr, device_drawn.ptr, device_seen.ptr, x, xw,
+                                   squares, cos_sin, logits, device_keys.ptr, norm, embedding, 10000, o, B, V, choices, d, hd, Stream{});
                 ASSERT_EQ(device_tokens.host(), tokens) << "step " << step;
             }
             EXPECT_EQ(device_emitted.host(), emitted);

@@ -144,8 +144,8 @@ TEST(Decoder, OneKernelEqualsMany) {
         }
 }
 
-std::vector<std::vector<int>> written(const Config& c, const std::vector<std::vector<int>>& prompts, const SampleOptions& options, uint64_t seed, int count, bool as_graph, int ahead,
-                                      std::vector<double>* logits = nullptr) {
+std::vector<std::vector<int>> written(const Config& c, const std::vector<std::vector<int>>& prompts, const SampleOptions& options,
+                                      uint64_t seed, int count, bool as_graph, int ahead, std::vector<double>* logits = nullptr) {
     Writer w(c);
     Decoder decoder(w.m, (int)prompts.size(), options, seed, c.vocab_size, 8);
     decoder.as_graph = as_graph;
@@ -162,11 +162,16 @@ std::vector<std::vector<int>> written(const Config& c, const std::vector<std::ve
 }
 
 const std::vector<SampleOptions> DRAWS = {{0, 0, 1, 1}, {1, 0, 1, 1}, {0.9f, 20, 0.8f, 1.2f}};
+// Configurations and draws that take different kernels
+std::vector<std::pair<Config, SampleOptions>> cases_of(const std::string& kinds) {
+    const Config small = decoder_config(kinds), wide = wide_config(kinds);
+    return {{small, DRAWS[0]}, {small, DRAWS[2]}, {wide, DRAWS[0]}, {wide, DRAWS[1]}};
+}
 
 TEST(Decoder, TheGraphChangesNoBit) {
     REQUIRE_DEVICE();
     for (const std::string& kinds : KINDS)
-        for (const auto& [c, o] : {std::pair{decoder_config(kinds), DRAWS[0]}, {decoder_config(kinds), DRAWS[2]}, {wide_config(kinds), DRAWS[0]}, {wide_config(kinds), DRAWS[1]}}) {
+        for (const auto& [c, o] : cases_of(kinds)) {
             const std::vector<std::vector<int>> prompts = {some_tokens(5, 1), some_tokens(18, 2)};
             std::vector<double> with, without;
             const auto a = written(c, prompts, o, 3, 40, true, 8, &with), b = written(c, prompts, o, 3, 40, false, 1, &without);
@@ -186,7 +191,8 @@ TEST(Decoder, TheSameBitsEveryTime) {
             for (int b = 0; b < B; b++) prompts.push_back(some_tokens(1 + 5 * b % 30, b));
             std::vector<double> first, again;
             const int count = ON_GPU ? 400 : 10;
-            const auto a = written(c, prompts, {1, 0, 1, 1}, 3, count, true, 8, &first), b = written(c, prompts, {1, 0, 1, 1}, 3, count, true, 8, &again);
+            const auto a = written(c, prompts, {1, 0, 1, 1}, 3, count, true, 8, &first);
+            const auto b = written(c, prompts, {1, 0, 1, 1}, 3, count, true, 8, &again);
             EXPECT_EQ(a, b) << kinds << " batch " << B;
             EXPECT_EQ(first, again) << kinds << " batch " << B;
         }
@@ -195,11 +201,12 @@ TEST(Decoder, TheSameBitsEveryTime) {
 TEST(Decoder, ABatchWritesWhatEachWritesAlone) {
     REQUIRE_DEVICE();
     for (const std::string& kinds : KINDS)
-        for (const auto& [c, o] : {std::pair{decoder_config(kinds), DRAWS[0]}, {decoder_config(kinds), DRAWS[2]}, {wide_config(kinds), DRAWS[0]}, {wide_config(kinds), DRAWS[1]}}) {
+        for (const auto& [c, o] : cases_of(kinds)) {
             std::vector<std::vector<int>> prompts;
             for (int b = 0; b < 11; b++) prompts.push_back(some_tokens(1 + 7 * b % 30, b));
             const auto together = written(c, prompts, o, 3, 20, true, 4);
-            for (size_t b = 0; b < prompts.size(); b += 5) EXPECT_EQ(written(c, {prompts[b]}, o, 3 + b, 20, true, 4)[0], together[b]) << kinds << " sequence " << b;
+            for (size_t b = 0; b < prompts.size(); b += 5)
+                EXPECT_EQ(written(c, {prompts[b]}, o, 3 + b, 20, true, 4)[0], together[b]) << kinds << " sequence " << b;
         }
 }
 

@@ -23,16 +23,19 @@ SAMPLED = ["--temperature", "0.9", "--top-k", "40", "--top-p", "0.95", "--repeti
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("writer")
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter([TEXT] * 50), model_writer=model, vocab_size=340, byte_fallback=True, normalization_rule_name="identity",
-                                             remove_extra_whitespaces=False, hard_vocab_limit=False, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([TEXT] * 50), model_writer=model, vocab_size=340, byte_fallback=True, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, hard_vocab_limit=False, minloglevel=2)  # fmt: skip
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     vocab = -(-tokenizer.vocab_size() // 16) * 16
-    (folder / "model.json").write_text(json.dumps({"name": "writer", "blocks": "MS", "n_embd": 32, "n_head": 2, "n_query_groups": 1, "head_size": 16, "intermediate_size": 48, "local_window": 9,
-                                                   "block_size": 32, "padded_vocab_size": vocab}))
+    config = {"name": "writer", "blocks": "MS", "n_embd": 32, "n_head": 2, "n_query_groups": 1, "head_size": 16, "intermediate_size": 48,
+              "local_window": 9, "block_size": 32, "padded_vocab_size": vocab}  # fmt: skip
+    (folder / "model.json").write_text(json.dumps(config))
     write_shard(folder / "train_000.bin", np.array(tokenizer.encode(TEXT * 60)), vocab)
-    result = run(PROGRAM, "--model", folder / "model.json", "--data", folder / "train_000.bin", "--out", folder / "run", "--micro-batch", 4, "--steps", 120, "--lr", "1e-2", "--schedule", "constant",
-                 "--log-every", 1000, "--tokenizer", folder / "tokenizer.model", env=ONE_THREAD)
+    result = run(PROGRAM, "--model", folder / "model.json", "--data", folder / "train_000.bin", "--out", folder / "run", "--micro-batch", 4,
+                 "--steps", 120, "--lr", "1e-2", "--schedule", "constant", "--log-every", 1000, "--tokenizer", folder / "tokenizer.model",
+                 env=ONE_THREAD)  # fmt: skip
     assert result.returncode == 0, result.stderr
     return folder / "run"
 
@@ -93,7 +96,8 @@ def test_stop_strings_end_the_text(checkpoint):
     for stops in (["azy d"], ["nowhere", "azy d", "naïve"]):
         cut = text_of(checkpoint, "--prompt", prompt, "--temperature", 0, "--max-tokens", 60, *(word for stop in stops for word in ("--stop", stop)))
         assert cut == whole[:whole.index("azy d", len(prompt))] + "\n"
-    assert text_of(checkpoint, "--prompt", prompt, "--temperature", 0, "--max-tokens", 60, "--stop", "dogma") == whole      # its beginning is held back, and then shown
+    # Its beginning is held back, and then shown
+    assert text_of(checkpoint, "--prompt", prompt, "--temperature", 0, "--max-tokens", 60, "--stop", "dogma") == whole
 
 
 def test_the_penalty_stops_repetition(checkpoint):

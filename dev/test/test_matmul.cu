@@ -46,10 +46,12 @@ struct Products {
         Products p;
         const auto [M, N, K, pad] = s;
         p.s = s, p.ldx = K + pad, p.ldy = N + pad;
-        p.x = rounded<X>(random_values(M * p.ldx, 1)), p.w = rounded<X>(random_values((size_t)N * K, 2)), p.dy = rounded<X>(random_values(M * p.ldy, 3));
-        p.residual = rounded<float>(random_values(M * N, 4)), p.dx_start = rounded<X>(random_values(M * p.ldx, 5)), p.dw_start = rounded<float>(random_values((size_t)N * K, 6));
+        p.x = rounded<X>(random_values(M * p.ldx, 1)), p.w = rounded<X>(random_values((size_t)N * K, 2));
+        p.dy = rounded<X>(random_values(M * p.ldy, 3)), p.residual = rounded<float>(random_values(M * N, 4));
+        p.dx_start = rounded<X>(random_values(M * p.ldx, 5)), p.dw_start = rounded<float>(random_values((size_t)N * K, 6));
         for (int64_t i = 0; i < M; i++) p.packed_x.insert(p.packed_x.end(), p.x.begin() + i * p.ldx, p.x.begin() + i * p.ldx + K);
-        p.y.assign(M * p.ldy, 0), p.y_residual.assign(M * N, 0), p.dx.assign(M * p.ldx, 0), p.dx_added = p.dx_start, p.dw = p.dw_start, p.dw_alone = p.dw_start;
+        p.y.assign(M * p.ldy, 0), p.y_residual.assign(M * N, 0), p.dx.assign(M * p.ldx, 0);
+        p.dx_added = p.dx_start, p.dw = p.dw_start, p.dw_alone = p.dw_start;
         cpu::Matmul matmul;
         cpu::matmul_forward(matmul, p.y.data(), p.ldy, p.x.data(), p.ldx, p.w.data(), M, N, K);
         cpu::matmul_residual(matmul, p.y_residual.data(), p.residual.data(), p.packed_x.data(), p.w.data(), M, N, K);
@@ -70,7 +72,8 @@ TEST(Matmul, FloatTwin) {
         SCOPED_TRACE(p.name());
         const auto [M, N, K, pad] = s;
         cpu::Matmul matmul;
-        const auto x = to_type<float>(p.x), packed = to_type<float>(p.packed_x), w = to_type<float>(p.w), dy = to_type<float>(p.dy), residual = to_type<float>(p.residual);
+        const auto x = to_type<float>(p.x), packed = to_type<float>(p.packed_x), w = to_type<float>(p.w), dy = to_type<float>(p.dy);
+        const auto residual = to_type<float>(p.residual);
         std::vector<float> y(M * p.ldy, 0), y_residual(M * N, NAN), dx(M * p.ldx, 0);
         auto dx_added = to_type<float>(p.dx_start), dw = to_type<float>(p.dw_start), in_place = residual;
         cpu::matmul_forward(matmul, y.data(), p.ldy, x.data(), p.ldx, w.data(), M, N, K);

@@ -37,7 +37,8 @@ TEST(GlobalNorm, ManyChunks) {
 constexpr AdamW OPTIONS = {1e-2f, 0.9f, 0.95f, 1e-8f, 0.1f, 1};
 
 // Written once more, from the paper, one element at a time
-void reference_steps(std::vector<double>& p, std::vector<double>& m, std::vector<double>& v, const std::vector<std::vector<double>>& grads, double scale) {
+void reference_steps(std::vector<double>& p, std::vector<double>& m, std::vector<double>& v, const std::vector<std::vector<double>>& grads,
+                     double scale) {
     const double lr = OPTIONS.lr, b1 = OPTIONS.beta1, b2 = OPTIONS.beta2, wd = OPTIONS.weight_decay;
     for (size_t step = 1; step <= grads.size(); step++)
         for (size_t i = 0; i < p.size(); i++) {
@@ -66,7 +67,8 @@ template <class R> void five_steps_on_cpu(double tol) {
     const std::vector<R> norm = {1, 0.5};
     AdamW options = OPTIONS;
     for (options.step = 1; options.step <= 5; options.step++)
-        cpu::adamw_update(w.data(), master.data(), cm.data(), cv.data(), to_type<R>(grads[options.step - 1]).data(), norm.data(), (int64_t)n, options);
+        cpu::adamw_update(w.data(), master.data(), cm.data(), cv.data(), to_type<R>(grads[options.step - 1]).data(), norm.data(), (int64_t)n,
+                          options);
     EXPECT_LT(rel_l2(to_double(master), p), tol);
     EXPECT_LT(rel_l2(to_double(cm), m), tol);
     EXPECT_LT(rel_l2(to_double(cv), v), tol);
@@ -123,7 +125,8 @@ template <class W> void five_steps_on_gpu(size_t n) {
     auto p = start, m = std::vector<double>(n, 0.0), v = m;
     reference_steps(p, m, v, grads, 0.5);
     DeviceBuffer<W> w(n);
-    DeviceBuffer<float> master(to_type<float>(start)), dm(std::vector<float>(n, 0.f)), dv(std::vector<float>(n, 0.f)), norm(std::vector<float>{1.f, 0.5f}), bad(std::vector<float>{NAN, 0.f});
+    DeviceBuffer<float> master(to_type<float>(start)), dm(std::vector<float>(n, 0.f)), dv(std::vector<float>(n, 0.f));
+    DeviceBuffer<float> norm(std::vector<float>{1.f, 0.5f}), bad(std::vector<float>{NAN, 0.f});
     AdamW options = OPTIONS;
     for (options.step = 1; options.step <= 5; options.step++) {
         DeviceBuffer<float> g(to_type<float>(grads[options.step - 1]));

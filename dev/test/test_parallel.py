@@ -728,7 +728,14 @@ def single_gpu(world, tmp_path_factory):
 # shows is that their data cannot be read meanwhile, and that what is written meanwhile is undone. What is read or written once a step needs a
 # collective that has begun before the late computing comes, and lasts longer.
 EARLY, LATE, AROUND = ("1", "2000"), ("2000", "0"), ("4000", "2000")
-EVENTS = {"gradients": EARLY, "own numbers": AROUND, "own weights": AROUND, "summed gradients": LATE, "everybody's numbers": AROUND, "new weights": LATE}
+EVENTS = {
+    "gradients": EARLY,
+    "own numbers": AROUND,
+    "own weights": AROUND,
+    "summed gradients": LATE,
+    "everybody's numbers": AROUND,
+    "new weights": LATE,
+}
 
 
 @needs_gpu

@@ -134,7 +134,8 @@ def test_recipe_on_a_local_clone(name, tmp_path, model):
         write_parquet(clone / "sample" / "10BT" / "000_00000.parquet", TEXTS)
     elif name == "tinystories":
         clone.mkdir()
-        (clone / "TinyStories-train.txt").write_bytes("<|endoftext|>\n".join(filter(None, TEXTS[:200])).encode() + b"<|endoftext|>\nthe same<|endoftext|>")
+        text = "<|endoftext|>\n".join(filter(None, TEXTS[:200])) + "<|endoftext|>\nthe same<|endoftext|>"
+        (clone / "TinyStories-train.txt").write_bytes(text.encode())
     elif name == "tinyshakespeare":
         clone.mkdir()
         (clone / "input.txt").write_bytes("\n".join(TEXTS[:200]).encode())
@@ -296,8 +297,9 @@ def test_tokenizer(kind, tmp_path, model, byte_level):
 def test_llama_style_tokenizer_is_used_as_the_reference_does(tmp_path, monkeypatch):
     """A dummy prefix and no cut: every document's ids are those of one plain call, also of one that is encoded in blocks."""
     model = io.BytesIO()
+    lines = (line for text, _ in zip(stdlib().texts(), range(20)) for line in text.splitlines())
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(line for text, _ in zip(stdlib().texts(), range(20)) for line in text.splitlines()), model_writer=model, model_type="bpe", vocab_size=500, byte_fallback=True, split_digits=True,
+        sentence_iterator=lines, model_writer=model, model_type="bpe", vocab_size=500, byte_fallback=True, split_digits=True,
         normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2)  # fmt: skip
     (tmp_path / "llama.model").write_bytes(model.getvalue())
     monkeypatch.setattr(tokenizer_module, "SMALL_BLOCK", 50)
@@ -374,7 +376,8 @@ def test_litpkds_end_to_end(tmp_path, model):
     meta = meta_of(tmp_path / "out")
     tokenizer = load_tokenizer(str(model))
     for split, prefix in (("train", "train_slimpajama_0_"), ("val", "validation_slimpajama_0_")):
-        stream = np.concatenate([tokens for text in TEXTS if prepare.is_held_out(text, 0.3) == (split == "val") for tokens in tokenizer.encode([text])])
+        texts = [text for text in TEXTS if prepare.is_held_out(text, 0.3) == (split == "val")]
+        stream = np.concatenate([tokens for text in texts for tokens in tokenizer.encode([text])])
         files = (len(stream) - 1) // 500  # one that is exactly full waits for more
         assert meta[split]["shards"] == [f"{prefix}{i:010d}.bin" for i in range(files)] and files > 2
         for i, name in enumerate(meta[split]["shards"]):

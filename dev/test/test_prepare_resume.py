@@ -162,7 +162,8 @@ def test_crashes_at_random_points_lose_and_double_nothing(expected, source, mode
             resumed += (out / ".partial" / "journal.jsonl").exists()
             step = min(12, step + 1)
         assert files_of(out) == whole, trial
-        assert [path.name for path in out.glob(".*")] == [".prepared.json"] or run(*command) == 0 and [path.name for path in out.glob(".*")] == [".prepared.json"]
+        hidden = [path.name for path in out.glob(".*")]
+        assert hidden == [".prepared.json"] or run(*command) == 0 and [path.name for path in out.glob(".*")] == [".prepared.json"]
     assert crashes > 8 and resumed > 3
 
 
@@ -240,13 +241,14 @@ def processes_with(text: str) -> list[int]:
 def test_killed_and_interrupted_runs_of_several_processes(model, tmp_path):
     (tmp_path / "x.jsonl").write_bytes(json_lines(TEXTS * 12))
     program = "import sys; from data import corpus, prepare; corpus.PART_BYTES = 20_000; sys.exit(prepare.main(sys.argv[1:]))"
-    command = [str(a) for a in ["--text", tmp_path / "x.jsonl", "--tokenizer", model, "--val-fraction", 0.1, "--shard-tokens", 70_000, "--processes", 2]]
+    arguments = ["--text", tmp_path / "x.jsonl", "--tokenizer", model, "--val-fraction", 0.1, "--shard-tokens", 70_000, "--processes", 2]
+    command = [str(a) for a in arguments]
     assert run(*command, "--out", tmp_path / "whole") == 0
     mark = f"SAMBA_TEST_MARK={tmp_path}"
     chance, stopped = random.Random(5), 0
     for trial in range(5):
-        process = subprocess.Popen([sys.executable, "-c", program, *command, "--out", str(tmp_path / "out")], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                                   env=os.environ | dict([mark.split("=", 1)]), text=True)  # fmt: skip
+        process = subprocess.Popen([sys.executable, "-c", program, *command, "--out", str(tmp_path / "out")], cwd=ROOT, text=True,
+                                   stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=os.environ | dict([mark.split("=", 1)]))  # fmt: skip
         deadline, wanted = time.time() + 30, 50 * trial  # once some parts are there, at a random moment
         while time.time() < deadline and process.poll() is None and len(list((tmp_path / "out" / ".partial" / "parts").glob("*.json"))) < wanted:
             time.sleep(0.005)

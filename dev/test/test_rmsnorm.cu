@@ -97,11 +97,12 @@ void rmsnorm_gpu(int64_t N, int d) {
         Planes before(random_values(N * d, 4)), elsewhere(N * d);
         auto dx = before.values(), dweight = dweight_start;
         const ResidualGradient<double> twin{dx.data(), nullptr};
-        cpu::rmsnorm_backward(twin, run ? twin : ResidualGradient<double>{}, dweight.data(), dout.data(), out.data(), x.data(), rstd.data(), weight.data(), nullptr, N, d);
+        cpu::rmsnorm_backward(twin, run ? twin : ResidualGradient<double>{}, dweight.data(), dout.data(), out.data(), x.data(), rstd.data(),
+                              weight.data(), nullptr, N, d);
         DeviceBuffer<float> device_dweight(to_type<float>(dweight_start));
         Planes& result = run == 1 ? before : elsewhere;
-        gpu::rmsnorm_backward(result.get(), run ? before.get() : ResidualGradient<floatX>{}, device_dweight.ptr, device_dout.ptr, device_out.ptr, device_x.ptr,
-                              device_rstd.ptr, device_weight.ptr, workspace.ptr, N, d, Stream{});
+        gpu::rmsnorm_backward(result.get(), run ? before.get() : ResidualGradient<floatX>{}, device_dweight.ptr, device_dout.ptr,
+                              device_out.ptr, device_x.ptr, device_rstd.ptr, device_weight.ptr, workspace.ptr, N, d, Stream{});
         EXPECT_LT(rel_l2(result.values(), dx), tolerance<float>());
         EXPECT_LT(rel_l2(to_double(device_dweight.host()), dweight), tolerance<float>());
         if (run == 1) first = result.values();

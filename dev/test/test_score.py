@@ -23,15 +23,15 @@ def scorer(tmp_path_factory):
     rng = np.random.default_rng(1)
     lines = [SENTENCES[i] for i in rng.integers(0, len(SENTENCES), 800)]
     (folder / "text.txt").write_text("\n".join(lines))
-    sentencepiece.SentencePieceTrainer.train(input=str(folder / "text.txt"), model_prefix=str(folder / "tokenizer"), vocab_size=60, hard_vocab_limit=False,
-                                             minloglevel=2)  # fmt: skip
+    sentencepiece.SentencePieceTrainer.train(input=str(folder / "text.txt"), model_prefix=str(folder / "tokenizer"), vocab_size=60,
+                                             hard_vocab_limit=False, minloglevel=2)  # fmt: skip
     tokenizer = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
     tokens = [t for line in lines for t in [tokenizer.eos_id(), *tokenizer.encode(line)]]
     write_shard(folder / "text.bin", tokens, vocab=tokenizer.vocab_size())
     (folder / "model.json").write_text(json.dumps({"name": "scorer", "blocks": "MS", "n_embd": 32, "n_head": 2, "n_query_groups": 1, "head_size": 16,
         "intermediate_size": 48, "local_window": 9, "block_size": 32, "padded_vocab_size": 64}))  # fmt: skip
-    result = run(PROGRAM, "--model", folder / "model.json", "--data", folder / "text.bin", "--out", folder / "run", "--micro-batch", "4", "--steps", "120",
-                 "--lr", "1e-2", "--tokenizer", folder / "tokenizer.model")  # fmt: skip
+    result = run(PROGRAM, "--model", folder / "model.json", "--data", folder / "text.bin", "--out", folder / "run", "--micro-batch", "4",
+                 "--steps", "120", "--lr", "1e-2", "--tokenizer", folder / "tokenizer.model")  # fmt: skip
     assert result.returncode == 0, result.stderr
     return folder, tokenizer
 
@@ -49,7 +49,8 @@ def test_scores_are_what_eval_says(scorer):
     tokens = [tokenizer.eos_id()] + tokenizer.encode(" ".join(SENTENCES))
     write_shard(folder / "one.bin", tokens, vocab=tokenizer.vocab_size())
     out = folder / "one.json"
-    assert run(PROGRAM, "eval", "--checkpoint", folder / "run", "--data", folder / "one.bin", "--lengths", str(len(tokens) - 1), "--json", out).returncode == 0
+    evaluate = [PROGRAM, "eval", "--checkpoint", folder / "run", "--data", folder / "one.bin"]
+    assert run(*evaluate, "--lengths", str(len(tokens) - 1), "--json", out).returncode == 0
     want = -json.load(open(out))["results"][0]["loss"] * (len(tokens) - 1)
     whole = {"id": "whole", "context_tokens": [], "continuation_tokens": tokens[1:]}
     parts = [{"id": k, "context_tokens": tokens[:k], "continuation_tokens": tokens[k:]} for k in (1, 2, 17, len(tokens) - 1)]
@@ -65,8 +66,9 @@ def test_scores_are_what_eval_says(scorer):
 
 def test_greedy_and_counts(scorer):
     folder, tokenizer = scorer
-    likely, unlikely, empty = score(folder, [{"context": "the cat sat on", "continuation": " the"}, {"context": "the cat sat on", "continuation": " bird"},
-                                             {"context": "the cat", "continuation": ""}])  # fmt: skip
+    requests = [{"context": "the cat sat on", "continuation": " the"}, {"context": "the cat sat on", "continuation": " bird"},
+                {"context": "the cat", "continuation": ""}]  # fmt: skip
+    likely, unlikely, empty = score(folder, requests)
     assert likely["greedy"] and not unlikely["greedy"] and likely["logprob"] > -0.7 > unlikely["logprob"]
     assert likely["context_tokens"] == len(tokenizer.encode("the cat sat on"))
     assert likely["context_tokens"] + likely["tokens"] == len(tokenizer.encode("the cat sat on the"))
@@ -79,7 +81,8 @@ def test_files_and_rounds(scorer, tmp_path):
     folder, _ = scorer
     requests = [{"id": i, "context": SENTENCES[i % 8], "continuation": " the" * (1 + i % 3)} for i in range(11)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(r) + "\n" for r in requests))
-    result = run(PROGRAM, "score", "--checkpoint", folder / "run", "--requests", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl", "--micro-batch", "4")
+    result = run(PROGRAM, "score", "--checkpoint", folder / "run", "--requests", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl",
+                 "--micro-batch", "4")  # fmt: skip
     assert result.returncode == 0 and result.stdout == "", result.stderr
     answers = [json.loads(line) for line in open(tmp_path / "out.jsonl")]
     assert [a["id"] for a in answers] == list(range(11))
@@ -108,18 +111,24 @@ def test_the_harness_evaluates_a_local_task(scorer, tmp_path):
     if importlib.util.find_spec("lm_eval") is None:
         pytest.skip("needs lm-evaluation-harness: pip install lm-eval")
     folder, tokenizer = scorer
-    questions = [{"start": "the cat sat on", "choices": ["the mat", "bird tree the"], "answer": 0}, {"start": "the dog ran in", "choices": ["mat a", "the park"], "answer": 1},
+    questions = [{"start": "the cat sat on", "choices": ["the mat", "bird tree the"], "answer": 0},
+                 {"start": "the dog ran in", "choices": ["mat a", "the park"], "answer": 1},
                  {"start": "a bird sang in", "choices": ["the tree", "cat cat"], "answer": 0}]  # fmt: skip
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
     (tmp_path / "texts.jsonl").write_text(json.dumps({"text": " ".join(SENTENCES)}) + "\n")
-    common = "dataset_path: json\ntest_split: test\n"
-    (tmp_path / "choice.yaml").write_text(f"task: choice\n{common}dataset_kwargs: {{data_files: {{test: {tmp_path}/questions.jsonl}}}}\noutput_type: multiple_choice\n"
+    task = lambda name: f"task: {name}\ndataset_path: json\ntest_split: test\n"  # noqa: E731
+    data = lambda name: f"dataset_kwargs: {{data_files: {{test: {tmp_path}/{name}}}}}\n"  # noqa: E731
+    (tmp_path / "choice.yaml").write_text(
+        task("choice") + data("questions.jsonl") + "output_type: multiple_choice\n"
         "doc_to_text: '{{start}}'\ndoc_to_choice: choices\ndoc_to_target: answer\nmetric_list: [{metric: acc}]\n")  # fmt: skip
-    (tmp_path / "rolling.yaml").write_text(f"task: rolling\n{common}dataset_kwargs: {{data_files: {{test: {tmp_path}/texts.jsonl}}}}\noutput_type: loglikelihood_rolling\n"
+    (tmp_path / "rolling.yaml").write_text(
+        task("rolling") + data("texts.jsonl") + "output_type: loglikelihood_rolling\n"
         "doc_to_text: ''\ndoc_to_target: '{{text}}'\nmetric_list: [{metric: word_perplexity}]\n")  # fmt: skip
-    result = subprocess.run([sys.executable, os.path.join(ROOT, "scripts/lm_eval_samba.py"), "--model", "samba", "--model_args", f"checkpoint={folder}/run,program={PROGRAM}",
-        "--tasks", "choice,rolling", "--include_path", str(tmp_path), "--output_path", str(tmp_path / "results")], capture_output=True, text=True, timeout=300,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")})  # fmt: skip
+    command = [sys.executable, os.path.join(ROOT, "scripts/lm_eval_samba.py"), "--model", "samba",
+        "--model_args", f"checkpoint={folder}/run,program={PROGRAM}", "--tasks", "choice,rolling",
+        "--include_path", str(tmp_path), "--output_path", str(tmp_path / "results")]  # fmt: skip
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **offline})
     assert result.returncode == 0, result.stderr[-3000:]
     report = json.load(open(next((tmp_path / "results").rglob("*.json"))))["results"]
     assert report["choice"]["acc,none"] == 1.0

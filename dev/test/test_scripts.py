@@ -64,7 +64,8 @@ def test_setup_check_only_reports(tmp_path):
     environment = fake_commands(tmp_path / "bin", apt_get="touch installed; exit 1", dpkg_query="exit 1")
     result = subprocess.run([script, "--check"], env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 1 and result.stderr == ""
-    for name in ("g++", "make", "libopenblas-dev", "libcli11-dev", "nlohmann-json3-dev", "libsentencepiece-dev", "libgtest-dev", "libopenmpi-dev", "openmpi-bin"):
+    packages = ["g++", "make", "libopenblas-dev", "libcli11-dev", "nlohmann-json3-dev", "libsentencepiece-dev", "libgtest-dev"]
+    for name in packages + ["libopenmpi-dev", "openmpi-bin"]:
         assert re.search(rf"✗ {re.escape(name)}\s+\w", result.stdout), name
     assert re.search(r"✗ \.venv .*numpy.*pytest", result.stdout) and "nvcc" in result.stdout
     assert not (tmp_path / "installed").exists() and not (tmp_path / "repo" / ".venv").exists()
@@ -118,7 +119,8 @@ def test_setup_refuses_unknown_options():
 
 
 def train(step: int, loss: float, **other) -> dict:
-    return {"type": "train", "step": step, "tokens": step * 1000, "loss": loss, "grad_norm": 1.0, "lr": 1e-3, "ms": 10, "tok_s": 1e5, "mfu": 0.4, **other}
+    line = {"type": "train", "step": step, "tokens": step * 1000, "loss": loss, "grad_norm": 1.0, "lr": 1e-3, "ms": 10}
+    return {**line, "tok_s": 1e5, "mfu": 0.4, **other}
 
 
 def val(step: int, length: int, loss: float) -> dict:
@@ -225,7 +227,8 @@ def test_the_quick_start_in_small(tmp_path):
     prepared = run(sys.executable, "-m", "data.prepare", "--text", tmp_path / "*.txt", "--vocab-size", 512, "--val-fraction", 0.2, "--out", data)
     assert prepared.returncode == 0, prepared.stderr
     model = tmp_path / "model.json"
-    model.write_text(json.dumps({"blocks": "MS", "n_embd": 32, "n_head": 2, "head_size": 16, "intermediate_size": 64, "local_window": 16, "block_size": 32, "padded_vocab_size": 512}))
+    config = {"blocks": "MS", "n_embd": 32, "n_head": 2, "head_size": 16, "intermediate_size": 64, "local_window": 16, "block_size": 32}
+    model.write_text(json.dumps(config | {"padded_vocab_size": 512}))
     result = run("bash", "scripts/quickstart.sh", program, data, out, "--model", model, "--steps", 30, "--warmup-steps", 2, "--val-every", 0)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "validation loss" in result.stdout and "import os" in result.stdout and "checkpoint    " in result.stdout

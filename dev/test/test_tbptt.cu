@@ -108,7 +108,8 @@ TEST_P(Tbptt, FirstChunkIsOrdinaryTraining) {
     EXPECT_LE(rel_l2({carried.begin(), carried.end()}, {plain.begin(), plain.end()}), EXACT ? 1e-6 : 1e-2);
 }
 
-INSTANTIATE_TEST_SUITE_P(Model, Tbptt, testing::Values("MS", "TT", "mm", "ss", "SF", "MFM"), [](const auto& info) { return std::string(info.param); });
+INSTANTIATE_TEST_SUITE_P(Model, Tbptt, testing::Values("MS", "TT", "mm", "ss", "SF", "MFM"),
+                         [](const auto& info) { return std::string(info.param); });
 
 TEST(TbpttState, AStateForReadingIsRefused) {
     REQUIRE_DEVICE();

@@ -20,7 +20,8 @@ const std::string& trained(const std::string& options) {
     if (!path.empty()) return path;
     const std::string corpus = folder.path("corpus.txt"), prefix = folder.path("model" + std::to_string(models.size()));
     std::string text;
-    const char* words[] = {"the", "samba", "is", "a", "dance", "of", "two", "layers", "state", "space", "and", "window", "attention", "mixes", "well", "naïve", "café"};
+    const char* words[] = {"the", "samba", "is", "a", "dance", "of", "two", "layers", "state", "space", "and", "window", "attention",
+                           "mixes", "well", "naïve", "café"};
     for (int line = 0; line < 400; line++) {
         for (int i = 0; i < 12; i++) text += std::string(words[(line * 7 + i * i * 3 + line * i) % 17]) + " ";
         text += std::to_string(line * line) + "\n";
@@ -31,7 +32,8 @@ const std::string& trained(const std::string& options) {
     return path = prefix + ".model";
 }
 // As Llama 2's: BPE, bytes for unknown characters, spaces kept
-const char* LLAMA = "--model_type=bpe --vocab_size=420 --byte_fallback=true --normalization_rule_name=identity --remove_extra_whitespaces=false --split_digits=true --allow_whitespace_only_pieces=true";
+const char* LLAMA = "--model_type=bpe --vocab_size=420 --byte_fallback=true --normalization_rule_name=identity "
+                    "--remove_extra_whitespaces=false --split_digits=true --allow_whitespace_only_pieces=true";
 const char* UNIGRAM = "--model_type=unigram --vocab_size=360 --byte_fallback=true";                    // normalises, strips spaces
 const char* NO_BYTES = "--model_type=bpe --vocab_size=150 --add_dummy_prefix=false --eos_id=-1";
 
@@ -102,7 +104,8 @@ TEST(Tokenizer, StreamedPiecesAreWholeCharacters) {
         return true;
     };
     EXPECT_TRUE(is_utf8("aé€🎉"));
-    for (const char* bad : {"\x80", "\xC3", "\xC0\x80", "\xE0\x80\x80", "\xED\xA0\x80", "\xF4\x90\x80\x80", "\xF8", "\xE2\x82z"}) EXPECT_FALSE(is_utf8(bad));
+    for (const char* bad : {"\x80", "\xC3", "\xC0\x80", "\xE0\x80\x80", "\xED\xA0\x80", "\xF4\x90\x80\x80", "\xF8", "\xE2\x82z"})
+        EXPECT_FALSE(is_utf8(bad));
     const auto ids = tokenizer.encode("x 🎉 y");
     std::vector<std::string> pieces;
     for (int id : ids) pieces.push_back(tokenizer.decode_next(id));

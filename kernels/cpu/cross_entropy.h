@@ -25,8 +25,8 @@ template <class R> R row_loss(const R* logits, RowSoftmax<R> s, int target, int 
 
 // greedy: 1 where no logit of the row is above the target's, so that greedy decoding would have chosen it (or one as likely)
 template <class R>
-void cross_entropy_forward(R* losses /*(M)*/, uint8_t* greedy /*(M) or null*/, const R* logits /*(M,V)*/, const int* targets /*(M)*/, int64_t M, int V,
-                           Stream = {}) {
+void cross_entropy_forward(R* losses /*(M)*/, uint8_t* greedy /*(M) or null*/, const R* logits /*(M,V)*/, const int* targets /*(M)*/,
+                           int64_t M, int V, Stream = {}) {
 #pragma omp parallel for
     for (int64_t i = 0; i < M; i++) {
         const RowSoftmax<R> s = row_softmax(logits + i * V, V);
@@ -36,7 +36,8 @@ void cross_entropy_forward(R* losses /*(M)*/, uint8_t* greedy /*(M) or null*/, c
 }
 
 template <class R>
-void cross_entropy_fused(R* losses /*(M)*/, R* logits /*(M,V) in: logits, out: their gradient*/, const int* targets /*(M)*/, float scale, int64_t M, int V, Stream = {}) {
+void cross_entropy_fused(R* losses /*(M)*/, R* logits /*(M,V) in: logits, out: their gradient*/, const int* targets /*(M)*/, float scale,
+                         int64_t M, int V, Stream = {}) {
 #pragma omp parallel for
     for (int64_t i = 0; i < M; i++) {
         R* row = logits + i * V;

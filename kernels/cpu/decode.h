@@ -63,21 +63,27 @@ template <class R, class Store> void decode_rows(const R* in, const R* w, int B,
         }
 }
 
-template <class R> void decode_norm_linear(R* y /*(B,N)*/, const R* xw /*(B,d)*/, const Same<R>* squares, const R* w /*(N,d)*/, int B, int N, int d, float eps, Stream = {}) {
+template <class R>
+void decode_norm_linear(R* y /*(B,N)*/, const R* xw /*(B,d)*/, const Same<R>* squares, const R* w /*(N,d)*/, int B, int N, int d, float eps,
+                        Stream = {}) {
     const std::vector<R> scale = decode_scales<R>(squares, B, d, eps);
     decode_rows<R>(xw, w, B, N, d, [&](int b, int j, R v) { y[(int64_t)b * N + j] = v * scale[b]; });
 }
-template <class R> void decode_head(Same<R>* logits /*(B,N)*/, const R* xw, const Same<R>* squares, const R* w, int B, int N, int d, float eps, Stream = {}) {
+template <class R>
+void decode_head(Same<R>* logits /*(B,N)*/, const R* xw, const Same<R>* squares, const R* w, int B, int N, int d, float eps, Stream = {}) {
     decode_norm_linear<R>(logits, xw, squares, w, B, N, d, eps);
 }
 
 template <class R>
-void decode_residual(Same<R>* x /*(B,N) +=*/, R* xw, Same<R>* squares, const Same<R>* norm, const R* in /*(B,K)*/, const R* w /*(N,K)*/, int B, int N, int K, Stream = {}) {
+void decode_residual(Same<R>* x /*(B,N) +=*/, R* xw, Same<R>* squares, const Same<R>* norm, const R* in /*(B,K)*/, const R* w /*(N,K)*/, int B,
+                     int N, int K, Stream = {}) {
     decode_rows<R>(in, w, B, N, K, [=](int b, int j, R v) { x[(int64_t)b * N + j] += v; });
     if (norm) decode_norm<R>(xw, squares, x, norm, B, N);
 }
 
-template <class R> void decode_swiglu(R* hidden /*(B,F)*/, const R* xw /*(B,d)*/, const Same<R>* squares, const R* w1 /*(2F,d): w1, then w2*/, int B, int d, int F, float eps, Stream = {}) {
+template <class R>
+void decode_swiglu(R* hidden /*(B,F)*/, const R* xw /*(B,d)*/, const Same<R>* squares, const R* w1 /*(2F,d): w1, then w2*/, int B, int d, int F,
+                   float eps, Stream = {}) {
     const std::vector<R> scale = decode_scales<R>(squares, B, d, eps);
 #pragma omp parallel for schedule(static) if ((int64_t)F * d * B > DECODE_PARALLEL)
     for (int j = 0; j < F; j++)
@@ -113,8 +119,9 @@ template <class R> void decode_x_proj(Same<R>* parts, const R* u /*(B,e)*/, cons
 
 // dt_proj, then one step of the scan (selective_scan.h) with its gate. h (B,e,N) is replaced.
 template <class R>
-void decode_scan(R* out /*(B,e)*/, Same<R>* h, const Same<R>* parts /*(splits,B,rank+2N)*/, const R* u, const R* z, const R* dt_proj /*(e,rank)*/, const Same<R>* A_log /*(e,N)*/,
-                 const Same<R>* D, const Same<R>* dt_bias, int B, int e, int N, int rank, Stream = {}) {
+void decode_scan(R* out /*(B,e)*/, Same<R>* h, const Same<R>* parts /*(splits,B,rank+2N)*/, const R* u, const R* z,
+                 const R* dt_proj /*(e,rank)*/, const Same<R>* A_log /*(e,N)*/, const Same<R>* D, const Same<R>* dt_bias, int B, int e, int N,
+                 int rank, Stream = {}) {
 #pragma omp parallel for collapse(2) if ((int64_t)B * e * (rank + 8 * N) > DECODE_PARALLEL)
     for (int b = 0; b < B; b++)
         for (int c = 0; c < e; c++) {
@@ -135,15 +142,16 @@ void decode_scan(R* out /*(B,e)*/, Same<R>* h, const Same<R>* parts /*(splits,B,
 // own, which then takes the oldest one's slot. cos_sin (B,hd/2,2), or null for no RoPE.
 inline size_t decode_attention_workspace(int, int, int, int) { return 0; }
 template <class R>
-void decode_attention(R* out /*(B,H hd)*/, R* ring, void* /*workspace*/, const R* qkv /*(B,G,H/G+2,hd)*/, const Same<R>* cos_sin, const int64_t* position, int64_t capacity, int B, int H,
-                      int G, int hd, Stream = {}) {
+void decode_attention(R* out /*(B,H hd)*/, R* ring, void* /*workspace*/, const R* qkv /*(B,G,H/G+2,hd)*/, const Same<R>* cos_sin,
+                      const int64_t* position, int64_t capacity, int B, int H, int G, int hd, Stream = {}) {
     const int per_group = H / G, half = hd / 2;
     const R scale = 1 / std::sqrt((R)hd);
 #pragma omp parallel for collapse(2) if (capacity * H * hd * B > DECODE_PARALLEL)
     for (int b = 0; b < B; b++)
         for (int g = 0; g < G; g++) {
             const int64_t p = position[b], seen = std::min(p, capacity);
-            std::vector<R> heads(qkv + ((int64_t)b * G + g) * (per_group + 2) * hd, qkv + ((int64_t)b * G + g + 1) * (per_group + 2) * hd), scores(seen + 1);
+            const R* of_group = qkv + ((int64_t)b * G + g) * (per_group + 2) * hd;
+            std::vector<R> heads(of_group, of_group + (per_group + 2) * hd), scores(seen + 1);
             for (int head = 0; cos_sin && head <= per_group; head++)                    // queries and the key
                 for (int j = 0; j < half; j++) {
                     const R c = cos_sin[((int64_t)b * half + j) * 2], s = cos_sin[((int64_t)b * half + j) * 2 + 1];
@@ -180,8 +188,8 @@ void decode_attention(R* out /*(B,H hd)*/, R* ring, void* /*workspace*/, const R
 
 // What a step begins with: x (B,d), the token's row of the embedding, and cos_sin (B,hd/2,2) of its position (hd = 0: none)
 template <class R>
-void decode_embed(Same<R>* x, R* xw, Same<R>* squares, Same<R>* cos_sin, const int* tokens, const int64_t* position, const Same<R>* norm /*of the first layer*/, const R* embedding /*(V,d)*/,
-                  double rope_base, int B, int d, int hd, Stream = {}) {
+void decode_embed(Same<R>* x, R* xw, Same<R>* squares, Same<R>* cos_sin, const int* tokens, const int64_t* position,
+                  const Same<R>* norm /*of the first layer*/, const R* embedding /*(V,d)*/, double rope_base, int B, int d, int hd, Stream = {}) {
     for (int b = 0; b < B; b++) {
         for (int i = 0; i < d; i++) x[(int64_t)b * d + i] = embedding[(int64_t)tokens[b] * d + i];
         if (hd > 0) rope_table<R>(cos_sin + (int64_t)b * hd, position[b], 1, hd, rope_base);
@@ -223,11 +231,12 @@ template <class R> int sample_token(const R* logits, const uint8_t* seen /*(V) o
     return best;
 }
 
-// Draws a token for each sequence; it stands in `tokens` and in slot drawn % EMIT_SLOTS of `emitted`, its embedding is the next x. Sequence b's i-th draw uses
-// element i of stream keys[b]. Counts position and drawn up.
+// Draws a token for each sequence; it stands in `tokens` and in slot drawn % EMIT_SLOTS of `emitted`, its embedding is the next x. Sequence b's
+// i-th draw uses element i of stream keys[b]. Counts position and drawn up.
 template <class R>
-void decode_sample(int* tokens /*(B)*/, int* emitted /*(EMIT_SLOTS,B), host memory*/, int64_t* position, int64_t* drawn, uint8_t* seen /*(B,V)*/, Same<R>* x, R* xw, Same<R>* squares,
-                   Same<R>* cos_sin, const Same<R>* logits /*(B,V)*/, const uint64_t* keys, const Same<R>* norm, const R* embedding, double rope_base, SampleOptions options, int B,
+void decode_sample(int* tokens /*(B)*/, int* emitted /*(EMIT_SLOTS,B), host memory*/, int64_t* position, int64_t* drawn, uint8_t* seen /*(B,V)*/,
+                   Same<R>* x, R* xw, Same<R>* squares, Same<R>* cos_sin, const Same<R>* logits /*(B,V)*/, const uint64_t* keys,
+                   const Same<R>* norm, const R* embedding, double rope_base, SampleOptions options, int B,
                    int V /*of which the first `choices` may be drawn*/, int choices, int d, int hd, Stream = {}) {
     for (int b = 0; b < B; b++) {
         const int id = sample_token(logits + (int64_t)b * V, seen + (int64_t)b * V, choices, options, counter_uniform(keys[b], (uint64_t)drawn[b]));

@@ -18,7 +18,8 @@ inline size_t embedding_backward_workspace(int64_t /*BT*/, int /*V*/, int /*d*/)
 
 // Threads share the columns, not the positions: each sum runs over positions in order, whatever the number of threads.
 template <class R>
-void embedding_backward(R* dwte /*(V,d) +=*/, ResidualGradient<R> dout /*(BT,d)*/, const int* tokens, void* /*workspace*/, int64_t BT, int V, int d, Stream = {}) {
+void embedding_backward(R* dwte /*(V,d) +=*/, ResidualGradient<R> dout /*(BT,d)*/, const int* tokens, void* /*workspace*/, int64_t BT, int V,
+                        int d, Stream = {}) {
     constexpr int COLUMNS = 64;
 #pragma omp parallel for
     for (int first = 0; first < d; first += COLUMNS) {

@@ -31,14 +31,15 @@ struct Matmul {   // the GPU twin keeps a handle, a workspace and plans here
 inline void sgemm(CBLAS_TRANSPOSE ta, CBLAS_TRANSPOSE tb, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb,
                   float beta, float* c, int64_t ldc) {
     if (m > INT_MAX || n > INT_MAX || k > INT_MAX || lda > INT_MAX || ldb > INT_MAX || ldc > INT_MAX)
-        fail("matmul of %lld x %lld x %lld does not fit OpenBLAS' 32-bit sizes; use a smaller --micro-batch or --seq-len", (long long)m, (long long)n, (long long)k);
+        fail("matmul of %lld x %lld x %lld does not fit OpenBLAS' 32-bit sizes; use a smaller --micro-batch or --seq-len", (long long)m,
+             (long long)n, (long long)k);
     static const bool one_thread = (openblas_set_num_threads(1), true);
     (void)one_thread;
     const int64_t rows = round_up(ceil_div(m, omp_get_max_threads()), 16);
 #pragma omp parallel for
     for (int64_t i = 0; i < m; i += rows)
-        cblas_sgemm(CblasRowMajor, ta, tb, (int)std::min(rows, m - i), (int)n, (int)k, 1.f, ta == CblasTrans ? a + i : a + i * lda, (int)lda, b, (int)ldb, beta,
-                    c + i * ldc, (int)ldc);
+        cblas_sgemm(CblasRowMajor, ta, tb, (int)std::min(rows, m - i), (int)n, (int)k, 1.f, ta == CblasTrans ? a + i : a + i * lda, (int)lda,
+                    b, (int)ldb, beta, c + i * ldc, (int)ldc);
 }
 #endif
 

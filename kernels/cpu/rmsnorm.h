@@ -31,8 +31,9 @@ inline size_t rmsnorm_backward_workspace(int64_t /*N*/, int /*d*/) { return 0; }
 constexpr double RMSNORM_LEAST_WEIGHT = 1e-30;   // of less, out / w is not the normalised x to any precision
 
 template <class R>
-void rmsnorm_backward(ResidualGradient<R> dx /*(N,d)*/, ResidualGradient<R> dx_before /*(N,d) or {}: dx = dx_before + ...; may be dx*/, R* dweight /*(d) +=*/,
-                      const R* dout, const R* out, const R* x, const R* rstd, const R* weight, void* /*workspace*/, int64_t N, int d, Stream = {}) {
+void rmsnorm_backward(ResidualGradient<R> dx /*(N,d)*/, ResidualGradient<R> dx_before /*(N,d) or {}: dx = dx_before + ...; may be dx*/,
+                      R* dweight /*(d) +=*/, const R* dout, const R* out, const R* x, const R* rstd, const R* weight, void* /*workspace*/,
+                      int64_t N, int d, Stream = {}) {
     const auto normalised = [=](int64_t i, int j) {
         return std::abs(weight[j]) > (R)RMSNORM_LEAST_WEIGHT ? out[i * d + j] / weight[j] : x[i * d + j] * rstd[i];
     };

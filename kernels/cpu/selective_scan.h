@@ -59,10 +59,12 @@ template <class R> struct ScanChannels {
 };
 
 template <class R>
-void selective_scan_forward(R* out /*(B,T,e)*/, void* saved /*or null*/, std::type_identity_t<R>* h_out /*(B,e,N) or null*/, const R* u /*(B,T,e)*/, const R* dt_raw /*(B,T,e)*/,
+void selective_scan_forward(R* out /*(B,T,e)*/, void* saved /*or null*/, std::type_identity_t<R>* h_out /*(B,e,N) or null*/,
+                            const R* u /*(B,T,e)*/, const R* dt_raw /*(B,T,e)*/,
                             const R* bc /*B at +0, C at +N of each row, stride ldbc*/, int64_t ldbc, const R* z /*(B,T,e), stride ldz*/, int64_t ldz,
-                            const R* A_log /*(e,N)*/, const R* D, const R* dt_bias, const std::type_identity_t<R>* h_in /*(B,e,N) or null*/, void* /*workspace*/, int B, int64_t T,
-                            int e, int N, Stream = {}, const uint8_t* starts = nullptr /*(B,T) or null*/) {
+                            const R* A_log /*(e,N)*/, const R* D, const R* dt_bias, const std::type_identity_t<R>* h_in /*(B,e,N) or null*/,
+                            void* /*workspace*/, int B, int64_t T, int e, int N, Stream = {},
+                            const uint8_t* starts = nullptr /*(B,T) or null*/) {
     constexpr int L = SCAN_LANES;
     const int64_t blocks = scan_channel_blocks(e), chunks = ceil_div(T, SCAN_CHUNK);
 #pragma omp parallel for collapse(2)
@@ -204,11 +206,14 @@ template <class R> struct ScanBackward {
 };
 
 template <class R>
-void selective_scan_backward(R* du, R* ddt_raw, R* dz, int64_t lddz, R* dbc, int64_t lddbc, R* out /*recomputed (B,T,e)*/, R* dA_log /*+=*/, R* dD /*+=*/,
-                             R* ddt_bias /*+=*/, const R* dout, const R* u, const R* dt_raw, const R* bc, int64_t ldbc, const R* z, int64_t ldz,
-                             const R* A_log, const R* D, const R* dt_bias, const std::type_identity_t<R>* /*h_in, which is the first saved state*/, const void* saved,
-                             void* workspace, int B, int64_t T, int e, int N, Stream = {}, const uint8_t* starts = nullptr /*(B,T) or null*/,
-                             std::type_identity_t<R>* dh_in = nullptr /*(B,e,N) or null*/, const std::type_identity_t<R>* dh_out = nullptr /*(B,e,N) or null*/) {
+void selective_scan_backward(R* du, R* ddt_raw, R* dz, int64_t lddz, R* dbc, int64_t lddbc, R* out /*recomputed (B,T,e)*/,
+                             R* dA_log /*+=*/, R* dD /*+=*/, R* ddt_bias /*+=*/,
+                             const R* dout, const R* u, const R* dt_raw, const R* bc, int64_t ldbc, const R* z, int64_t ldz,
+                             const R* A_log, const R* D, const R* dt_bias,
+                             const std::type_identity_t<R>* /*h_in, which is the first saved state*/, const void* saved,
+                             void* workspace, int B, int64_t T, int e, int N, Stream = {},
+                             const uint8_t* starts = nullptr /*(B,T) or null*/, std::type_identity_t<R>* dh_in = nullptr /*(B,e,N) or null*/,
+                             const std::type_identity_t<R>* dh_out = nullptr /*(B,e,N) or null*/) {
     constexpr int L = SCAN_LANES;
     const int64_t blocks = scan_channel_blocks(e), groups = scan_groups(B, e), chunks = ceil_div(T, SCAN_CHUNK);
     R* dbc_parts = (R*)workspace;                              // (groups, B, T, 2N)
