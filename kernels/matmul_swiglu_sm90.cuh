@@ -18,8 +18,10 @@
 // Flops, Samba-421M (M 32768, d 1536, F 4096): forward 825 GFLOP, 0.83 ms at the nominal 989 TFLOP/s; backward 412, 0.42 ms. Bytes: forward
 // M (2 d + 6 F) + 4 d F = 0.93 GB, 0.31 ms at 3 TB/s; backward M (2 d + 8 F) + 2 d F = 1.19 GB, 0.40 ms.
 // Clocks of a backward tile on an H100: 24,600 of products, 6,500 of what follows, of which special functions (two an element, 16 a clock) 4,100.
-// In a training step on an H200: forward 1.23 ms, cuBLASLt's product and the pass 1.33 (the product alone 1.14); backward 0.78, product and
-// pass 0.90.
+// Alone on an H100 at its power limit: forward 1.25 ms, backward 0.78 (clusters in step, and forward's a and b stored by TMA: 1.29 and 0.84).
+// In a training step on an H200, before that: forward 1.23 ms, cuBLASLt's product and the pass 1.33 (the product alone 1.14); backward 0.78,
+// product and pass 0.90. At that limit it is energy that counts: backward with the next special functions made beside these results was no faster;
+// forward with the halves of a tile's columns multiplied apart at its ends, one handed over beside the other's products, took 1.30 for 1.23 (H200).
 #pragma once
 #include <initializer_list>
 
@@ -114,13 +116,12 @@ __device__ inline GemmTile gemm_tile(const GemmSize& s, int n) {
 }
 __device__ inline int gemm_tiles(const GemmSize& s) { return (s.row_tiles + GEMM_CLUSTER - 1) / GEMM_CLUSTER * s.column_tiles; }
 
-// Backward. Clusters in step load a and b, and store, all at once: more than memory gives, and the products wait for it too (34,300 clocks a tile
-// on an H100). So those that have a tile less than others start later, evenly over the time of a tile: 31,300, and nothing is lost.
-// Forward's stores have the time of the next tile, and it gains nothing.
-__device__ inline void start_later(const GemmSize& s) {
+// Clusters in step store, and backward load a and b, all at once: more than memory gives, and the products wait for it too (backward 34,300 clocks
+// a tile on an H100). So those that have a tile less than others start later, evenly over the time of a tile: 31,300, and nothing is lost.
+__device__ inline void start_later(const GemmSize& s, int clocks_after_products) {
     const int cluster = blockIdx.x / GEMM_CLUSTER, clusters = gridDim.x / GEMM_CLUSTER, one_more = gemm_tiles(s) % clusters;
     if (one_more == 0 || cluster < one_more) return;
-    const int tile_clocks = s.k_steps * (GEMM_M * GEMM_N * GEMM_K * 2 / 4096) + 7000;       // of products at full speed, of what follows
+    const int tile_clocks = s.k_steps * (GEMM_M * GEMM_N * GEMM_K * 2 / 4096) + clocks_after_products;       // about: products at full speed
     const int64_t start = clock64(), delay = (int64_t)tile_clocks * cluster / clusters;
     while (clock64() - start < delay) __nanosleep(100);
 }
@@ -145,7 +146,7 @@ __device__ inline void gemm_produce(const GemmShared<BACKWARD>& shared, const CU
                                     const GemmSize& s) {
     const int rank = cluster_rank();
     Turn<BACKWARD> turn;
-    if (BACKWARD) start_later(s);
+    start_later(s, BACKWARD ? 7000 : 1500);
     for (int n = blockIdx.x / GEMM_CLUSTER; n < gemm_tiles(s); n += gridDim.x / GEMM_CLUSTER) {
         const GemmTile tile = gemm_tile(s, n);
         for (int k = 0; k < s.k_steps; k++, turn.next()) {
