@@ -219,7 +219,8 @@ template <int R> struct InputsConsumer {
 };
 #endif // SAMBA_SM90A_CODE
 
-template <int R> __global__ void __launch_bounds__(INPUTS_THREADS, 1) scan_inputs_kernel(const __grid_constant__ InputsMaps maps, const InputsArgs p) {
+template <int R> __global__ void __launch_bounds__(INPUTS_THREADS, 1)
+scan_inputs_kernel(const __grid_constant__ InputsMaps maps, const InputsArgs p) {
 #ifdef SAMBA_SM90A_CODE
     using S = InputsShared<R>;
     const uint32_t shared = shared_address(sm90_shared);
