@@ -202,7 +202,8 @@ template <int HD> struct ForwardConsumer {
     __device__ bool begin_item() {
         auto uniform = [](int x) { return __shfl_sync(0xffffffffu, x, 0); };          // the compiler must see that it is
         rings.queries.wait_full(round);
-        const int4 x = rings.item(round)[0], y = rings.item(round)[1];
+        int4 x{}, y{};
+        if (threadIdx.x % WARP == 0) x = rings.item(round)[0], y = rings.item(round)[1];   // read by the lane that releases them
         work.b = uniform(x.x), work.h = uniform(x.y), work.i0 = uniform(x.z), work.top = uniform(x.w);
         work.count = uniform(y.x), work.newer = uniform(y.y), work.twice = uniform(y.z);
         if (work.h == NO_MORE) return false;
