@@ -6,10 +6,10 @@
 // items in a fixed order, so the next item's loads run during the last one's epilogue. Every result has one owner and a fixed order
 // of sums: no atomics.
 //
-// Forward, per warpgroup and tile of 128 keys: S = Q K^T, softmax, O += P V, one after the other; a base below the maximum is kept as long as terms
-// stay small. Three warpgroups are between products at different times, since they take turns at issuing S (turn_wait, turn_pass), so that one's
-// softmax, masks and results hide behind the others' products. 192 queries share the keys that a block loads. What an item is (which
-// sequence, head, tiles) the producer finds out and passes on with the queries. Results are stored from the place where the queries were.
+// Forward, per warpgroup and tile of 128 keys: S = Q K^T, softmax, O += P V, one after the other; a base below the maximum is kept as long as
+// terms stay small. Three warpgroups do so, each at its own pace: one's softmax, masks and results hide behind the others' products, and 192
+// queries share the keys that a block loads. What an item is (sequence, head, tiles) the producer finds out and passes on with the
+// queries. Results are stored from the place where the queries were.
 // Tiles that no query of the item sees are never loaded, halves that a warpgroup does not see not multiplied; only 64 x 64 blocks on an
 // edge (diagonal, window, document, ring) are masked.
 //

@@ -61,27 +61,17 @@ template <int NR> __device__ inline void rescale(float (&o)[NR], const float (&f
 constexpr int CONSUMERS = 3, QUERIES = CONSUMERS * 64;
 template <int HD> constexpr int FORWARD_STAGES = HD == 64 ? 4 : 2;
 template <int HD> constexpr int QUERY_BYTES = QUERIES * HD * 2;
-// What the producer finds out about an item and the consumers read when its queries are there. turns: how often each issues scores
-struct ForwardItem { int b, h, i0, top, count, newer, twice, turns; };
-constexpr int NO_MORE = -1;                                              // in place of h
+// What the producer finds out about an item (QueryWork) and the consumers read when its queries are there: b, h, i0, top, count, newer, twice
+constexpr int ITEM_BYTES = 32, NO_MORE = -1;                             // NO_MORE: in place of h
 // Q ring | K ring | V ring | barriers | two items
 template <int HD> constexpr int forward_shared() {
-    return 2 * QUERY_BYTES<HD> + 2 * FORWARD_STAGES<HD> * TILE_BYTES<HD> + 32 + 32 * FORWARD_STAGES<HD> + 2 * (int)sizeof(ForwardItem);
+    return 2 * QUERY_BYTES<HD> + 2 * FORWARD_STAGES<HD> * TILE_BYTES<HD> + 32 + 32 * FORWARD_STAGES<HD> + 2 * ITEM_BYTES;
 }
 
 #ifdef SAMBA_SM90A_CODE
-__device__ inline ForwardItem forward_item(const Problem& a, int item) {
-    const QueryWork work = query_work<QUERIES>(a, item);
-    int turns = 0;
-#pragma unroll
-    for (int i = work.i0; i < work.i0 + QUERIES; i += 64)
-        if (i >= 0) turns = max(turns, (i + 63) / ROWS - (a.first_key(work.b, i) >> 7) + 1);
-    return {work.b, work.h, work.i0, work.top, work.count, work.newer, work.twice, turns + work.twice};
-}
-
 template <int HD> struct ForwardRings {
     static constexpr int STAGES = FORWARD_STAGES<HD>, TILE = TILE_BYTES<HD>, QUERY = QUERY_BYTES<HD>, BARRIERS = 2 * QUERY + 2 * STAGES * TILE;
-    static constexpr int ITEMS = forward_shared<HD>() - 2 * sizeof(ForwardItem);
+    static constexpr int ITEMS = forward_shared<HD>() - 2 * ITEM_BYTES;
     Ring<2> queries;
     Ring<STAGES> keys, values;
     __device__ ForwardRings(uint32_t shared)
@@ -108,13 +98,11 @@ forward_produce(const ForwardRings<HD>& rings, const CUtensorMap* query_map, con
             barrier_arrive(bar);
             return;
         }
-        const ForwardItem item = forward_item(a, number);
-        rings.item(round)[0] = {item.b, item.h, item.i0, item.top}, rings.item(round)[1] = {item.count, item.newer, item.twice, item.turns};
+        const QueryWork work = query_work<QUERIES>(a, number);
+        rings.item(round)[0] = {work.b, work.h, work.i0, work.top}, rings.item(round)[1] = {work.count, work.newer, work.twice, 0};
         barrier_expect(bar, QUERY_BYTES<HD>);
-        load_tile<HD, QUERIES, QUERIES>(rings.queries.tile(round), bar, query_map, item.h / heads * (heads + 2) + item.h % heads, item.i0, item.b);
-        QueryWork work{};
-        work.b = item.b, work.h = item.h, work.top = item.top, work.newer = item.newer, work.twice = item.twice;
-        for (int j = 0; j < item.count; j++, n++) {
+        load_tile<HD, QUERIES, QUERIES>(rings.queries.tile(round), bar, query_map, work.h / heads * (heads + 2) + work.h % heads, work.i0, work.b);
+        for (int j = 0; j < work.count; j++, n++) {
             const KeyTile tile = key_tile(work, j, a.prefix);
             load_keys<HD>(rings.keys, n, maps, a, work, tile, 0);
             load_keys<HD>(rings.values, n, maps, a, work, tile, 1);
@@ -132,15 +120,11 @@ template <int HD> struct ForwardConsumer {
     const int row = consumer * 64 + threadIdx.x / WARP % 4 * 16 + threadIdx.x % WARP / 4;   // of the item: this lane's first
     const float c = rsqrtf((float)HD) * attn::LOG2E;
     float o[HD / 2];
-    int n = 0, round = 0, j, turns;                                      // tile n of all, j of item `round`; scores issued in it
+    int n = 0, round = 0, j;                                             // tile n of all, j of item `round`
     bool fresh, staged = false;                                          // no product in o yet; the item before lies in its queries' place
-    int least, first, all, item_turns;                                   // first query; first key that one of the 64 sees, and that all see
+    int least, first, all;                                               // first query; first key that one of the 64 sees, and that all see
     QueryWork work;
     Statistics stat;
-
-    // Turns at issuing scores, so that warpgroups get theirs one after the other and do softmax at different times
-    __device__ void turn_wait() const { named_sync(1 + CONSUMERS + consumer, 2 * WARPGROUP); }
-    __device__ void turn_pass() const { named_arrive(1 + CONSUMERS + (consumer + 1) % CONSUMERS, 2 * WARPGROUP); }
 
     // The halves of a tile that this warpgroup multiplies. Half a tile is worked on like a smaller tile.
     __device__ int visible_parts(int n0) const {
@@ -152,9 +136,7 @@ template <int HD> struct ForwardConsumer {
         float s[N / 64][32], shrink[2];
         uint32_t p[N / 64][4][4];
         float (&scores)[N / 2] = reinterpret_cast<float (&)[N / 2]>(s);
-        turn_wait();
         issue_rows<HD, QUERIES, ROWS>(scores, rings.queries.tile(round) + consumer * 64 * 128, rings.keys.tile(n) + half_offset(parts));
-        turn_pass();
         wgmma_wait<0>();
         hold(scores);
         rings.keys.release(n);
@@ -173,14 +155,15 @@ template <int HD> struct ForwardConsumer {
         hold(o);
         for (auto& part : p) hold(part);
         rings.values.release(n);
-        fresh = false, turns++;
+        fresh = false;
     }
     // A tile of which this warpgroup sees nothing
-    __device__ void skip() const {
+    __device__ void skip() {
         rings.keys.release(n);
         rings.values.wait_full(n);
         rings.values.release(n);
         next_keys();
+        j++, n++;
     }
     // The store of item `of` has read its rows: their place may be loaded again
     __device__ void release_queries(int of) {
@@ -219,31 +202,28 @@ template <int HD> struct ForwardConsumer {
     __device__ bool begin_item() {
         auto uniform = [](int x) { return __shfl_sync(0xffffffffu, x, 0); };          // the compiler must see that it is
         rings.queries.wait_full(round);
-        const int4 x = rings.item(round)[0], y = rings.item(round)[1];
+        int4 x{}, y{};
+        if (threadIdx.x % WARP == 0) x = rings.item(round)[0], y = rings.item(round)[1];   // read by the lane that releases them
         work.b = uniform(x.x), work.h = uniform(x.y), work.i0 = uniform(x.z), work.top = uniform(x.w);
-        work.count = uniform(y.x), work.newer = uniform(y.y), work.twice = uniform(y.z), item_turns = uniform(y.w);
+        work.count = uniform(y.x), work.newer = uniform(y.y), work.twice = uniform(y.z);
         if (work.h == NO_MORE) return false;
         least = work.i0 + consumer * 64;
         first = least >= 0 ? a.first_key(work.b, least) : INT_MAX;       // before the start: sees nothing
         all = a.first_key(work.b, max(least + 63, 0));
-        stat = Statistics{}, fresh = true, turns = 0;
+        stat = Statistics{}, fresh = true, j = 0;
         return true;
     }
-    __device__ void idle_turn() { turn_wait(), turn_pass(), turns++; }
     __device__ void end_item() {
         if (!fresh) return store();
         if (staged) release_queries(round - 1);
         rings.queries.release(round);
     }
-    // The tiles that a warpgroup sees lie between one that only later queries may see and those that only earlier queries see. Turns that it
-    // does not need are taken among the latter, whose release the others wait for; mostly there are none, and results are stored at once.
+    // The tiles that a warpgroup sees lie between those that only later and those that only earlier queries see
     __device__ void run() {
-        if (consumer == CONSUMERS - 1) turn_pass();
+        auto now = [&] { return key_tile(work, j, a.prefix); };
         for (; begin_item(); round++) {
             rings.keys.wait_full(n);
-            auto now = [&] { return key_tile(work, j, a.prefix); };
-            j = 0;
-            if (least >= 0 && !visible_parts(now().n0)) skip(), j++, n++;
+            while (j < work.count && !visible_parts(now().n0)) skip();
             for (; j < work.count; j++, n++) {
                 const KeyTile tile = now();
                 const int parts = visible_parts(tile.n0);
@@ -251,12 +231,9 @@ template <int HD> struct ForwardConsumer {
                 else if (parts) step<64>(tile, parts);
                 else break;
             }
-            for (; j < work.count && turns < item_turns; j++, n++) skip(), idle_turn();
-            while (turns < item_turns) idle_turn();
             end_item();
-            for (; j < work.count; j++, n++) skip();
+            while (j < work.count) skip();
         }
-        if (consumer == 0) turn_wait();                                  // takes the last pass
         if (threadIdx.x % WARP == 0) tma_store_wait();
     }
 };

@@ -46,18 +46,17 @@ template <int THREADS> __global__ void positions_kernel(int* positions, int64_t 
     if (i < n) positions[i] = (int)i;
 }
 
-template <int W> __device__ inline void add_to(float* p, const Vec<float, W>& x) {
-    auto y = load_vec<W>(p);
+template <int W> __device__ inline Vec<float, W> operator+(Vec<float, W> x, const Vec<float, W>& y) {
 #pragma unroll
-    for (int k = 0; k < W; k++) y[k] += x[k];
-    store_vec(p, y);
+    for (int k = 0; k < W; k++) x[k] += y[k];
+    return x;
 }
 
 // Stage 1. partial (chunks,2,d): [0] the piece of a segment that began in an earlier chunk, [1] of one that begins here and goes on.
 template <int W, class X>
 __global__ void embedding_chunk_kernel(float* dwte, float* partial, ResidualGradient<X> dout, const int* tokens /*sorted*/,
                                        const int* positions, int64_t BT, int V, int d) {
-    constexpr int GROUP = 8;   // rows in flight
+    constexpr int GROUP = 4;   // rows in flight
     __shared__ int token[EMBEDDING_CHUNK + 2], position[EMBEDDING_CHUNK];   // token[i + 1] belongs to pair i; its neighbours at both ends
     const int64_t chunk = blockIdx.x, first = chunk * EMBEDDING_CHUNK;
     const int count = (int)(BT - first < EMBEDDING_CHUNK ? BT - first : EMBEDDING_CHUNK);
@@ -72,10 +71,14 @@ __global__ void embedding_chunk_kernel(float* dwte, float* partial, ResidualGrad
     Vec<float, W> sum{};
     bool began_here = token[0] != token[1];
     for (int base = 0; base < count; base += GROUP) {
-        Vec<float, W> rows[GROUP];
+        Vec<float, W> rows[GROUP], before[GROUP];                               // before: of dwte, where a segment ends
 #pragma unroll
-        for (int k = 0; k < GROUP; k++)
-            if (base + k < count) rows[k] = load_gradient<W>(dout, (int64_t)position[base + k] * d + c);
+        for (int k = 0; k < GROUP; k++) {
+            if (base + k >= count) break;
+            const int t = token[base + k + 1];
+            rows[k] = load_gradient<W>(dout, (int64_t)position[base + k] * d + c);
+            if (token[base + k + 2] != t && t >= 0 && t < V) before[k] = load_vec<W>(dwte + (int64_t)t * d + c);
+        }
 #pragma unroll
         for (int k = 0; k < GROUP; k++) {
             const int i = base + k;
@@ -87,7 +90,7 @@ __global__ void embedding_chunk_kernel(float* dwte, float* partial, ResidualGrad
             if (!ends && i + 1 < count) continue;
             if (!began_here) store_vec(partial + (chunk * 2 + 0) * d + c, sum);
             else if (!ends) store_vec(partial + (chunk * 2 + 1) * d + c, sum);
-            else if (t >= 0 && t < V) add_to(dwte + (int64_t)t * d + c, sum);
+            else if (t >= 0 && t < V) store_vec(dwte + (int64_t)t * d + c, before[k] + sum);
             sum = {};
             began_here = true;
         }
@@ -116,7 +119,7 @@ __global__ void embedding_join_kernel(float* dwte, const float* partial, const i
 #pragma unroll
         for (int k = 0; k < W; k++) sum[k] += piece[k];
     }
-    add_to(dwte + (int64_t)t * d + c, sum);
+    store_vec(dwte + (int64_t)t * d + c, load_vec<W>(dwte + (int64_t)t * d + c) + sum);
 }
 
 // Parts of the workspace, in bytes from its start; every part begins at a multiple of 256

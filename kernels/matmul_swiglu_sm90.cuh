@@ -8,7 +8,7 @@
 // and 256 columns of the right; forward 128 columns of a and the same of b. A pair of blocks (a cluster) works on two tiles above each other:
 // each loads half of the right matrix for both. Tiles come in a fixed order that keeps what neighbouring blocks read in L2. What follows a tile:
 //   forward    Three warps of the first warpgroup finish it from shared memory, where the other two put it, rounded, before they go on with the
-//              next one: the tensor cores hardly wait.
+//              next one: the tensor cores hardly wait. They store a and b too, which TMA would have to read from shared memory once more.
 //   backward   The two warpgroups do it. Four more stages, 64 columns each, bring a and b, and da and db take their places (and h the third).
 //              One thread of the first warpgroup has TMA store them from there, while the next columns are made and the next tile's stages are
 //              filled. (Finished beside the tensor cores, like forward, it took 14.3 ms a step of Samba-421M on an H200 for 9.4; 12.0 where
@@ -18,8 +18,10 @@
 // Flops, Samba-421M (M 32768, d 1536, F 4096): forward 825 GFLOP, 0.83 ms at the nominal 989 TFLOP/s; backward 412, 0.42 ms. Bytes: forward
 // M (2 d + 6 F) + 4 d F = 0.93 GB, 0.31 ms at 3 TB/s; backward M (2 d + 8 F) + 2 d F = 1.19 GB, 0.40 ms.
 // Clocks of a backward tile on an H100: 24,600 of products, 6,500 of what follows, of which special functions (two an element, 16 a clock) 4,100.
-// In a training step on an H200: forward 1.23 ms, cuBLASLt's product and the pass 1.33 (the product alone 1.14); backward 0.78, product and
-// pass 0.90.
+// Alone on an H100 at its power limit: forward 1.25 ms, backward 0.78 (clusters in step, and forward's a and b stored by TMA: 1.29 and 0.84).
+// In a training step on an H200, before that: forward 1.23 ms, cuBLASLt's product and the pass 1.33 (the product alone 1.14); backward 0.78,
+// product and pass 0.90. At that limit it is energy that counts: backward with the next special functions made beside these results was no faster;
+// forward with the halves of a tile's columns multiplied apart at its ends, one handed over beside the other's products, took 1.30 for 1.23 (H200).
 #pragma once
 #include <initializer_list>
 
@@ -114,13 +116,12 @@ __device__ inline GemmTile gemm_tile(const GemmSize& s, int n) {
 }
 __device__ inline int gemm_tiles(const GemmSize& s) { return (s.row_tiles + GEMM_CLUSTER - 1) / GEMM_CLUSTER * s.column_tiles; }
 
-// Backward. Clusters in step load a and b, and store, all at once: more than memory gives, and the products wait for it too (34,300 clocks a tile
-// on an H100). So those that have a tile less than others start later, evenly over the time of a tile: 31,300, and nothing is lost.
-// Forward's stores have the time of the next tile, and it gains nothing.
-__device__ inline void start_later(const GemmSize& s) {
+// Clusters in step store, and backward load a and b, all at once: more than memory gives, and the products wait for it too (backward 34,300 clocks
+// a tile on an H100). So those that have a tile less than others start later, evenly over the time of a tile: 31,300, and nothing is lost.
+__device__ inline void start_later(const GemmSize& s, int clocks_after_products) {
     const int cluster = blockIdx.x / GEMM_CLUSTER, clusters = gridDim.x / GEMM_CLUSTER, one_more = gemm_tiles(s) % clusters;
     if (one_more == 0 || cluster < one_more) return;
-    const int tile_clocks = s.k_steps * (GEMM_M * GEMM_N * GEMM_K * 2 / 4096) + 7000;       // of products at full speed, of what follows
+    const int tile_clocks = s.k_steps * (GEMM_M * GEMM_N * GEMM_K * 2 / 4096) + clocks_after_products;       // about: products at full speed
     const int64_t start = clock64(), delay = (int64_t)tile_clocks * cluster / clusters;
     while (clock64() - start < delay) __nanosleep(100);
 }
@@ -145,7 +146,7 @@ __device__ inline void gemm_produce(const GemmShared<BACKWARD>& shared, const CU
                                     const GemmSize& s) {
     const int rank = cluster_rank();
     Turn<BACKWARD> turn;
-    if (BACKWARD) start_later(s);
+    start_later(s, BACKWARD ? 7000 : 1500);
     for (int n = blockIdx.x / GEMM_CLUSTER; n < gemm_tiles(s); n += gridDim.x / GEMM_CLUSTER) {
         const GemmTile tile = gemm_tile(s, n);
         for (int k = 0; k < s.k_steps; k++, turn.next()) {
@@ -215,7 +216,6 @@ struct SwigluForwardConsumer : GemmConsumer<false> {
             for (int r = 0; r < 4; r++) rounded[r] = pack(c[8 * i + 2 * r], c[8 * i + 2 * r + 1]);
             store_blocks(shared.place(row, 2 * i + half), rounded);
         }
-        fence_async();                                                   // TMA will read it
         __syncwarp();
         if (lane == 0) barrier_arrive(shared.result_full());
     }
@@ -234,30 +234,26 @@ __device__ inline uint32_t swiglu_pair(uint32_t gate, uint32_t up) {
     const float2 a = floats(gate), b = floats(up);
     return pack(a.x * sigmoid<bf16>(a.x) * b.x, a.y * sigmoid<bf16>(a.y) * b.y);
 }
-// By GEMM_FINISHERS warps from the block's second one on: a and b leave through TMA, half a warp makes a row of 128 columns of h
-__device__ inline void finish_forward(const GemmShared<false>& shared, const CUtensorMap* gate_up, bf16* h, const GemmSize& s) {
+// By GEMM_FINISHERS warps from the block's second one on: half a warp makes a row of 128 columns of h, and a and b leave on the way
+__device__ inline void finish_forward(const GemmShared<false>& shared, bf16* gate_up, bf16* h, const GemmSize& s) {
     const int lane = threadIdx.x % WARP, finisher = threadIdx.x / WARP - 1, chunk = lane % 16;
     int parity = 0;
     for (int n = blockIdx.x / GEMM_CLUSTER; n < gemm_tiles(s); n += gridDim.x / GEMM_CLUSTER, parity ^= 1) {
         const GemmTile tile = gemm_tile(s, n);
-        const int column = tile.column * GEMM_N / 2;
         barrier_wait(shared.result_full(), parity);
-        if (threadIdx.x == WARP) {
-            for (int j = 0; j < GEMM_CHUNKS; j++) matrix_store(gate_up, shared.result + j * SLAB, j / 2 * s.F + column + j % 2 * 64, tile.row);
-            tma_store_commit();
-        }
 #pragma unroll 4
         for (int pair = finisher; pair < GEMM_M / 2; pair += GEMM_FINISHERS) {
-            const int row = pair * 2 + lane / 16;
+            const int row = pair * 2 + lane / 16, column = tile.column * GEMM_N / 2 + chunk * 8;
             const uint4 a = load_shared(shared.place(row, chunk)), b = load_shared(shared.place(row, GEMM_N / 16 + chunk));
             const uint4 out = make_uint4(swiglu_pair(a.x, b.x), swiglu_pair(a.y, b.y), swiglu_pair(a.z, b.z), swiglu_pair(a.w, b.w));
-            if (tile.row + row < s.M) *(uint4*)(h + (int64_t)(tile.row + row) * s.F + column + chunk * 8) = out;
+            if (tile.row + row >= s.M) continue;
+            bf16* const ab = gate_up + (int64_t)(tile.row + row) * 2 * s.F + column;
+            *(uint4*)ab = a, *(uint4*)(ab + s.F) = b;
+            *(uint4*)(h + (int64_t)(tile.row + row) * s.F + column) = out;
         }
-        if (threadIdx.x == WARP) matrix_store_wait<0>();
         __syncwarp();
         if (lane == 0) barrier_arrive(shared.result_empty());
     }
-    if (threadIdx.x == WARP) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -336,11 +332,11 @@ __device__ inline void store_backward(const GemmShared<true>& shared, const CUte
 #else
 #define SM90_CLUSTER __cluster_dims__(GEMM_CLUSTER, 1, 1)
 #endif
-// in: backward's gate_up; out: forward's gate_up, backward's dgate_up; h_map: backward's h if MAKE_H; h: forward's
+// in, out, h_map: backward's gate_up, dgate_up, and h if MAKE_H; gate_up, h: forward's
 template <bool BACKWARD, bool MAKE_H>
 __global__ void SM90_CLUSTER __launch_bounds__(BLOCK, 1)
 swiglu_gemm_kernel(const __grid_constant__ CUtensorMap left, const __grid_constant__ CUtensorMap right, const __grid_constant__ CUtensorMap in,
-                   const __grid_constant__ CUtensorMap out, const __grid_constant__ CUtensorMap h_map, bf16* h, const GemmSize s) {
+                   const __grid_constant__ CUtensorMap out, const __grid_constant__ CUtensorMap h_map, bf16* gate_up, bf16* h, const GemmSize s) {
 #ifdef SAMBA_SM90A_CODE
     using Shared = GemmShared<BACKWARD>;
     const Shared shared(shared_address(sm90_shared));
@@ -360,7 +356,7 @@ swiglu_gemm_kernel(const __grid_constant__ CUtensorMap left, const __grid_consta
         if constexpr (BACKWARD) {
             if (threadIdx.x == WARP) store_backward<MAKE_H>(shared, &out, &h_map, s);
         } else {
-            if (threadIdx.x >= WARP) finish_forward(shared, &out, h, s);
+            if (threadIdx.x >= WARP) finish_forward(shared, gate_up, h, s);
         }
     } else {
         registers_up<BACKWARD ? 232 : 176>();
@@ -383,7 +379,7 @@ inline bool swiglu_gemm_usable(std::initializer_list<const void*> arrays, int64_
 
 template <bool BACKWARD, bool MAKE_H>
 inline void launch_swiglu_gemm(const CUtensorMap& left, const CUtensorMap& right, const CUtensorMap& in, const CUtensorMap& out,
-                               const CUtensorMap& h_map, bf16* h, int64_t M, int F, int d, Stream stream) {
+                               const CUtensorMap& h_map, bf16* gate_up, bf16* h, int64_t M, int F, int d, Stream stream) {
     int device = 0, processors = 0;
     CUDA_CHECK(cudaGetDevice(&device));
     CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
@@ -392,23 +388,22 @@ inline void launch_swiglu_gemm(const CUtensorMap& left, const CUtensorMap& right
     const unsigned blocks = (unsigned)std::min<int64_t>(processors / GEMM_CLUSTER, tiles) * GEMM_CLUSTER;
     auto kernel = swiglu_gemm_kernel<BACKWARD, MAKE_H>;
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, GemmShared<BACKWARD>::BYTES));
-    kernel<<<blocks, BLOCK, GemmShared<BACKWARD>::BYTES, stream>>>(left, right, in, out, h_map, h, size);
+    kernel<<<blocks, BLOCK, GemmShared<BACKWARD>::BYTES, stream>>>(left, right, in, out, h_map, gate_up, h, size);
     LAUNCH_CHECK();
 }
 
 // gate_up (M,2F) and h (M,F) from n (M,d), w1|w2 (2F,d)
 inline void swiglu_gemm_forward(bf16* h, bf16* gate_up, const bf16* n, const bf16* w12, int64_t M, int F, int d, Stream stream) {
     const CUtensorMap left = matrix_map(n, M, d, GEMM_M), right = matrix_map(w12, 2 * (int64_t)F, d, GEMM_N / 2);
-    const CUtensorMap out = matrix_map(gate_up, M, 2 * (int64_t)F, GEMM_M);
-    launch_swiglu_gemm<false, true>(left, right, out, out, out, h, M, F, d, stream);
+    launch_swiglu_gemm<false, true>(left, right, left, left, left, gate_up, h, M, F, d, stream);
 }
 // dgate_up (M,2F) from dy (M,d), w3 (d,F), gate_up (M,2F); and h (M,F) if given
 inline void swiglu_gemm_backward(bf16* dgate_up, bf16* h, const bf16* dy, const bf16* w3, const bf16* gate_up, int64_t M, int F, int d,
                                  Stream stream) {
     const CUtensorMap left = matrix_map(dy, M, d, GEMM_M), right = matrix_map(w3, d, F, GEMM_K);
     const CUtensorMap in = matrix_map(gate_up, M, 2 * (int64_t)F, GEMM_M), out = matrix_map(dgate_up, M, 2 * (int64_t)F, GEMM_M);
-    if (h) launch_swiglu_gemm<true, true>(left, right, in, out, matrix_map(h, M, F, GEMM_M), nullptr, M, F, d, stream);
-    else launch_swiglu_gemm<true, false>(left, right, in, out, out, nullptr, M, F, d, stream);
+    if (h) launch_swiglu_gemm<true, true>(left, right, in, out, matrix_map(h, M, F, GEMM_M), nullptr, nullptr, M, F, d, stream);
+    else launch_swiglu_gemm<true, false>(left, right, in, out, out, nullptr, nullptr, M, F, d, stream);
 }
 
 } // namespace gpu::sm90

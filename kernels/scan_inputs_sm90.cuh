@@ -12,6 +12,8 @@
 //
 // Bytes: 6 per (t,c), 0.604 GB at 32768 x 3072, 0.201 ms at 3.0 TB/s (H100), 0.144 at 4.2 (H200); apart they are 10. The weights, read once by
 // every block, come from L2. 2 e (C + R) flops a token, 45 GFLOP: 0.046 ms. Two special functions per (t,c): 0.054 ms.
+// Measured at R 96, the three operations apart in brackets: H100 0.243 ms (0.318), H200 0.197 (0.246); R 144, e 4608: 0.364 (0.483), 0.328 (0.397).
+// No faster: w_x and w_dt once for two blocks (a cluster), walks that start at different channels, hints to L2, more buffers.
 #pragma once
 #include <algorithm>
 #include <initializer_list>
@@ -56,37 +58,28 @@ __device__ inline void wgmma_rows(float (&c)[32], const uint32_t (&a)[4], uint64
 }
 __device__ inline float2 two_floats(uint32_t v) { return make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u)); }
 
-// The walk over the channels of tokens t .., 64 at a time. Tiles start at different channels, so that blocks which run side by side read and write
-// different parts of rows: 5% faster. Where a tile starts depends on t alone: equal sequences have equal bits.
-struct InputsWalk {
-    int e, c;
-    __device__ InputsWalk(int t, int e) : e(e), c(t / INPUTS_ROWS % (e / INPUTS_CHANNELS) * INPUTS_CHANNELS) {}
-    __device__ void next() { c = c + INPUTS_CHANNELS == e ? 0 : c + INPUTS_CHANNELS; }
-};
-
 // By one thread: the stages of every tile of the block, in order
 template <int R> __device__ inline void inputs_produce(const Ring<InputsShared<R>::STAGES>& ring, const InputsMaps& maps, const InputsArgs& p) {
     using S = InputsShared<R>;
     Cursor<S::STAGES> cursor;
     for (int tile = blockIdx.x; tile < p.B * p.tiles; tile += gridDim.x) {
         const int b = tile / p.tiles, t = tile % p.tiles * INPUTS_ROWS;
-        InputsWalk at(t, p.e);
 #pragma unroll 1
-        for (int i = 0; i < p.e; i += INPUTS_CHANNELS, cursor.next(), at.next()) {
+        for (int c = 0; c < p.e; c += INPUTS_CHANNELS, cursor.next()) {
             const uint32_t to = cursor.tile(ring), full = cursor.full_bar(ring);
             cursor.wait_empty(ring);
             barrier_expect(full, S::STAGE_BYTES);
-            tma_load(to + S::X, &maps.x, full, at.c, 0, t - CONV_HALO, b);                           // rows before the sequence read as zeros
-            tma_load(to, &maps.w_x, full, at.c, 0, 0, 0);
-            bulk_load(to + S::TAPS, p.w + (int64_t)at.c * CONV_WIDTH, INPUTS_CHANNELS * CONV_WIDTH * 4, full);
-            bulk_load(to + S::BIASES, p.b + at.c, INPUTS_CHANNELS * 4, full);
+            tma_load(to + S::X, &maps.x, full, c, 0, t - CONV_HALO, b);                              // rows before the sequence read as zeros
+            tma_load(to, &maps.w_x, full, c, 0, 0, 0);
+            bulk_load(to + S::TAPS, p.w + (int64_t)c * CONV_WIDTH, INPUTS_CHANNELS * CONV_WIDTH * 4, full);
+            bulk_load(to + S::BIASES, p.b + c, INPUTS_CHANNELS * 4, full);
         }
 #pragma unroll 1
-        for (int i = 0; i < p.e; i += INPUTS_CHANNELS, cursor.next(), at.next()) {
+        for (int c = 0; c < p.e; c += INPUTS_CHANNELS, cursor.next()) {
             cursor.wait_empty(ring);
             barrier_expect(cursor.full_bar(ring), S::R_SLABS * 64 * 128);
             for (int slab = 0; slab < S::R_SLABS; slab++)
-                tma_load(cursor.tile(ring) + slab * 64 * 128, &maps.w_dt, cursor.full_bar(ring), slab * 64, 0, at.c, 0);
+                tma_load(cursor.tile(ring) + slab * 64 * 128, &maps.w_dt, cursor.full_bar(ring), slab * 64, 0, c, 0);
         }
     }
 }
@@ -157,15 +150,15 @@ template <int R> struct InputsConsumer {
         hold(x_dbl);
         last.release(ring), last.next();
     }
-    __device__ void make_u(float (&x_dbl)[32 * S::BUFFERS], InputsWalk& at) {
-        for (int i = 0; i < p.e; i += INPUTS_CHANNELS, now.next(), at.next()) {
+    __device__ void make_u(float (&x_dbl)[32 * S::BUFFERS]) {
+        for (int c = 0; c < p.e; c += INPUTS_CHANNELS, now.next()) {
             const int u = buffer(written++ % 2);
             now.wait_full(ring);
-            convolve(u, at.c);
+            convolve(u, c);
             publish();
-            if (i > 0) finish_product(x_dbl);
+            if (c > 0) finish_product(x_dbl);
             multiply_u(x_dbl, u);
-            if (leader()) store(maps.u, u, at.c), tma_store_commit();
+            if (leader()) store(maps.u, u, c), tma_store_commit();
         }
         finish_product(x_dbl);
     }
@@ -193,42 +186,41 @@ template <int R> struct InputsConsumer {
         now.next();
     }
     // dt's way to memory, when no more than PENDING later products are under way
-    template <int PENDING> __device__ void finish(float (&dt)[32], InputsWalk& at) {
+    template <int PENDING> __device__ void finish(float (&dt)[32], int c) {
         wgmma_wait<PENDING>();
         hold(dt);
         last.release(ring), last.next();
         const int to = buffer(written++ % 2);
         stage_rows<64>(sm90_shared + to, dt, {1.f, 1.f});
         publish();
-        if (leader()) store(maps.dt, to, at.c), tma_store_commit();
-        at.next();
+        if (leader()) store(maps.dt, to, c), tma_store_commit();
     }
-    __device__ void make_dt(uint32_t (&low)[R / 16][4], InputsWalk& at) {
-        for (int i = 0; i < p.e; i += 2 * INPUTS_CHANNELS) {
+    __device__ void make_dt(uint32_t (&low)[R / 16][4]) {
+        for (int c = 0; c < p.e; c += 2 * INPUTS_CHANNELS) {
             float dt[2][32];
             multiply(dt[0], low);
             multiply(dt[1], low);
-            finish<1>(dt[0], at);
-            finish<0>(dt[1], at);
+            finish<1>(dt[0], c);
+            finish<0>(dt[1], c + INPUTS_CHANNELS);
         }
     }
     __device__ void run() {
         for (int tile = blockIdx.x; tile < p.B * p.tiles; tile += gridDim.x) {
             b = tile / p.tiles, t = tile % p.tiles * INPUTS_ROWS + group * 64;
             float x_dbl[32 * S::BUFFERS] = {};
-            InputsWalk at(t, p.e);
-            make_u(x_dbl, at);
+            make_u(x_dbl);
             store_x_dbl(x_dbl);
             uint32_t low[R / 16][4];
             pack_operand(low, *reinterpret_cast<float (*)[R / 2]>(x_dbl));
-            make_dt(low, at);
+            make_dt(low);
         }
         if (leader()) tma_store_wait();
     }
 };
 #endif // SAMBA_SM90A_CODE
 
-template <int R> __global__ void __launch_bounds__(INPUTS_THREADS, 1) scan_inputs_kernel(const __grid_constant__ InputsMaps maps, const InputsArgs p) {
+template <int R> __global__ void __launch_bounds__(INPUTS_THREADS, 1)
+scan_inputs_kernel(const __grid_constant__ InputsMaps maps, const InputsArgs p) {
 #ifdef SAMBA_SM90A_CODE
     using S = InputsShared<R>;
     const uint32_t shared = shared_address(sm90_shared);
@@ -266,7 +258,8 @@ inline int processors_here() {
     CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
     return processors;
 }
-// And is it faster than the separate operations? A round of blocks takes as long with few as with all: the last round must be full enough.
+// And is it faster than the separate operations? A round of blocks takes as long with few as with all, so the last must be full enough: on an
+// H100 96 tiles (0.73 full) take 0.105 ms for 0.129, 144 (0.55) 0.208 for 0.191.
 inline bool scan_inputs_fill(int B, int64_t T) {
     const int64_t tiles = B * ceil_div(T, INPUTS_ROWS), processors = processors_here();
     return tiles >= 0.7 * (double)round_up(tiles, processors);

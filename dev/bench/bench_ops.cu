@@ -31,7 +31,8 @@ static void bench_mamba(const Shape& s) {
     gpu::Matmul matmul;
     Rotating<floatX> w_x((int64_t)R2N * e, 1, 0.05f), w_dt((int64_t)e * R, 1, 0.05f);
     print_row("conv1d, x_proj, dt_proj forward", time_ms([&](int i) {
-        gpu::scan_inputs_forward(matmul, u[i], x_dbl[i], dt[i], no_halo, xz[i], 2 * e, no_halo, conv_w[0], vector[0], w_x[0], w_dt[0], false, s.B, s.T, e, R, s.N, 0);
+        gpu::scan_inputs_forward(matmul, u[i], x_dbl[i], dt[i], no_halo, xz[i], 2 * e, no_halo, conv_w[0], vector[0], w_x[0], w_dt[0], false, s.B, s.T,
+                                 e, R, s.N, 0);
     }), 3 * e_bytes + X * ((double)BT * R2N + (double)(R2N + R) * e), 2.0 * BT * e * (R2N + R));
     print_row("scan forward", time_ms([&](int i) {
         gpu::selective_scan_forward(out[i], states[i % COPIES], no_h, u[i], dt[i], x_dbl[i] + R, R2N, xz[i] + e, 2 * e, A_log[0], D[0], dt_bias[0], no_h, workspace, s.B, s.T, e, s.N, 0);

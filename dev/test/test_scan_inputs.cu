@@ -14,7 +14,8 @@ struct InputsCase {
     int e, R, N;
     bool halo;
     std::string name() const {
-        return "B " + std::to_string(B) + " T " + std::to_string(T) + " e " + std::to_string(e) + " R " + std::to_string(R) + " N " + std::to_string(N) + (halo ? " halo" : "");
+        const auto number = [](int64_t n) { return std::to_string(n); };
+        return "B " + number(B) + " T " + number(T) + " e " + number(e) + " R " + number(R) + " N " + number(N) + (halo ? " halo" : "");
     }
 };
 
@@ -40,10 +41,11 @@ struct InputsResult { std::vector<double> u, x_dbl, dt, halo_out; };
 
 InputsResult run_twin(const InputsData& d) {
     const auto& [B, T, e, R, N, halo] = d.c;
-    InputsResult r{std::vector<double>(d.tokens * e, NAN), std::vector<double>(d.tokens * d.columns, NAN), std::vector<double>(d.tokens * e, NAN), std::vector<double>(d.halo.size(), NAN)};
+    const std::vector<double> of_channels(d.tokens * e, NAN), of_columns(d.tokens * d.columns, NAN), of_halo(d.halo.size(), NAN);
+    InputsResult r{of_channels, of_columns, of_channels, of_halo};
     cpu::Matmul matmul;
-    cpu::scan_inputs_forward(matmul, r.u.data(), r.x_dbl.data(), r.dt.data(), r.halo_out.data(), d.x.data(), d.ldx, halo ? d.halo.data() : nullptr, d.w.data(), d.b.data(),
-                             d.w_x.data(), d.w_dt.data(), false, B, T, e, R, N);
+    cpu::scan_inputs_forward(matmul, r.u.data(), r.x_dbl.data(), r.dt.data(), r.halo_out.data(), d.x.data(), d.ldx, halo ? d.halo.data() : nullptr,
+                             d.w.data(), d.b.data(), d.w_x.data(), d.w_dt.data(), false, B, T, e, R, N);
     return r;
 }
 
@@ -80,7 +82,8 @@ TEST(ScanInputs, KeepsWhatIsThere) {
     std::vector<double> u(want.u.size(), NAN), x_dbl = want.x_dbl, dt(want.dt.size(), NAN);
     const std::vector<double> no_w_x(d.w_x.size(), NAN);
     cpu::Matmul matmul;
-    cpu::scan_inputs_forward(matmul, u.data(), x_dbl.data(), dt.data(), nullptr, d.x.data(), d.ldx, d.halo.data(), d.w.data(), d.b.data(), no_w_x.data(), d.w_dt.data(), true, B, T, e, R, N);
+    cpu::scan_inputs_forward(matmul, u.data(), x_dbl.data(), dt.data(), nullptr, d.x.data(), d.ldx, d.halo.data(), d.w.data(), d.b.data(),
+                             no_w_x.data(), d.w_dt.data(), true, B, T, e, R, N);
     EXPECT_EQ(u, want.u);
     EXPECT_EQ(x_dbl, want.x_dbl);
     EXPECT_EQ(dt, want.dt);
@@ -93,21 +96,25 @@ struct InputsGpu {
     DeviceBuffer<float> w, b;
     gpu::Matmul matmul;
     explicit InputsGpu(const InputsData& d)
-        : d(d), x(to_type<floatX>(d.x)), halo(to_type<floatX>(d.halo)), w_x(to_type<floatX>(d.w_x)), w_dt(to_type<floatX>(d.w_dt)), u(d.tokens * d.c.e),
-          x_dbl(d.tokens * d.columns), dt(d.tokens * d.c.e), halo_out(d.halo.size()), w(to_type<float>(d.w)), b(to_type<float>(d.b)) {}
+        : d(d), x(to_type<floatX>(d.x)), halo(to_type<floatX>(d.halo)), w_x(to_type<floatX>(d.w_x)), w_dt(to_type<floatX>(d.w_dt)),
+          u(d.tokens * d.c.e), x_dbl(d.tokens * d.columns), dt(d.tokens * d.c.e), halo_out(d.halo.size()), w(to_type<float>(d.w)),
+          b(to_type<float>(d.b)) {}
     const floatX* halo_in() const { return d.c.halo ? halo.ptr : nullptr; }
     void run(bool keep_x_dbl = false) {
         const auto& [B, T, e, R, N, has_halo] = d.c;
-        gpu::scan_inputs_forward(matmul, u.ptr, x_dbl.ptr, dt.ptr, halo_out.ptr, x.ptr, d.ldx, halo_in(), w.ptr, b.ptr, w_x.ptr, w_dt.ptr, keep_x_dbl, B, T, e, R, N, Stream{});
+        gpu::scan_inputs_forward(matmul, u.ptr, x_dbl.ptr, dt.ptr, halo_out.ptr, x.ptr, d.ldx, halo_in(), w.ptr, b.ptr, w_x.ptr, w_dt.ptr, keep_x_dbl,
+                                 B, T, e, R, N, Stream{});
     }
     // Does the one kernel take these sizes? It is launched even where the function above would find it slower
     bool run_one_kernel() {
         if constexpr (sizeof(floatX) != 2) return false;
         const auto& [B, T, e, R, N, has_halo] = d.c;
         using gpu::sm90::bf16;
-        if (!gpu::sm90::scan_inputs_takes({u.ptr, x_dbl.ptr, dt.ptr, x.ptr, halo_in(), w.ptr, b.ptr, w_x.ptr, w_dt.ptr}, d.ldx, B, T, e, R, N)) return false;
-        gpu::sm90::scan_inputs((bf16*)u.ptr, (bf16*)x_dbl.ptr, (bf16*)dt.ptr, (const bf16*)x.ptr, d.ldx, (const bf16*)halo_in(), w.ptr, b.ptr, (const bf16*)w_x.ptr,
-                               (const bf16*)w_dt.ptr, B, T, e, R, Stream{});
+        const auto arrays = {(const void*)u.ptr, (const void*)x_dbl.ptr, (const void*)dt.ptr, (const void*)x.ptr, (const void*)halo_in(),
+                             (const void*)w.ptr, (const void*)b.ptr, (const void*)w_x.ptr, (const void*)w_dt.ptr};
+        if (!gpu::sm90::scan_inputs_takes(arrays, d.ldx, B, T, e, R, N)) return false;
+        gpu::sm90::scan_inputs((bf16*)u.ptr, (bf16*)x_dbl.ptr, (bf16*)dt.ptr, (const bf16*)x.ptr, d.ldx, (const bf16*)halo_in(), w.ptr, b.ptr,
+                               (const bf16*)w_x.ptr, (const bf16*)w_dt.ptr, B, T, e, R, Stream{});
         return true;
     }
     void poison() {
@@ -124,8 +131,11 @@ TEST(ScanInputsGpu, MatchesTwin) {
     REQUIRE_GPU();
     // R 64, 96, 128 and 144 with N 16 and e a multiple of 128: the one kernel on Hopper. Rows that end inside a tile, one row, sequences shorter
     // than a tile, more tiles than multiprocessors
-    for (const InputsCase& c : {InputsCase{1, 1, 128, 96, 16, false}, {3, 333, 384, 96, 16, true}, {2, 128, 3072, 96, 16, false}, {2, 201, 4608, 144, 16, true}, {1, 300, 256, 128, 16, true},
-                                {1, 130, 128, 64, 16, false}, {300, 130, 128, 96, 16, true}, {2, 67, 64, 96, 16, true}, {2, 67, 40, 8, 16, true}, {1, 66, 136, 24, 4, false}}) {
+    const InputsCase cases[] = {{1, 1, 128, 96, 16, false},   {3, 333, 384, 96, 16, true},   {2, 128, 3072, 96, 16, false},
+                                {2, 201, 4608, 144, 16, true}, {1, 300, 256, 128, 16, true},  {1, 130, 128, 64, 16, false},
+                                {300, 130, 128, 96, 16, true}, {2, 67, 64, 96, 16, true},     {2, 67, 40, 8, 16, true},
+                                {1, 66, 136, 24, 4, false}};
+    for (const InputsCase& c : cases) {
         SCOPED_TRACE(c.name());
         InputsData d(c, 11);
         d.round<floatX>();
@@ -154,7 +164,9 @@ TEST(ScanInputsGpu, SameBitsEveryTime) {
     InputsGpu gpu(d);
     if (!gpu.run_one_kernel()) GTEST_SKIP() << "needs the kernel for Hopper";
     const auto u = gpu.u.host(), x_dbl = gpu.x_dbl.host(), dt = gpu.dt.host();
-    const auto same = [](const std::vector<floatX>& a, const std::vector<floatX>& b) { return memcmp(a.data(), b.data(), a.size() * sizeof(floatX)) == 0; };
+    const auto same = [](const std::vector<floatX>& a, const std::vector<floatX>& b) {
+        return memcmp(a.data(), b.data(), a.size() * sizeof(floatX)) == 0;
+    };
     for (int run = 1; run < 100; run++) {
         gpu.poison();
         gpu.run_one_kernel();
