@@ -99,7 +99,7 @@ __device__ inline void conv_four_rows(X* to, int64_t e, const Vec<X, W> (&now)[4
         for (int j = 0; j < W; j++) {
             const float here = to_float(now[i][j]);
             const float s = fmaf(w[3][j], here, fmaf(w[2][j], x[2][j], fmaf(w[1][j], x[1][j], fmaf(w[0][j], x[0][j], b[j]))));
-            y[j] = s * scan_sigmoid<X>(s);
+            y[j] = s * sigmoid<X>(s);
             x[0][j] = x[1][j], x[1][j] = x[2][j], x[2][j] = here;
         }
         if (i < rows) conv_store_last(to + i * e, conv_round<W, X>(y));
@@ -154,7 +154,7 @@ template <int W, class X> struct ConvBack {
             float s = b[j];
 #pragma unroll
             for (int k = 0; k < CONV_WIDTH; k++) s = fmaf(w[k][j], x[i + k][j], s);
-            const float gate = scan_sigmoid<X>(s);
+            const float gate = sigmoid<X>(s);
             ds[i][j] = to_float(du[j]) * gate * (1.f + s * (1.f - gate));
         }
         if (!sum) return;

@@ -273,7 +273,7 @@ template <int KP, int GROUPS, int STAGES> struct XProjConvConsumer {
                     float s = b[c];
 #pragma unroll
                     for (int k = 0; k < CONV_WIDTH; k++) s = fmaf(w[c][k], x_of(x, c, r + i + k), s);
-                    const float gate = scan_sigmoid<bf16>(s);
+                    const float gate = sigmoid<bf16>(s);
                     y[i] = s * gate;
                     factor[c][r + i] = fmaf(y[i], 1.f - gate, gate);       // gate (1 + s (1 - gate))
                 }

@@ -60,11 +60,6 @@ template <class X> struct ScanGradients {
 // The decay is 2^(dt A log2 e) by ex2.approx in both: 2 ulp.
 
 __device__ inline float scan_lg2(float x) { float y; asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
-// Of device.cuh, under the names that scan_mma.cuh and conv1d.cuh use
-constexpr float SCAN_LOG2E = LOG2E;
-__device__ inline float scan_ex2(float x) { return exp2_fast(x); }
-__device__ inline float scan_rcp(float x) { return reciprocal_fast(x); }
-template <class X> __device__ inline float scan_sigmoid(float x) { return sigmoid<X>(x); }
 
 // log(1 + e^x) = max(x, 0) + log(1 + p) with p = e^-|x|. Below p = 0.01 the sum 1 + p would lose digits: a series.
 template <class X> __device__ inline float scan_softplus(float x) {

@@ -126,7 +126,7 @@ template <int R> struct InputsConsumer {
             const float2 x0 = two_floats(x[i]), x1 = two_floats(x[i + 1]), x2 = two_floats(x[i + 2]), x3 = two_floats(x[i + 3]);
             const float s0 = fmaf(w0.w, x3.x, fmaf(w0.z, x2.x, fmaf(w0.y, x1.x, fmaf(w0.x, x0.x, bias.x))));
             const float s1 = fmaf(w1.w, x3.y, fmaf(w1.z, x2.y, fmaf(w1.y, x1.y, fmaf(w1.x, x0.y, bias.y))));
-            u[i] = pack(s0 * scan_sigmoid<bf16>(s0), s1 * scan_sigmoid<bf16>(s1));
+            u[i] = pack(s0 * sigmoid<bf16>(s0), s1 * sigmoid<bf16>(s1));
         }
 #pragma unroll
         for (int i = 0; i < 16; i++) *(uint32_t*)(sm90_shared + to + warp * 16 * 128 + place(i)) = u[i];

@@ -153,14 +153,14 @@ __device__ inline void pack_states(uint32_t (&a)[4], const States& v) {
 __device__ inline void load_decay_rates(States& A2, const float* A_log, int live) {
     load_states(A2, A_log, 16, live);
 #pragma unroll
-    for (int i = 0; i < 8; i++) A2[i / 4][i % 4] = i % 4 / 2 < live ? -expf(A2[i / 4][i % 4]) * SCAN_LOG2E : 0.f;
+    for (int i = 0; i < 8; i++) A2[i / 4][i % 4] = i % 4 / 2 < live ? -expf(A2[i / 4][i % 4]) * LOG2E : 0.f;
 }
 // v *= a, with a = ex2(dt A2) of the step: dt of channels 2g and 2g + 1
 __device__ inline void decay(States& v, float2 dt, const States& A2) {
 #pragma unroll
     for (int j = 0; j < 2; j++)
 #pragma unroll
-        for (int k = 0; k < 4; k++) v[j][k] *= scan_ex2((k < 2 ? dt.x : dt.y) * A2[j][k]);
+        for (int k = 0; k < 4; k++) v[j][k] *= exp2_fast((k < 2 ? dt.x : dt.y) * A2[j][k]);
 }
 // Saved states of channels 2g and 2g + 1 as bf16: 8 bytes each, 16 states a channel
 __device__ inline void store_saved(bf16* to, const uint32_t (&a)[4], int live) {
@@ -347,7 +347,7 @@ template <class S, bool ALL> struct RowsForward {
             for (int k = 0; k < 4; k++) {
                 const uint32_t u = k < 2 ? us.x : us.y, v = k < 2 ? zs.x : zs.y;
                 const float z = k % 2 ? high(v) : low(v);
-                x[k] = fmaf(D[k], k % 2 ? high(u) : low(u), x[k]) * z * scan_sigmoid<bf16>(z);
+                x[k] = fmaf(D[k], k % 2 ? high(u) : low(u), x[k]) * z * sigmoid<bf16>(z);
             }
             scan_store<ALL>(out, 0, live, x);
         }
@@ -568,7 +568,7 @@ __device__ inline void pull_back(States& carry, States& dA, float (&sums)[2], fl
         for (int k = 0; k < 4; k++) {                                 // in the order of h
             const uint32_t h = before[2 * j + k / 2];
             float& l = carry[j][k % 2 * 2 + k / 2];
-            l *= scan_ex2((k < 2 ? dt.x : dt.y) * A2[j][k]);
+            l *= exp2_fast((k < 2 ? dt.x : dt.y) * A2[j][k]);
             const float pull = l * (k % 2 ? high(h) : low(h));
             dA[j][k] = fmaf(k < 2 ? dt.x : dt.y, pull, dA[j][k]);
             sums[k / 2] = fmaf(A2[j][k], pull, sums[k / 2]);
@@ -638,8 +638,8 @@ __device__ inline void scan_back(Shared<BackwardStage>& s, const ScanGradients<b
 
 // softplus(x) and its derivative sigmoid(x). Above 20 softplus is x in fp32; below e^x = 0.01 the sum 1 + e^x would lose digits: a series.
 __device__ inline float softplus_slope(float x, float& slope) {
-    const float p = scan_ex2(fminf(x, 20.f) * SCAN_LOG2E), sum = 1.f + p, log = scan_lg2(sum) * SCAN_LN2, series = p * (1.f - p * (0.5f - p * 0.33333333f));
-    slope = p * scan_rcp(sum);
+    const float p = exp2_fast(fminf(x, 20.f) * LOG2E), sum = 1.f + p, log = scan_lg2(sum) * SCAN_LN2, series = p * (1.f - p * (0.5f - p * 0.33333333f));
+    slope = p * reciprocal_fast(sum);
     return fmaxf(x, p < 1e-2f ? series : log);
 }
 
@@ -705,7 +705,7 @@ template <bool ALL> struct RowsBack {
     __device__ void prepare_pair(BackwardStage::Step& to, int i, int k) {
         const int c2 = mine.lane + k * WARP;
         const uint32_t dts = s.inputs.word(i, DT, k, mine), zs = s.inputs.word(i, Z, k, mine), douts = s.inputs.word(i, DOUT, k, mine);
-        const float2 z = make_float2(low(zs), high(zs)), gate = make_float2(scan_sigmoid<bf16>(z.x), scan_sigmoid<bf16>(z.y));
+        const float2 z = make_float2(low(zs), high(zs)), gate = make_float2(sigmoid<bf16>(z.x), sigmoid<bf16>(z.y));
         const float2 silu = make_float2(z.x * gate.x, z.y * gate.y), bias = ((const float2*)s.bias)[c2];
         to.gate[c2] = make_float4(silu.x, silu.y, fmaf(silu.x, 1.f - gate.x, gate.x), fmaf(silu.y, 1.f - gate.y, gate.y));
         to.dy[c2] = split(low(douts) * silu.x, high(douts) * silu.y);
