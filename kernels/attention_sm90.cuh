@@ -22,7 +22,7 @@
 //
 // Flops per visible pair: 4 hd forward, 10 hd backward. Samba-421M (B 8, T 4096, window 2048, 12 heads of 128): 309 and 773 GFLOP a
 // layer, of which blocks of 64 x 64 do 319 and 797: 0.32 and 0.81 ms at the H100's nominal rate; dS is 1.25 GB written and read.
-// H200: forward 0.498 ms, backward 1.63 with delta (dev/results/2026-11-27_h200_attention).
+// An H100 that runs the forward pass for long (1.55 GHz): 0.504 ms; an H200: backward 1.63 ms with delta (dev/results/2026-11-27_h200_attention).
 //
 // hopper.cuh: instructions, tiles, rings. attention_sm90_common.cuh: who works on what, masks, launches. _forward.cuh, _backward.cuh: kernels.
 #pragma once
