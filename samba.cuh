@@ -919,7 +919,7 @@ inline void mamba_backward(Pass& p, const Layer& layer, LayerActivations& a, con
     ops::matmul_dgrad(m.matmul, a.d_out, e, dy, d, p.weights(t.out_proj), BT, d, e, false, stream);                          // (B,T,e)
     ops::selective_scan_backward(a.du, a.ddt, a.d_in + e, 2 * e, a.dx_dbl + R, R2N, a.out, w.grad(t.A_log), w.grad(t.D), w.grad(t.dt_bias),
                                  a.d_out, a.u, a.dt, a.x_dbl + R, R2N, a.xz + e, 2 * e, w(t.A_log), w(t.D), w(t.dt_bias), h_in,
-                                 a.states, workspace, B, T, e, N, stream);                                                   // du, ddt, dz, dB|dC, out
+                                 a.states, workspace, B, T, e, N, stream);                                         // du, ddt, dz, dB|dC, out
     ops::matmul_wgrad(m.matmul, w.grad(t.out_proj), dy, d, a.out, e, BT, d, e, p.add, stream);
     ops::matmul_dgrad(m.matmul, a.dx_dbl, R2N, a.ddt, e, w(t.dt_proj), BT, e, R, false, stream);                             // (B,T,R)
     ops::matmul_wgrad(m.matmul, w.grad(t.dt_proj), a.ddt, e, a.x_dbl, R2N, BT, e, R, p.add, stream);

@@ -12,7 +12,7 @@
 // units or the sums of those that they have walked. (1.143 ms when one warp walked through all steps of 8 channels and 8 states and made the
 // decays on the way.)
 #pragma once
-#include "scan_mma.cuh"
+#include "scan_mma_forward.cuh"
 
 namespace gpu::scan_narrow {
 

@@ -3,14 +3,15 @@
 #include "measure.cuh"
 #include "scan_any.cuh"
 #include "scan_forward.cuh"
-#include "scan_mma.cuh"
+#include "scan_mma_backward.cuh"
+#include "scan_mma_forward.cuh"
 
 namespace gpu {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Host
 
-// Which kernels: scan_mma.cuh's for bf16 and 16 states where a block has the shared memory that they need (Hopper), scan_any.cuh's otherwise.
+// Which kernels: scan_mma_*.cuh's for bf16 and 16 states where a block has the shared memory that they need (Hopper), scan_any.cuh's otherwise.
 // It depends on nothing that may change between the passes, as what is saved differs.
 inline bool scan_mma_fits() {
     static const bool fits = [] {
@@ -52,7 +53,9 @@ struct ScanWorkspace {
 };
 template <class X> int64_t scan_saved_steps(int N) { return scan_uses_mma<X>(N) ? scan_mma::TILE : SCAN_TILE; }
 // Channels a block of the backward pass, and so of a partial sum of dB and dC
-template <class X> int scan_backward_channels(int N) { return scan_uses_mma<X>(N) ? scan_mma::CH : sizeof(X) == 2 && N <= SCAN_GROUP ? 64 : SCAN_CHANNELS; }
+template <class X> int scan_backward_channels(int N) {
+    return scan_uses_mma<X>(N) ? scan_mma::CH : sizeof(X) == 2 && N <= SCAN_GROUP ? 64 : SCAN_CHANNELS;
+}
 template <class X> ScanWorkspace scan_workspace(void* start, int B, int64_t T, int e, int N) {
     const int64_t S = scan_segments<X>(B, T, e, N).count, Np = scan_padded(N), blocks = ceil_div(e, scan_backward_channels<X>(N));
     ScanWorkspace w{};
@@ -67,7 +70,9 @@ template <class X> ScanWorkspace scan_workspace(void* start, int B, int64_t T, i
     take(&w.dD_dbias, B * S * e * 2);
     return w;
 }
-inline size_t selective_scan_saved(int B, int64_t T, int e, int N) { return (size_t)B * ceil_div(T, scan_saved_steps<floatX>(N)) * e * scan_padded(N) * sizeof(floatX); }
+inline size_t selective_scan_saved(int B, int64_t T, int e, int N) {
+    return (size_t)B * ceil_div(T, scan_saved_steps<floatX>(N)) * e * scan_padded(N) * sizeof(floatX);
+}
 inline size_t selective_scan_workspace(int B, int64_t T, int e, int N) { return scan_workspace<floatX>(nullptr, B, T, e, N).bytes; }
 
 inline void scan_check_states(int N) {
@@ -101,8 +106,8 @@ void scan_forward(X* out, X* saved, float* h_out, const float* h_in, ScanInput<X
         if (scan_uses_mma<X>(p.N)) {
             if (narrow) {
                 static_assert(scan_narrow::STEPS == SCAN_TILE);
-                scan_launch_mma(scan_narrow::forward_kernel<VEC>, sizeof(scan_narrow::Block), scan_narrow::THREADS, scan_narrow::CHANNELS, segments.count,
-                                B, p.e, stream, out, saved, h_out, h_first, h_stride, p);
+                scan_launch_mma(scan_narrow::forward_kernel<VEC>, sizeof(scan_narrow::Block), scan_narrow::THREADS, scan_narrow::CHANNELS,
+                                segments.count, B, p.e, stream, out, saved, h_out, h_first, h_stride, p);
             } else {
                 using namespace scan_mma;
                 p.segment_tiles *= SCAN_TILE / TILE;
@@ -120,11 +125,12 @@ void scan_forward(X* out, X* saved, float* h_out, const float* h_in, ScanInput<X
     LAUNCH_CHECK();
 }
 
-inline void selective_scan_forward(floatX* out /*(B,T,e)*/, void* saved /*or null: inference*/, float* h_out /*(B,e,N) or null; may be h_in*/, const floatX* u /*(B,T,e)*/,
-                                   const floatX* dt_raw /*(B,T,e)*/, const floatX* bc /*B at +0, C at +N of each row, row stride ldbc*/, int64_t ldbc,
-                                   const floatX* z /*(B,T,e), row stride ldz*/, int64_t ldz, const float* A_log /*(e,N)*/, const float* D, const float* dt_bias,
-                                   const float* h_in /*(B,e,N) or null*/, void* workspace, int B, int64_t T, int e, int N, Stream stream,
-                                   const uint8_t* starts = nullptr /*(B,T), 1 where a document starts; or null*/) {
+inline void selective_scan_forward(floatX* out /*(B,T,e)*/, void* saved /*or null: inference*/, float* h_out /*(B,e,N) or null; may be h_in*/,
+                                   const floatX* u /*(B,T,e)*/, const floatX* dt_raw /*(B,T,e)*/,
+                                   const floatX* bc /*B at +0, C at +N of each row, row stride ldbc*/, int64_t ldbc,
+                                   const floatX* z /*(B,T,e), row stride ldz*/, int64_t ldz, const float* A_log /*(e,N)*/, const float* D,
+                                   const float* dt_bias, const float* h_in /*(B,e,N) or null*/, void* workspace, int B, int64_t T, int e, int N,
+                                   Stream stream, const uint8_t* starts = nullptr /*(B,T), 1 where a document starts; or null*/) {
     const double elements = (double)B * T * e, states = saved ? (double)selective_scan_saved(B, T, e, N) : 0;
     const Operation op("scan forward", 4 * elements * sizeof(floatX) + states, 0, stream, elements * (N + 3));
     scan_check_states(N);
@@ -160,12 +166,15 @@ void scan_backward(ScanGradients<X> out, ScanInput<X> p, const ScanWorkspace& w,
     LAUNCH_CHECK();
 }
 
-inline void selective_scan_backward(floatX* du /*(B,T,e)*/, floatX* ddt_raw /*(B,T,e)*/, floatX* dz /*(B,T,e), row stride lddz*/, int64_t lddz, floatX* dbc /*as bc*/, int64_t lddbc,
-                                    floatX* out /*recomputed forward output (B,T,e)*/, float* dA_log /*+=*/, float* dD /*+=*/, float* ddt_bias /*+=*/,
-                                    const floatX* dout, const floatX* u, const floatX* dt_raw, const floatX* bc, int64_t ldbc, const floatX* z, int64_t ldz,
-                                    const float* A_log, const float* D, const float* dt_bias, const float* /*h_in, which is the first saved state*/,
-                                    const void* saved, void* workspace, int B, int64_t T, int e, int N, Stream stream, const uint8_t* starts = nullptr /*as forward*/,
-                                    float* dh_in = nullptr /*(B,e,N) or null*/, const float* dh_out = nullptr /*(B,e,N) or null*/) {
+inline void selective_scan_backward(floatX* du /*(B,T,e)*/, floatX* ddt_raw /*(B,T,e)*/, floatX* dz /*(B,T,e), row stride lddz*/, int64_t lddz,
+                                    floatX* dbc /*as bc*/, int64_t lddbc, floatX* out /*recomputed forward output (B,T,e)*/,
+                                    float* dA_log /*+=*/, float* dD /*+=*/, float* ddt_bias /*+=*/,
+                                    const floatX* dout, const floatX* u, const floatX* dt_raw, const floatX* bc, int64_t ldbc, const floatX* z,
+                                    int64_t ldz, const float* A_log, const float* D, const float* dt_bias,
+                                    const float* /*h_in, which is the first saved state*/,
+                                    const void* saved, void* workspace, int B, int64_t T, int e, int N, Stream stream,
+                                    const uint8_t* starts = nullptr /*as forward*/, float* dh_in = nullptr /*(B,e,N) or null*/,
+                                    const float* dh_out = nullptr /*(B,e,N) or null*/) {
     const double elements = (double)B * T * e, states = (double)selective_scan_saved(B, T, e, N);
     const Operation op("scan backward", 8 * elements * sizeof(floatX) + states, 0, stream, elements * (N + 4));
     scan_check_states(N);
