@@ -155,8 +155,8 @@ template <int R> struct InputsConsumer {
             const int u = buffer(written++ % 2);
             now.wait_full(ring);
             convolve(u, c);
+            if (c > 0) finish_product(x_dbl);                            // before all meet: then no warp writes where another's product still reads
             publish();
-            if (c > 0) finish_product(x_dbl);
             multiply_u(x_dbl, u);
             if (leader()) store(maps.u, u, c), tma_store_commit();
         }
