@@ -216,12 +216,6 @@ inline Schedule schedule(int64_t tiles, int64_t owners, int blocks, bool last_fi
     return {(int)tiles, (int)owners, (int)(tiles * owners), section, rest ? rest : section, (int)(section * tiles), last_first, even};
 }
 constexpr int SHARED_LIMIT = 227 * 1024;                                  // a block's, on compute capability 9.0
-inline int multiprocessors() {
-    int device = 0, count = 0;
-    CUDA_CHECK(cudaGetDevice(&device));
-    CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-    return count;
-}
 inline bool supported(const Args<bf16>& a, const void* other) {          // T * row * 2 < 2^40: a limit of tensor maps
     return (a.hd == 64 || a.hd == 128) && usable() && ((uintptr_t)a.qkv | (uintptr_t)a.ring | (uintptr_t)other) % 16 == 0 &&
            std::max<int64_t>(a.T * a.row(), a.ring ? a.capacity * 2 * a.G * a.hd : 0) < (int64_t)1 << 39;

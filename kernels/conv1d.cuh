@@ -248,12 +248,10 @@ inline bool conv_vectors(std::initializer_list<const void*> pointers, std::initi
 
 // The grid, and the rows of a block: so many that all blocks are on the GPU at once, if they have no less than `least`. A multiple of four.
 template <class Kernel> dim3 conv_grid(int& rows, Kernel kernel, size_t shared, int W, int B, int64_t T, int e, int least) {
-    int device = 0, processors = 1, resident = 1;
-    CUDA_CHECK(cudaGetDevice(&device));
-    CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    int resident = 1;
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
     CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, CONV_THREADS, shared));
-    const int64_t columns = ceil_div(e, (int64_t)W * CONV_THREADS), places = (int64_t)processors * resident / (columns * B);
+    const int64_t columns = ceil_div(e, (int64_t)W * CONV_THREADS), places = (int64_t)multiprocessors() * resident / (columns * B);
     const int64_t share = round_up(ceil_div(T, places > 1 ? places : 1), 4);
     rows = (int)(share < least ? least : share > 1 << 20 ? 1 << 20 : share);
     return dim3((unsigned)columns, (unsigned)ceil_div(T, rows), (unsigned)B);

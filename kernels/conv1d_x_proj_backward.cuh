@@ -452,7 +452,7 @@ __global__ void x_proj_conv_add_kernel(float* dw_x, float* dw, float* db, const 
 constexpr int X_PROJ_CONV_GROUPS = 2;
 
 inline size_t x_proj_conv_workspace(int e, int K) {
-    const int64_t columns = ceil_div(e, 64 * X_PROJ_CONV_GROUPS), parts = scan_processors() / columns + 2;       // a column's, at most
+    const int64_t columns = ceil_div(e, 64 * X_PROJ_CONV_GROUPS), parts = multiprocessors() / columns + 2;       // a column's, at most
     return (size_t)parts * (K + CONV_WIDTH + 1) * e * sizeof(float);
 }
 
@@ -491,7 +491,7 @@ inline void x_proj_conv(float* dw_x, bool accumulate, float* dw, float* db, XPro
     const XProjConvMaps maps{x_dbl_map(dx_dbl, p.width, p.T, B), group_map(x, p.e, ldx, p.T, B, X_PROJ_CONV_GROUPS),
                              group_map(du, p.e, p.e, p.T, B, X_PROJ_CONV_GROUPS), w_x_map(w_x, p.width, p.e)};
     p.columns = (int)ceil_div(p.e, 64 * X_PROJ_CONV_GROUPS), p.part = (float*)workspace;
-    p.tiles = ceil_div(p.T, X_PROJ_CONV_ROWS), p.all_tiles = B * p.tiles, p.share = ceil_div(p.columns * p.all_tiles, scan_processors());
+    p.tiles = ceil_div(p.T, X_PROJ_CONV_ROWS), p.all_tiles = B * p.tiles, p.share = ceil_div(p.columns * p.all_tiles, multiprocessors());
     const auto launch = [&]<int KP>() {
         constexpr int GROUPS = X_PROJ_CONV_GROUPS, STAGES = 4, SHARED = XProjConvShared<KP, GROUPS, STAGES>::BYTES;
         const auto kernel = x_proj_conv_kernel<KP, GROUPS, STAGES>;

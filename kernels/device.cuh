@@ -138,6 +138,13 @@ inline void cuda_check(cudaError_t status, const char* file, int line) {
 #define CUDA_CHECK(call) cuda_check((call), __FILE__, __LINE__)
 #define LAUNCH_CHECK() cuda_check(cudaGetLastError(), __FILE__, __LINE__)   // after every <<<>>>
 
+inline int multiprocessors() {             // of this GPU
+    int device = 0, count = 1;
+    CUDA_CHECK(cudaGetDevice(&device));
+    CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    return count;
+}
+
 inline void* device_alloc(size_t bytes, const char* what) {
     void* p = nullptr;
     if (cudaMalloc(&p, bytes ? bytes : 1) != cudaSuccess) {

@@ -169,7 +169,6 @@ __device__ inline void gemm_produce(const GemmShared<BACKWARD>& shared, const CU
     }
 }
 
-__device__ inline float2 floats(uint32_t v) { return make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u)); }
 // What the two warpgroups that multiply have in common
 template <bool BACKWARD> struct GemmConsumer {
     const GemmShared<BACKWARD>& shared;
@@ -380,12 +379,9 @@ inline bool swiglu_gemm_usable(std::initializer_list<const void*> arrays, int64_
 template <bool BACKWARD, bool MAKE_H>
 inline void launch_swiglu_gemm(const CUtensorMap& left, const CUtensorMap& right, const CUtensorMap& in, const CUtensorMap& out,
                                const CUtensorMap& h_map, bf16* gate_up, bf16* h, int64_t M, int F, int d, Stream stream) {
-    int device = 0, processors = 0;
-    CUDA_CHECK(cudaGetDevice(&device));
-    CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
     const GemmSize size{M, F, (int)ceil_div(d, GEMM_K), (int)ceil_div(M, GEMM_M), F / (BACKWARD ? GEMM_N : GEMM_N / 2)};
     const int64_t tiles = ceil_div(size.row_tiles, GEMM_CLUSTER) * size.column_tiles;
-    const unsigned blocks = (unsigned)std::min<int64_t>(processors / GEMM_CLUSTER, tiles) * GEMM_CLUSTER;
+    const unsigned blocks = (unsigned)std::min<int64_t>(multiprocessors() / GEMM_CLUSTER, tiles) * GEMM_CLUSTER;
     auto kernel = swiglu_gemm_kernel<BACKWARD, MAKE_H>;
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, GemmShared<BACKWARD>::BYTES));
     kernel<<<blocks, BLOCK, GemmShared<BACKWARD>::BYTES, stream>>>(left, right, in, out, h_map, gate_up, h, size);

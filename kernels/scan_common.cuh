@@ -124,16 +124,10 @@ __device__ inline float scan_sum_lanes(const float (&v)[4], int q) {
 struct ScanSegments {
     int64_t count, tiles;                                             // segments a sequence, tiles a segment
 };
-inline int64_t scan_processors() {
-    int device = 0, processors = 1;
-    CUDA_CHECK(cudaGetDevice(&device));
-    CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-    return processors;
-}
 // One segment when the blocks of all sequences fill the GPU, `resident` a multiprocessor, more than half; otherwise enough segments to fill
 // it, but of no less than 8 tiles. Depends on the sizes and the GPU's number of multiprocessors alone.
 inline ScanSegments scan_segments(int B, int64_t T, int e, int channels, int resident) {
-    const int64_t blocks = B * ceil_div(e, channels), tiles = scan_tiles(T), places = scan_processors() * resident;
+    const int64_t blocks = B * ceil_div(e, channels), tiles = scan_tiles(T), places = (int64_t)multiprocessors() * resident;
     int64_t count = 2 * blocks > places ? 1 : places / blocks;
     if (count > tiles / 8) count = tiles / 8 > 0 ? tiles / 8 : 1;
     const int64_t length = ceil_div(tiles, count);

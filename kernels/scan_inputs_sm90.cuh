@@ -56,7 +56,6 @@ __device__ inline void wgmma_rows(float (&c)[32], const uint32_t (&a)[4], uint64
     asm volatile(SM90_ADD("1") "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" SM90_ACC32 "}, {%32,%33,%34,%35}, %36, add, 1, 1, 0;\n}"
                  : SM90_F32("+f", c, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
-__device__ inline float2 two_floats(uint32_t v) { return make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u)); }
 
 // By one thread: the stages of every tile of the block, in order
 template <int R> __device__ inline void inputs_produce(const Ring<InputsShared<R>::STAGES>& ring, const InputsMaps& maps, const InputsArgs& p) {
@@ -123,7 +122,7 @@ template <int R> struct InputsConsumer {
         for (int i = 0; i < 16 + CONV_HALO; i++) x[i] = *(const uint32_t*)(in + place(i));
 #pragma unroll
         for (int i = 0; i < 16; i++) {
-            const float2 x0 = two_floats(x[i]), x1 = two_floats(x[i + 1]), x2 = two_floats(x[i + 2]), x3 = two_floats(x[i + 3]);
+            const float2 x0 = floats(x[i]), x1 = floats(x[i + 1]), x2 = floats(x[i + 2]), x3 = floats(x[i + 3]);
             const float s0 = fmaf(w0.w, x3.x, fmaf(w0.z, x2.x, fmaf(w0.y, x1.x, fmaf(w0.x, x0.x, bias.x))));
             const float s1 = fmaf(w1.w, x3.y, fmaf(w1.z, x2.y, fmaf(w1.y, x1.y, fmaf(w1.x, x0.y, bias.y))));
             u[i] = pack(s0 * sigmoid<bf16>(s0), s1 * sigmoid<bf16>(s1));
@@ -252,23 +251,17 @@ inline bool scan_inputs_takes(std::initializer_list<const void*> arrays, int64_t
     const bool sizes = N == INPUTS_STATES && (R == 64 || R == 96 || R == 128 || R == 144) && e % (2 * INPUTS_CHANNELS) == 0 && ldx % 8 == 0;
     return aligned && sizes && B * T < ((int64_t)1 << 31) - INPUTS_ROWS * (int64_t)B && usable();
 }
-inline int processors_here() {
-    int device = 0, processors = 0;
-    CUDA_CHECK(cudaGetDevice(&device));
-    CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-    return processors;
-}
 // And is it faster than the separate operations? A round of blocks takes as long with few as with all, so the last must be full enough: on an
 // H100 96 tiles (0.73 full) take 0.105 ms for 0.129, 144 (0.55) 0.208 for 0.191.
 inline bool scan_inputs_fill(int B, int64_t T) {
-    const int64_t tiles = B * ceil_div(T, INPUTS_ROWS), processors = processors_here();
+    const int64_t tiles = B * ceil_div(T, INPUTS_ROWS), processors = multiprocessors();
     return tiles >= 0.7 * (double)round_up(tiles, processors);
 }
 
 template <int R> void launch_scan_inputs(const InputsMaps& maps, const InputsArgs& args, Stream stream) {
     constexpr int BYTES = InputsShared<R>::BYTES;
     CUDA_CHECK(cudaFuncSetAttribute(scan_inputs_kernel<R>, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES));
-    scan_inputs_kernel<R><<<std::min(processors_here(), args.B * args.tiles), INPUTS_THREADS, BYTES, stream>>>(maps, args);
+    scan_inputs_kernel<R><<<std::min(multiprocessors(), args.B * args.tiles), INPUTS_THREADS, BYTES, stream>>>(maps, args);
     LAUNCH_CHECK();
 }
 

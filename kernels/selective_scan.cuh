@@ -39,7 +39,7 @@ struct ScanForwardPlan {
 template <class X> ScanForwardPlan scan_forward_plan(int B, int64_t T, int e, int N) {
     const ScanSegments wide = scan_segments<X>(B, T, e, N);
     if (!scan_uses_mma<X>(N)) return {false, wide};
-    const auto waves = [&](int channels) { return (double)ceil_div(B * ceil_div(e, channels), scan_processors()) * channels; };
+    const auto waves = [&](int channels) { return (double)ceil_div(B * ceil_div(e, channels), multiprocessors()) * channels; };
     if (wide.count == 1 && waves(scan_mma::CH) * T <= 1.17 * waves(scan_narrow::CHANNELS) * (T + 120)) return {false, wide};
     return {true, scan_segments(B, T, e, scan_narrow::CHANNELS, 1)};  // no more segments than the wide ones, whose workspace they use
 }
