@@ -58,9 +58,9 @@ template <int NR> __device__ inline void rescale(float (&o)[NR], const float (&f
 #endif // SAMBA_SM90A_CODE
 
 // A block's work: 192 queries of a head, 64 for each of three consumers
-constexpr int CONSUMERS = 3, QUERIES = CONSUMERS * 64;
+constexpr int CONSUMERS = 3, ITEM_QUERIES = CONSUMERS * 64;
 template <int HD> constexpr int FORWARD_STAGES = HD == 64 ? 4 : 2;
-template <int HD> constexpr int QUERY_BYTES = QUERIES * HD * 2;
+template <int HD> constexpr int QUERY_BYTES = ITEM_QUERIES * HD * 2;
 // What the producer finds out about an item (QueryWork) and the consumers read when its queries are there: b, h, i0, top, count, newer, twice
 constexpr int ITEM_BYTES = 32, NO_MORE = -1;                             // NO_MORE: in place of h
 // Q ring | K ring | V ring | barriers | two items
@@ -98,10 +98,11 @@ forward_produce(const ForwardRings<HD>& rings, const CUtensorMap* query_map, con
             barrier_arrive(bar);
             return;
         }
-        const QueryWork work = query_work<QUERIES>(a, number);
+        const QueryWork work = query_work<ITEM_QUERIES>(a, number);
         rings.item(round)[0] = {work.b, work.h, work.i0, work.top}, rings.item(round)[1] = {work.count, work.newer, work.twice, 0};
         barrier_expect(bar, QUERY_BYTES<HD>);
-        load_tile<HD, QUERIES, QUERIES>(rings.queries.tile(round), bar, query_map, work.h / heads * (heads + 2) + work.h % heads, work.i0, work.b);
+        const int head = work.h / heads * (heads + 2) + work.h % heads;
+        load_tile<HD, ITEM_QUERIES, ITEM_QUERIES>(rings.queries.tile(round), bar, query_map, head, work.i0, work.b);
         for (int j = 0; j < work.count; j++, n++) {
             const KeyTile tile = key_tile(work, j, a.prefix);
             load_keys<HD>(rings.keys, n, maps, a, work, tile, 0);
@@ -136,7 +137,7 @@ template <int HD> struct ForwardConsumer {
         float s[N / 64][32], shrink[2];
         uint32_t p[N / 64][4][4];
         float (&scores)[N / 2] = reinterpret_cast<float (&)[N / 2]>(s);
-        issue_rows<HD, QUERIES, ROWS>(scores, rings.queries.tile(round) + consumer * 64 * 128, rings.keys.tile(n) + half_offset(parts));
+        issue_rows<HD, ITEM_QUERIES, ROWS>(scores, rings.queries.tile(round) + consumer * 64 * 128, rings.keys.tile(n) + half_offset(parts));
         wgmma_wait<0>();
         hold(scores);
         rings.keys.release(n);
@@ -184,11 +185,11 @@ template <int HD> struct ForwardConsumer {
         }
         const int first_row = consumer * 64 + threadIdx.x / WARP % 4 * 16, t = work.i0 + first_row;
         named_sync(1 + consumer, WARPGROUP);                             // all have multiplied by their queries
-        stage_rows<QUERIES>(place + consumer * 64 * 128, o, factor);
+        stage_rows<ITEM_QUERIES>(place + consumer * 64 * 128, o, factor);
         fence_async();
         __syncwarp();
         if (threadIdx.x % WARP == 0 && t < a.T) {
-            store_tile<HD, QUERIES>(out_map, place + first_row * 128, work.h, t, work.b);
+            store_tile<HD, ITEM_QUERIES>(out_map, place + first_row * 128, work.h, t, work.b);
             tma_store_commit();
         }
 #pragma unroll
@@ -259,8 +260,8 @@ forward(const __grid_constant__ CUtensorMap query_map, const __grid_constant__ C
 
 static_assert(forward_shared<128>() <= SHARED_LIMIT);
 template <int HD> inline void launch_forward(const Args<bf16>& a, Stream stream) {
-    launch_resident<QUERIES>(a.ring || a.starts ? forward<HD, true> : forward<HD, false>, problem(a), (int64_t)a.B * a.H, true, ORDERLY,
-                             forward_shared<HD>(), stream, qkv_map(a, QUERIES), qkv_map(a, ROWS), ring_map(a),
+    launch_resident<ITEM_QUERIES>(a.ring || a.starts ? forward<HD, true> : forward<HD, false>, problem(a), (int64_t)a.B * a.H, true, ORDERLY,
+                             forward_shared<HD>(), stream, qkv_map(a, ITEM_QUERIES), qkv_map(a, ROWS), ring_map(a),
                              tensor_map(a.out, a.B, a.T, a.H, HD, 16));
 }
 

@@ -5,7 +5,7 @@
 //   - wgmma: 128 threads multiply 64 x 16 by 16 x 128. Operands come from shared memory by themselves, named by 64-bit descriptors; the
 //     left one may be registers: P again never leaves them. It runs in the background until somebody waits.
 //
-// The pieces are those of kernels/attention_sm90.cuh: load_tile, issue_rows (S), online_softmax, issue_columns (O).
+// The pieces are those of kernels/attention_sm90.cuh: load_tile, issue_rows (S), raise_bases and make_terms (P), issue_columns (O).
 //
 // What limits it: turns again. The tensor cores idle during the loads and the softmax; only the blocks beside each other on a
 // multiprocessor overlap, by chance.
@@ -24,6 +24,7 @@ __global__ void __launch_bounds__(WARPGROUP) forward_kernel(const __grid_constan
     const uint32_t queries = shared_address(sm90_shared), keys = queries + Q_BYTES, values = keys + K_BYTES, bar = values + K_BYTES;
     if (threadIdx.x == 0) barrier_init(bar, 1), barrier_init_done();
     __syncthreads();
+    const float c = rsqrtf((float)HD) * gpu::attn::LOG2E;
     float s[KEYS / 2], o[HD / 2] = {}, shrink[2];
     uint32_t weights[KEYS / 16][4];
     Statistics stat;
@@ -42,7 +43,8 @@ __global__ void __launch_bounds__(WARPGROUP) forward_kernel(const __grid_constan
             const int from[2] = {p.first_key(i) - j0 - part, p.first_key(i + 8) - j0 - part}, to[2] = {i - j0 - part, i + 8 - j0 - part};
             gpu::sm90::mask(s + part / 2, from, to);
         }
-        if (online_softmax(s, stat, shrink, rsqrtf((float)HD) * gpu::attn::LOG2E)) rescale(o, shrink);
+        if (raise_bases(s, stat, shrink, c)) rescale(o, shrink);
+        make_terms(s, stat, c);
         pack_operand(weights, s);
         issue_columns<KEYS>(o, weights, values);
         wgmma_wait<0>();
