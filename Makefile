@@ -84,8 +84,10 @@ DEFINES += -DSAMBA_NCCL
 LIBRARIES += -lnccl
 endif
 OPTIMISE := $(if $(filter 1,$(DEBUG)),-O0 -g -lineinfo,-O3 -lineinfo)
-COMPILE = $(NVCC) -std=c++20 $(OPTIMISE) $(GENCODE) -Xcompiler -fopenmp,-march=$(MARCH),-Wall,-Wno-unknown-pragmas \
-          --expt-relaxed-constexpr -diag-suppress 20012 $(DEFINES) $(CPPFLAGS) -MMD -MP -x cu
+LANGUAGE = -std=c++20 -Xcompiler -fopenmp,-march=$(MARCH),-Wall,-Wno-unknown-pragmas --expt-relaxed-constexpr -diag-suppress 20012 \
+           $(DEFINES) $(CPPFLAGS) -MMD -MP -x cu
+COMPILE = $(NVCC) $(OPTIMISE) $(GENCODE) $(LANGUAGE)
+CHECK = $(NVCC) -ptx -arch=sm_$(firstword $(ARCH)) -Xcicc -O0 $(LANGUAGE)
 LINK = $(NVCC) $(GENCODE) -Xcompiler -fopenmp $(LDFLAGS)
 LIBRARIES += -lcublasLt
 endif
@@ -136,7 +138,17 @@ $(LADDER): %: %.o
 $(BUILD)/ladder-programs: $(LADDER)
 .SECONDARY: $(LADDER:=.o)
 
-$(BUILD)/obj/train_samba.o: DEFINES += -DSAMBA_COMMIT='"$(COMMIT)"'
+# That the programs compile which no test runs: no optimisation, no machine code, seconds instead of minutes
+CHECKED := $(patsubst %.cu,$(BUILD)/checked/%.ptx,$(notdir train_samba.cu $(wildcard dev/bench/*.cu)))
+$(BUILD)/checked/%.ptx: %.cu $(BUILD)/flags
+	@echo "  check $<"
+	@mkdir -p $(@D)
+	@$(CHECK) $< -o $@
+
+.PHONY: $(BUILD)/programs-checked
+$(BUILD)/programs-checked: $(CHECKED)
+
+$(BUILD)/obj/train_samba.o $(BUILD)/checked/train_samba.ptx: DEFINES += -DSAMBA_COMMIT='"$(COMMIT)"'
 
 $(BUILD)/obj:
 	@mkdir -p $@
@@ -148,7 +160,7 @@ $(BUILD)/flags: FORCE | $(BUILD)/obj
 .PHONY: FORCE
 FORCE:
 
--include $(wildcard $(BUILD)/obj/*.d $(BUILD)/ladder/*/*.d)
+-include $(wildcard $(BUILD)/obj/*.d $(BUILD)/checked/*.d $(BUILD)/ladder/*/*.d)
 
 .PHONY: report
 report: ## What this machine has, and what to do about what it lacks

@@ -134,8 +134,10 @@ def main():
     totals = Totals()
     for name, arguments in variants():
         targets = ["test_samba", "train_samba"] if name == "cpu" or has_gpu() else ["test_samba"]
+        if name != "cpu":
+            targets.append("programs-checked")  # that the trainer and the benchmarks compile
         if name == "gpu-bf16":
-            targets.append("ladder-programs")   # that they compile; make ladder runs them
+            targets.append("ladder-programs")   # likewise; make ladder runs them
         if build(name, arguments, targets, totals):
             run_googletest(name, totals)
     run_pytest(totals)

@@ -45,9 +45,7 @@ static void bench_mamba(const Shape& s) {
     print_row("conv1d backward", time_ms([&](int i) {
         gpu::conv1d_backward(dxz[i], 2 * e, grad[0], grad[0], du[i], xz[i], 2 * e, no_halo, conv_w[0], vector[0], workspace, s.B, s.T, e, 0);
     }), 3 * e_bytes);
-    Rotating<floatX> w_x((int64_t)R2N * e, 1, 0.02f);
     Rotating<float> dw_x((int64_t)R2N * e, 1, 0.f);
-    gpu::Matmul matmul;
     print_row("x_proj and conv1d backward", time_ms([&](int i) {
         gpu::x_proj_conv_backward(matmul, dxz[i], 2 * e, dw_x[0], false, grad[0], grad[0], du[i], dx_dbl[i], w_x[0], u[i], xz[i], 2 * e, no_halo, conv_w[0],
                                   vector[0], workspace, s.B, s.T, e, R2N, 0);
