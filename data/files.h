@@ -23,7 +23,7 @@
 
 static_assert(std::endian::native == std::endian::little, "the file formats are little-endian and read without swapping");
 
-// Counts what reading and writing files got done, piece by piece. Whoever watches over this process (kernels/comm_guard.h) tells
+// Counts what reading and writing files got done, piece by piece. Whoever watches over this process (kernels/comm/guard.h) tells
 // from it a slow disk, with which it goes on, from one that answers no more.
 inline std::atomic<uint64_t> file_progress{0};
 

@@ -227,6 +227,16 @@ def free_port():
         return s.getsockname()[1]
 
 
+def listener_before_a_free_port():
+    while True:
+        listener = socket.create_server(("127.0.0.1", 0))
+        try:
+            socket.create_server(("", listener.getsockname()[1] + 1)).close()
+            return listener
+        except OSError:
+            listener.close()
+
+
 def start_by_environment(ranks, arguments_of, prefix_of=lambda rank: [], master="127.0.0.1", more_of=lambda rank: {}):
     port = free_port()
     rendezvous = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": master, "MASTER_PORT": str(port)}
@@ -234,7 +244,13 @@ def start_by_environment(ranks, arguments_of, prefix_of=lambda rank: [], master=
 
 
 def finish(processes, timeout=60):
-    return [(*p.communicate(timeout=timeout), p.returncode) for p in processes]
+    """Standard output, standard error and status of each; what all have said where one does not end"""
+    try:
+        return [(*p.communicate(timeout=timeout), p.returncode) for p in processes]
+    except subprocess.TimeoutExpired:
+        for p in processes:
+            p.kill()
+        raise AssertionError(f"not ended after {timeout} s: {[(*p.communicate(), p.returncode) for p in processes]}") from None
 
 
 def test_ranks_meet_by_the_environment_alone(world, tmp_path, single):
@@ -246,9 +262,7 @@ def test_ranks_meet_by_the_environment_alone(world, tmp_path, single):
 
 def test_the_variables_that_torchrun_sets(world, tmp_path, single):
     """All of them, as its documentation lists them; MASTER_PORT is where its own store listens, when it says so."""
-    with socket.socket() as store:
-        store.bind(("127.0.0.1", 0))
-        store.listen()
+    with listener_before_a_free_port() as store:
         port = store.getsockname()[1]
         of_agent = {"MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1", "ROLE_NAME": "default",
                     "ROLE_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_MAX_RESTARTS": "0",

@@ -1,17 +1,8 @@
-// Processes that talk to each other through host memory: who launched us, how to find the others, and bytes between two of them.
-//
-//   launched by                                          ranks found through     bytes travel by
-//   nothing (one process)                                -                       -
-//   mpirun, srun --mpi=pmix                              MPI                     MPI
-//   RANK, WORLD_SIZE, MASTER_ADDR (torchrun's names),    TCP to rank 0           TCP, one connection for each two ranks
-//   or srun without MPI and MASTER_ADDR
-//
-// MPI is called only when the environment shows it, so that a single process needs none of its services. Nothing here knows GPUs.
+// TCP between processes: a socket that closes itself, whole messages, and how ranks find and recognise each other.
 #pragma once
 #include <algorithm>
 #include <cerrno>
-#include <cstdlib>
-#include <memory>
+#include <chrono>
 #include <string>
 #include <thread>
 #include <utility>
@@ -25,79 +16,10 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
-#include <strings.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
-#ifdef SAMBA_MPI
-#define OMPI_SKIP_MPICXX 1
-#define MPICH_SKIP_MPICXX 1
-#include <mpi.h>
-#endif
-
-#include "device.cuh"
-
-// ---------------------------------------------------------------------------------------------------------------------
-// How this process was launched
-
-struct Launch {
-    enum How { single, mpi, tcp } how = single;
-    int rank = 0, world = 1, local_rank = -1;      // local_rank -1: to be found out
-    std::string master;                            // tcp: where rank 0 listens
-    int port = 29500;
-};
-
-inline int env_number(const char* name, int otherwise) {
-    const char* text = std::getenv(name);
-    if (!text || !*text) return otherwise;
-    char* end = nullptr;
-    const long value = std::strtol(text, &end, 10);
-    if (*end || value < 0 || value > 1000000) fail("the environment has %s=%s: a whole number is needed", name, text);
-    return (int)value;
-}
-
-inline Launch detect_launch() {
-    const auto has = [](const char* name) { const char* text = std::getenv(name); return text && *text; };
-    Launch launch;
-    const bool by_mpi = has("OMPI_COMM_WORLD_SIZE") || has("PMIX_RANK") || has("PMI_RANK");
-    const bool by_srun = has("SLURM_STEP_ID") && env_number("SLURM_STEP_NUM_TASKS", 1) > 1;
-    if (has("RANK") && has("WORLD_SIZE")) {
-        launch.how = Launch::tcp;
-        launch.rank = env_number("RANK", 0);
-        launch.world = env_number("WORLD_SIZE", 1);
-        launch.local_rank = env_number("LOCAL_RANK", -1);
-    } else if (by_mpi) {
-        launch.how = Launch::mpi;
-#ifndef SAMBA_MPI
-        fail("this process was launched by mpirun, and this program was built without MPI: install libopenmpi-dev and build again, "
-             "or set RANK, WORLD_SIZE and MASTER_ADDR");
-#endif
-        return launch;
-    } else if (by_srun) {
-        launch.how = Launch::tcp;
-        launch.rank = env_number("SLURM_PROCID", 0);
-        launch.world = env_number("SLURM_STEP_NUM_TASKS", 1);
-        launch.local_rank = env_number("SLURM_LOCALID", -1);
-    }
-    if (launch.world == 1) launch.how = Launch::single;
-    if (launch.how == Launch::single) return launch;
-    if (launch.rank >= launch.world) fail("the environment has RANK=%d with WORLD_SIZE=%d: ranks count from 0", launch.rank, launch.world);
-    if (!has("MASTER_ADDR")) fail("the environment has %d ranks and no MASTER_ADDR: set it to the host name or address of rank 0", launch.world);
-    launch.master = std::getenv("MASTER_ADDR");
-    launch.port = env_number("MASTER_PORT", launch.port);
-    const char* taken = std::getenv("TORCHELASTIC_USE_AGENT_STORE");
-    if (has("RANK") && taken && strcasecmp(taken, "true") == 0) launch.port++;     // torchrun's store, for programs that use it, is there
-    return launch;
-}
-
-inline std::string host_name() {
-    char name[256] = "";
-    gethostname(name, sizeof name - 1);
-    return name;
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Sockets
+#include "../device.cuh"
 
 class Socket {
     int fd_ = -1;
@@ -271,64 +193,3 @@ inline void accept_ranks(const Socket& listener, std::vector<Socket>& by_rank, i
         count--;
     }
 }
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Bytes between two ranks
-
-struct Transport {
-    virtual ~Transport() = default;
-    virtual const char* name() const = 0;
-    // Sends to one rank and receives from another at the same time. A rank of -1: only the other half.
-    virtual void exchange(int to, const void* out, int64_t out_bytes, int from, void* in, int64_t in_bytes) = 0;
-};
-
-#ifdef SAMBA_MPI
-struct MpiTransport : Transport {
-    const char* name() const override { return "MPI"; }
-    void exchange(int to, const void* out, int64_t out_bytes, int from, void* in, int64_t in_bytes) override {
-        constexpr int64_t PIECE = 1 << 30;         // MPI counts are int
-        if (to < 0) out_bytes = 0;
-        if (from < 0) in_bytes = 0;
-        for (int64_t at = 0; at < std::max(out_bytes, in_bytes); at += PIECE) {
-            const int n_out = (int)std::clamp<int64_t>(out_bytes - at, 0, PIECE), n_in = (int)std::clamp<int64_t>(in_bytes - at, 0, PIECE);
-            MPI_Request both[2];
-            MPI_Irecv((char*)in + at, n_in, MPI_BYTE, n_in ? from : MPI_PROC_NULL, 0, MPI_COMM_WORLD, &both[0]);
-            MPI_Isend((const char*)out + at, n_out, MPI_BYTE, n_out ? to : MPI_PROC_NULL, 0, MPI_COMM_WORLD, &both[1]);
-            // MPI waits by spinning, which takes the core from a rank that computes where cores are few: sleep after a while
-            int done = 0;
-            for (int tries = 0; MPI_Testall(2, both, &done, MPI_STATUSES_IGNORE), !done; tries++)
-                if (tries > 50) std::this_thread::sleep_for(std::chrono::microseconds(50));
-        }
-    }
-};
-#endif
-
-struct TcpTransport : Transport {
-    std::vector<Socket> peers;                     // one for each rank but this
-    const char* name() const override { return "TCP"; }
-    void exchange(int to, const void* out, int64_t out_bytes, int from, void* in, int64_t in_bytes) override {
-        const char* o = (const char*)out;
-        char* i = (char*)in;
-        if (to < 0) out_bytes = 0;
-        if (from < 0) in_bytes = 0;
-        while (out_bytes > 0 || in_bytes > 0) {
-            pollfd wait[2] = {{out_bytes > 0 ? peers[to].fd() : -1, POLLOUT, 0}, {in_bytes > 0 ? peers[from].fd() : -1, POLLIN, 0}};
-            if (poll(wait, 2, -1) < 0 && errno != EINTR) fail("poll: %s", strerror(errno));
-            constexpr int64_t MOST = 1 << 30;
-            if (wait[0].revents) move(to, ::send(wait[0].fd, o, (size_t)std::min(out_bytes, MOST), MSG_NOSIGNAL | MSG_DONTWAIT), o, out_bytes);
-            if (wait[1].revents) move(from, ::recv(wait[1].fd, i, (size_t)std::min(in_bytes, MOST), MSG_DONTWAIT), i, in_bytes);
-        }
-    }
-
-private:
-    template <class P> static void move(int peer, ssize_t n, P& p, int64_t& bytes) {
-        if (n < 0 && (errno == EAGAIN || errno == EINTR)) return;
-        if (n <= 0) {
-            const std::string why = n < 0 ? strerror(errno) : "it was closed";
-            std::this_thread::sleep_for(std::chrono::seconds(3));                  // whoever watches over that rank knows more and ends the job
-            fail("the connection to rank %d is lost: %s", peer, why.c_str());
-        }
-        p += n;
-        bytes -= n;
-    }
-};

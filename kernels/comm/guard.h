@@ -15,7 +15,7 @@
 #include <functional>
 #include <mutex>
 
-#include "comm_host.h"
+#include "sockets.h"
 
 class Guard {
 public:
