@@ -7,7 +7,7 @@
 #pragma once
 #include <nlohmann/json.hpp>
 
-#include "../kernels/matmul_choice.h"
+#include "../kernels/matmul/choice.h"
 #include "files.h"
 
 struct MatmulPlanKey {

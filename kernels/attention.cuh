@@ -3,12 +3,12 @@
 //
 // Three paths, one choice (attn::forward, attn::backward):
 //   sm90      bf16 on Hopper: TMA, warp-specialised wgmma; head_dim 64 and 128: attention_sm90.cuh
-//   *_mma     bf16 on tensor cores: mma.sync m16n8k16, ldmatrix, cp.async (sm_80 and newer); head_dim 64, 128, 256: attention_mma_*.cuh
-//   *_plain   fp32 arithmetic from either type; any head_dim that is a multiple of 8 up to 256: attention_plain.cuh
+//   *_mma     bf16 on tensor cores: mma.sync m16n8k16, ldmatrix, cp.async (sm_80 and newer); head_dim 64, 128, 256: attention/mma_*.cuh
+//   *_plain   fp32 arithmetic from either type; any head_dim that is a multiple of 8 up to 256: attention/plain.cuh
 //
 // Forward: a block owns a tile of queries and visits the key tiles of its window, the diagonal first; online softmax in the
 // exp2 domain. Backward: blocks that own keys make dk and dv (they loop over the group's query heads) and keep dS in memory
-// (attention_common.cuh); blocks that own queries make dq = dS K from it: 5 products, every sum has one owner and a fixed order, no
+// (attention/common.cuh); blocks that own queries make dq = dS K from it: 5 products, every sum has one owner and a fixed order, no
 // atomics, no fp32 dq buffer. Where dS does not fit its workspace (ds_limit), or keys come from the ring, the second kernel makes S and
 // dP again: 7 products. Precision: fp32 sums, softmax and statistics; P and dS are rounded to bf16 for their second product.
 //
@@ -19,10 +19,10 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "attention_common.cuh"
-#include "attention_mma_backward.cuh"
-#include "attention_mma_forward.cuh"
-#include "attention_plain.cuh"
+#include "attention/common.cuh"
+#include "attention/mma_backward.cuh"
+#include "attention/mma_forward.cuh"
+#include "attention/plain.cuh"
 #include "attention_sm90.cuh"
 #include "device.cuh"
 #include "measure.cuh"

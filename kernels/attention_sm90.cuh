@@ -14,7 +14,7 @@
 // edge (diagonal, window, document, ring) are masked.
 //
 // Backward has two forms; neither has atomics or an fp32 dq buffer. With dS kept: a pass over out and dout makes delta; blocks that own keys make
-// dk and dv (S^T, dP^T, P^T dO, dS^T Q) and keep dS in memory (attention_common.cuh); blocks that own queries make dq = dS K: 5 products. With dS
+// dk and dv (S^T, dP^T, P^T dO, dS^T Q) and keep dS in memory (attention/common.cuh); blocks that own queries make dq = dS K: 5 products. With dS
 // made again: blocks that own queries make dq (S, dP, dS K) and, from tiles that they load anyway, delta; those that own keys then dk and
 // dv: 7 products, half the bytes. The second form is taken where keys come from the ring, head_dim is 64, or memory is slow or small (ds_limit() in
 // attention.cuh). An item's gradients are stored in the next item's first step. dq and dk are turned back by RoPE's angles on their way out.
@@ -24,10 +24,11 @@
 // layer, of which blocks of 64 x 64 do 319 and 797: 0.32 and 0.81 ms at the H100's nominal rate; dS is 1.25 GB written and read.
 // An H100 that runs the forward pass for long (1.55 GHz): 0.504 ms; an H200: backward 1.63 ms with delta (dev/results/2026-11-27_h200_attention).
 //
-// hopper.cuh: instructions, tiles, rings. attention_sm90_common.cuh: who works on what, masks, launches. _forward.cuh, _backward.cuh: kernels.
+// hopper.cuh: instructions, tiles, rings. attention/sm90_common.cuh: who works on what, masks, launches. The kernels: attention/sm90_forward.cuh
+// and attention/sm90_backward.cuh.
 #pragma once
-#include "attention_sm90_backward.cuh"
-#include "attention_sm90_forward.cuh"
+#include "attention/sm90_backward.cuh"
+#include "attention/sm90_forward.cuh"
 
 namespace gpu {
 namespace sm90 {

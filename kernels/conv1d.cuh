@@ -14,7 +14,7 @@
 #pragma once
 #include "device.cuh"
 #include "measure.cuh"
-#include "scan_common.cuh"
+#include "scan/common.cuh"
 
 namespace gpu {
 

@@ -17,10 +17,10 @@
 // RMSNorm is applied as y = r (W (x w_norm)): whoever writes x also writes xw = x w_norm and the sums of squares of each 8 columns,
 // so that the reader copies xw as it is and needs r only at the end.
 #pragma once
-#include "decode_attention.cuh"
-#include "decode_common.cuh"
-#include "decode_linear.cuh"
-#include "decode_sample.cuh"
+#include "decode/attention.cuh"
+#include "decode/common.cuh"
+#include "decode/linear.cuh"
+#include "decode/sample.cuh"
 
 namespace gpu {
 namespace decode {

@@ -3,7 +3,7 @@
 #pragma once
 #include <cuda.h>
 
-#include "attention_common.cuh"
+#include "attention/common.cuh"
 
 // wgmma and setmaxnreg exist for sm_90a only: other passes compile empty kernels, which usable() keeps from being launched.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || (defined(__CUDA_ARCH_SPECIFIC__) && __CUDA_ARCH_SPECIFIC__ == 900)

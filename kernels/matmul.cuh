@@ -35,7 +35,7 @@
 
 #include "device.cuh"
 #include "fp8.cuh"
-#include "matmul_choice.h"
+#include "matmul/choice.h"
 #include "measure.cuh"
 #include "quantised.h"
 

@@ -1,13 +1,13 @@
 // Matrix products with SwiGLU behind or before them.
 //   forward    gate|up = n (w1|w2)^T      h = silu(gate) up
 //   backward   dh = dy w3                 dgate|dup = the gradient of h's formula at dh
-// On Hopper in bf16 one kernel each (matmul_swiglu_sm90.cuh); elsewhere, and for sizes that it does not take, a product of cuBLASLt and a pass
+// On Hopper in bf16 one kernel each (matmul/swiglu_sm90.cuh); elsewhere, and for sizes that it does not take, a product of cuBLASLt and a pass
 // over memory (swiglu.cuh).
 // The passes over memory quantise what they write, where the next product is to be in fp8.
 #pragma once
 #include "matmul.cuh"
 #include "swiglu.cuh"
-#include "matmul_swiglu_sm90.cuh"
+#include "matmul/swiglu_sm90.cuh"
 
 namespace gpu {
 

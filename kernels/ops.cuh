@@ -3,7 +3,7 @@
 // A new operation: a header here, its twin in cpu/, a line in both lists below, a test in dev/test/.
 #pragma once
 #include "device.cuh"
-#include "decode_step.h"
+#include "decode/step.h"
 #include "measure.cuh"
 
 #include "cpu/adamw.h"
@@ -34,7 +34,7 @@ namespace ops = cpu;
 #include "conv1d_x_proj_backward.cuh"
 #include "cross_entropy.cuh"
 #include "decode.cuh"
-#include "decode_step.cuh"
+#include "decode/step.cuh"
 #include "embedding.cuh"
 #include "fp8.cuh"
 #include "global_norm.cuh"

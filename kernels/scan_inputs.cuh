@@ -1,11 +1,11 @@
 // What the selective scan reads, from the half of in_proj's output that is called x:
 //   u = silu(conv(x))        x_dbl = u w_x^T, columns dt low | B | C        dt = x_dbl[:, :R] w_dt^T
-// All three are bound by memory, so where it can a kernel makes them in one pass (scan_inputs_sm90.cuh); elsewhere, and for sizes that it does
+// All three are bound by memory, so where it can a kernel makes them in one pass (scan/inputs_sm90.cuh); elsewhere, and for sizes that it does
 // not take, they are made one after the other (conv1d.cuh, matmul.cuh).
 #pragma once
 #include "conv1d.cuh"
 #include "matmul.cuh"
-#include "scan_inputs_sm90.cuh"
+#include "scan/inputs_sm90.cuh"
 
 namespace gpu {
 

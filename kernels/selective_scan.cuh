@@ -1,17 +1,17 @@
-// Selective scan, GPU: which kernels, their workspace, and the two passes. The mathematics is in scan_common.cuh.
+// Selective scan, GPU: which kernels, their workspace, and the two passes. The mathematics is in scan/common.cuh.
 #pragma once
 #include "measure.cuh"
-#include "scan_any.cuh"
-#include "scan_forward.cuh"
-#include "scan_mma_backward.cuh"
-#include "scan_mma_forward.cuh"
+#include "scan/any.cuh"
+#include "scan/mma_forward_whole.cuh"
+#include "scan/mma_backward.cuh"
+#include "scan/mma_forward.cuh"
 
 namespace gpu {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Host
 
-// Which kernels: scan_mma_*.cuh's for bf16 and 16 states where a block has the shared memory that they need (Hopper), scan_any.cuh's otherwise.
+// Which kernels: scan/mma_*.cuh's for bf16 and 16 states where a block has the shared memory that they need (Hopper), scan/any.cuh's otherwise.
 // It depends on nothing that may change between the passes, as what is saved differs.
 inline bool scan_mma_fits() {
     static const bool fits = [] {

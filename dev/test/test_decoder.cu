@@ -21,7 +21,7 @@ Config decoder_config(const std::string& blocks, bool rope = true, int n_kv_head
     return c;
 }
 
-// Sizes that the kernel of a whole step takes (kernels/decode_step.cuh)
+// Sizes that the kernel of a whole step takes (kernels/decode/step.cuh)
 Config wide_config(const std::string& blocks, bool rope = true, int d = 128, int head_dim = 32) {
     Config c = decoder_config(blocks, rope);
     c.d_model = d, c.window = 70, c.vocab_size = 515;

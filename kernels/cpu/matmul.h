@@ -12,7 +12,7 @@
 #include <omp.h>
 #endif
 #include "../device.cuh"
-#include "../matmul_choice.h"
+#include "../matmul/choice.h"
 #include "sum.h"
 
 namespace cpu {

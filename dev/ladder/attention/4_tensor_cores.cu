@@ -7,7 +7,7 @@
 // ldmatrix brings an operand from shared memory, four 8 x 8 matrices an instruction. Rows are 256 bytes, so the eight rows of one matrix
 // would lie in the same banks: the 16-byte chunk c of row r is stored in place c ^ (r % 8).
 //
-// The pieces are those of kernels/attention_mma_tiles.cuh and attention_mma_forward.cuh: product_rows (S), online_softmax, product_columns (O),
+// The pieces are those of kernels/attention/mma_tiles.cuh and attention/mma_forward.cuh: product_rows (S), online_softmax, product_columns (O),
 // a warp's 32 queries each.
 //
 // What limits it: loads, products and exponentials take turns, each waits for the one before.

@@ -5,7 +5,7 @@
 //   - two blocks on a multiprocessor, so that one's products run beside the other's exponentials;
 //   - the heads' last tiles first: they have the longest windows, and short ones fill the end.
 //
-// This is forward_mma of kernels/attention_mma_forward.cuh, what every GPU since compute capability 8.0 runs.
+// This is forward_mma of kernels/attention/mma_forward.cuh, what every GPU since compute capability 8.0 runs.
 //
 // What limits it: on Hopper, mma.sync itself. It reaches at best 60% of what wgmma does, and a warp that issues it does nothing else.
 #include "../../../kernels/attention.cuh"

@@ -1,7 +1,7 @@
 // What the programs of this directory share: the problem, its random inputs, the definition as three loops, the check and the clock. A
 // program is a kernel, its launch, and a call of run().
 #pragma once
-#include "../../../kernels/attention_common.cuh"
+#include "../../../kernels/attention/common.cuh"
 #include "../ladder.cuh"
 
 #ifdef SAMBA_FP32

@@ -1,4 +1,4 @@
-// Forward scan on tensor cores in blocks of as many channels as fill the GPU, each block of whole sequences. See scan_mma.cuh for the mathematics of
+// Forward scan on tensor cores in blocks of as many channels as fill the GPU, each block of whole sequences. See scan/mma.cuh for the mathematics of
 // the tiles, and for the row warps.
 //   bytes per (t,c): 8, and 4 of saved states     special functions: 20
 //   B 1, T 32768, d_inner 3072 on an H200: 0.818 ms, 56% of the special functions' bound
@@ -12,7 +12,7 @@
 // units or the sums of those that they have walked. (1.143 ms when one warp walked through all steps of 8 channels and 8 states and made the
 // decays on the way.)
 #pragma once
-#include "scan_mma_forward.cuh"
+#include "mma_forward.cuh"
 
 namespace gpu::scan_narrow {
 

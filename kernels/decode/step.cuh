@@ -4,10 +4,10 @@
 // A step reads every weight once, and its 70 results that depend on each other are small: what it takes is the bytes over the
 // bandwidth if memory never waits for them. So one block an SM stays for the whole step:
 //   - four producer warps stream the block's rows of all matrices of all layers, keys, values and scan states in the order of their
-//     use through a ring of 204 KB in shared memory (decode_step_ring.cuh). They wait for nothing but room, so that 27 MB, 8 us
+//     use through a ring of 204 KB in shared memory (decode/step_ring.cuh). They wait for nothing but room, so that 27 MB, 8 us
 //     of memory time, are there or on their way while the blocks wait for each other. Alone they reach 93% of a copy's bandwidth at
 //     batch 1 and all of it at batch 16.
-//   - 8 consumer warps compute (decode_step_linear.cuh, decode_step_attention.cuh). Between two phases all blocks meet: a counter in L2, one
+//   - 8 consumer warps compute (decode/step_linear.cuh, decode/step_attention.cuh). Between two phases all blocks meet: a counter in L2, one
 //     arrival a block. From the first arrival to the first product of the next phase it is 2.5 to 3 thousand clocks, most of it three
 //     trips to L2; everything that does not depend on other blocks (addresses, zeros, operands of the first tile) is done before.
 //
@@ -18,7 +18,7 @@
 // Activations go through L2: each block reads all of a phase's input, 2 B K bytes (B = 16, K = 4096: 17 MB for all blocks).
 // Measured, with the draw: dev/results/2026-11-27_h200_generate.
 #pragma once
-#include "decode_step_attention.cuh"
+#include "step_attention.cuh"
 
 namespace gpu {
 namespace decode {

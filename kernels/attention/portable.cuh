@@ -1,6 +1,6 @@
 // What the two portable attention paths share (*_mma and *_plain of attention.cuh): which tile a block owns, and the statistics of backward.
 #pragma once
-#include "attention_common.cuh"
+#include "common.cuh"
 
 namespace gpu {
 namespace attn {

@@ -1,7 +1,7 @@
-// A decode step in one kernel (decode_step.cuh): the ring in shared memory through which weights, keys and states come, and the producer
+// A decode step in one kernel (decode/step.cuh): the ring in shared memory through which weights, keys and states come, and the producer
 // warps that fill it. One warp that issues bulk copies of 1 KB does 60 clocks a copy, whatever their size below that.
 #pragma once
-#include "decode_step_common.cuh"
+#include "step_common.cuh"
 
 namespace gpu {
 namespace decode {

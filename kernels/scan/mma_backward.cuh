@@ -1,4 +1,4 @@
-// The backward pass of scan_mma.cuh. Grid as forward. The scan warps remake the 8 states of a tile from the saved one, kept as bf16 pairs in
+// The backward pass of scan/mma.cuh. Grid as forward. The scan warps remake the 8 states of a tile from the saved one, kept as bf16 pairs in
 // registers, and go back:
 //   lambda_t = dy_t C_t' + a_(t+1) lambda_(t+1)              the outer product by mma, as in the forward pass
 //   d(dt u)_t = lambda_t B_t                                 by mma in tf32; step t is column t, here and below
@@ -7,7 +7,7 @@
 // Per (t,c): 16 bytes, 4 of saved states, 1.3 of partial sums of dB and dC; 37 special functions. B 8, T 4096, d_inner 3072 on an H100: 1.82 ms. What
 // bounds it is the issue of instructions, not latency (dev/results/2026-11-27_h100_night).
 #pragma once
-#include "scan_mma.cuh"
+#include "mma.cuh"
 
 namespace gpu::scan_mma {
 

@@ -3,7 +3,7 @@
 // Fp32 tiles of 16 R rows in shared memory, padded with zeros to HDP columns. 256 threads as 16 x 16: thread
 // (ty, tx) owns rows ty + 16 r of a result, and columns tx + 16 k of scores or 4 tx + 64 k .. + 3 of head dimensions.
 #pragma once
-#include "attention_portable.cuh"
+#include "portable.cuh"
 
 namespace gpu {
 namespace attn {

@@ -5,7 +5,7 @@
 // 16 rows is computed once (lane_a, lane_b); at_column() moves it to other columns, + 16 rows moves it down. Tiles are
 // aligned to 128 bytes at least.
 #pragma once
-#include "attention_portable.cuh"
+#include "portable.cuh"
 
 namespace gpu {
 namespace attn {

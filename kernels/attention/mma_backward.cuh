@@ -3,7 +3,7 @@
 #pragma once
 #include <algorithm>
 
-#include "attention_mma_tiles.cuh"
+#include "mma_tiles.cuh"
 
 namespace gpu {
 namespace attn {

@@ -2,7 +2,7 @@
 #pragma once
 #include <algorithm>
 
-#include "device.cuh"
+#include "../device.cuh"
 
 namespace gpu {
 namespace decode {

@@ -3,7 +3,7 @@
 #pragma once
 #include <algorithm>
 
-#include "hopper.cuh"
+#include "../hopper.cuh"
 
 namespace gpu {
 namespace sm90 {

@@ -1,10 +1,10 @@
-// A decode step in one kernel (decode_step.cuh): what its consumer warps do in a linear layer, and in the scan that dt_proj belongs to.
+// A decode step in one kernel (decode/step.cuh): what its consumer warps do in a linear layer, and in the scan that dt_proj belongs to.
 //
 // The results of a phase are shared out evenly between the blocks, in tiles of up to 16 weight rows. mma m16n8k16, weights as its rows and
 // sequences as its columns; the order of k is free, so that a lane's 16 bytes of a row are operands as they come. A warp takes every 8th
 // block of 32 columns and keeps its part of the activations in registers; the 8 warps' sums are added in order.
 #pragma once
-#include "decode_step_ring.cuh"
+#include "step_ring.cuh"
 
 namespace gpu {
 namespace decode {

@@ -1,8 +1,8 @@
-// A decode step in one kernel (decode_step.cuh): which phases there are, and what a block does in each. The producers and the consumers go
+// A decode step in one kernel (decode/step.cuh): which phases there are, and what a block does in each. The producers and the consumers go
 // through the same loops.
 #pragma once
-#include "decode_common.cuh"
-#include "decode_step.h"
+#include "common.cuh"
+#include "step.h"
 
 namespace gpu {
 namespace decode {

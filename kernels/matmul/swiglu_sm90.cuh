@@ -25,8 +25,8 @@
 #pragma once
 #include <initializer_list>
 
-#include "hopper.cuh"
-#include "swiglu.cuh"
+#include "../hopper.cuh"
+#include "../swiglu.cuh"
 
 namespace gpu::sm90 {
 

@@ -8,7 +8,7 @@
 // Cost per (t,c) in bf16, N = 16: forward 8 bytes + 2 saved, 19 special-function results (16 of them the decays); backward 16 bytes + 2 + 4
 // for the partial sums of dB and dC, 37 special-function results.
 #pragma once
-#include "scan_common.cuh"
+#include "common.cuh"
 
 namespace gpu {
 

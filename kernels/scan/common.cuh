@@ -7,11 +7,11 @@
 //
 // Past-the-end steps have dt = 0, so a = 1 and no input; past-the-end channels and states are zeros and are not stored. Where a document
 // starts (starts = 1) the state before it is dropped.
-// Two pairs of kernels: scan_mma_*.cuh for bf16 and 16 states, on tensor cores, which training uses; scan_any.cuh for the rest. scan_forward.cuh
-// is the first pair's forward pass where those blocks do not fill the GPU: narrow ones, each of whole sequences, do. All save h before every
-// tile of steps, as X, for the backward pass, which goes from the last tile to the first, remakes the states of a tile and goes back through
-// them with lambda. dB and dC are sums over channels: inside a block, then over the blocks by a second kernel in a fixed order. Nothing is
-// atomic: the same inputs give the same bits.
+// Two pairs of kernels: mma_forward.cuh and mma_backward.cuh for bf16 and 16 states, on tensor cores, which training uses; any.cuh for the rest.
+// mma_forward_whole.cuh is the first pair's forward pass where those blocks do not fill the GPU: narrow ones, each of whole sequences, do. All
+// save h before every tile of steps, as X, for the backward pass, which goes from the last tile to the first, remakes the states of a tile and
+// goes back through them with lambda. dB and dC are sums over channels: inside a block, then over the blocks by a second kernel in a fixed
+// order. Nothing is atomic: the same inputs give the same bits.
 // When B*e is too small to fill the GPU, T is split into segments: (a) every segment from a zero state, (b) the segments chained with
 // their decay exp(A sum dt), (c) the main kernel from the right state. The same goes for lambda, backwards. (a) makes every decay but the last
 // segment's a second time.
@@ -19,7 +19,7 @@
 // This file: what both pairs share.
 #pragma once
 #include <initializer_list>
-#include "device.cuh"
+#include "../device.cuh"
 
 namespace gpu {
 

@@ -1,7 +1,7 @@
 // Linear layers of a decode step: y (B,N) = in (B,K) W^T for up to 16 sequences, with what comes before and after fused. Bytes: the
 // weights once, 2 NK in bf16; how they stay on their way all the time: decode.cuh. Flops, 2 BNK, do not matter.
 #pragma once
-#include "decode_common.cuh"
+#include "common.cuh"
 
 namespace gpu {
 namespace decode {

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <climits>
 
-#include "device.cuh"
+#include "../device.cuh"
 
 namespace gpu {
 namespace attn {

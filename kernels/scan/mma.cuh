@@ -12,9 +12,9 @@
 // not depend on the state ("row warps": loads, softplus, gate, stores), a tile of 8 steps ahead of the scan warps and a tile behind. Two stages of
 // shared memory pass between them.
 //
-// Here are the pieces of both directions; scan_mma_forward.cuh and scan_mma_backward.cuh are the kernels.
+// Here are the pieces of both directions; scan/mma_forward.cuh and scan/mma_backward.cuh are the kernels.
 #pragma once
-#include "scan_common.cuh"
+#include "common.cuh"
 
 namespace gpu::scan_mma {
 

@@ -1,6 +1,6 @@
 // Attention on tensor cores with mma.sync (attention.cuh), forward: online softmax in registers
 #pragma once
-#include "attention_mma_tiles.cuh"
+#include "mma_tiles.cuh"
 
 namespace gpu {
 namespace attn {

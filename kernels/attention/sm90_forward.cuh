@@ -1,6 +1,6 @@
 // The Hopper attention kernel of the forward pass. The scheme: attention_sm90.cuh.
 #pragma once
-#include "attention_sm90_common.cuh"
+#include "sm90_common.cuh"
 
 #ifdef __CUDACC__
 namespace gpu {

@@ -18,8 +18,8 @@
 #include <algorithm>
 #include <initializer_list>
 
-#include "conv1d.cuh"
-#include "hopper.cuh"
+#include "../conv1d.cuh"
+#include "../hopper.cuh"
 
 namespace gpu::sm90 {
 

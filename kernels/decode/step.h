@@ -1,9 +1,9 @@
-// A decode step as a whole: what it reads and writes, layer by layer. DecodeStep (decode_step.cuh; none on a CPU) runs it in one kernel
+// A decode step as a whole: what it reads and writes, layer by layer. DecodeStep (decode/step.cuh; none on a CPU) runs it in one kernel
 // where its sizes allow that.
 #pragma once
 #include <vector>
 
-#include "device.cuh"
+#include "../device.cuh"
 
 struct DecodeLayer {
     enum Kind { mamba, attention, mlp } kind = mlp;

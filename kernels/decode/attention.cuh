@@ -1,7 +1,7 @@
 // Attention of a decode step: one query a sequence and head over the ring of keys and values. Formula: kernels/cpu/decode.h. Bytes a
 // sequence: 4 min(position, window) G hd in bf16, 12.6 MB for a layer of Samba-421M; flops 4 min(position, window) H hd.
 #pragma once
-#include "decode_common.cuh"
+#include "common.cuh"
 
 namespace gpu {
 namespace decode {

@@ -1,8 +1,8 @@
-// A decode step in one kernel (decode_step.cuh): attention of one query a sequence and head. Each block its parts of the keys, LANES lanes
+// A decode step in one kernel (decode/step.cuh): attention of one query a sequence and head. Each block its parts of the keys, LANES lanes
 // a key; then the sum of the parts, and the new key takes its place.
 #pragma once
-#include "decode_attention.cuh"
-#include "decode_step_linear.cuh"
+#include "attention.cuh"
+#include "step_linear.cuh"
 
 namespace gpu {
 namespace decode {

@@ -5,9 +5,9 @@
 // Between two steps nothing else can run, so that the draw's 4 V bytes a sequence do not matter, but its latency does: on Hopper a
 // cluster of 8 or 4 blocks takes a sequence, a thread some neighbouring logits, which it keeps; blocks read each other's sums in shared memory.
 #pragma once
-#include "decode_linear.cuh"
-#include "random.h"
-#include "rope.cuh"
+#include "linear.cuh"
+#include "../random.h"
+#include "../rope.cuh"
 
 namespace gpu {
 namespace decode {

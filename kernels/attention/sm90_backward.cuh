@@ -1,7 +1,7 @@
 // The Hopper attention kernels of the backward pass: statistics; dk and dv; dq from the score gradients that were kept, or from ones
 // made again. The scheme: attention_sm90.cuh.
 #pragma once
-#include "attention_sm90_common.cuh"
+#include "sm90_common.cuh"
 
 #ifdef __CUDACC__
 namespace gpu {
