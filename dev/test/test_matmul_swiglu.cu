@@ -41,11 +41,13 @@ struct Case {
         cpu::Matmul matmul;
         std::vector<double> dh(M * F);
         cpu::matmul_swiglu_forward(matmul, h.data(), gate_up.data(), n.data(), w12.data(), M, F, d);
-        cpu::matmul_swiglu_backward(matmul, dgate_up.data(), (double*)nullptr, dh.data(), dy.data(), w3.data(), rounded<floatX>(gate_up).data(), M, F, d);
+        cpu::matmul_swiglu_backward(matmul, dgate_up.data(), (double*)nullptr, dh.data(), dy.data(), w3.data(), rounded<floatX>(gate_up).data(), M, F,
+                                    d);
     }
     void check(gpu::Matmul& matmul) const {
         const auto [M, F, d, with_h] = s;
-        DeviceBuffer<floatX> N(to_type<floatX>(n)), W12(to_type<floatX>(w12)), W3(to_type<floatX>(w3)), DY(to_type<floatX>(dy)), given(to_type<floatX>(gate_up));
+        DeviceBuffer<floatX> N(to_type<floatX>(n)), W12(to_type<floatX>(w12)), W3(to_type<floatX>(w3)), DY(to_type<floatX>(dy));
+        DeviceBuffer<floatX> given(to_type<floatX>(gate_up));
         DeviceBuffer<floatX> H(M * F), GATE_UP(M * 2 * F), DGATE_UP(M * 2 * F), H_AGAIN(M * F), DH(M * F);
         gpu::matmul_swiglu_forward(matmul, H.ptr, GATE_UP.ptr, N.ptr, W12.ptr, M, F, d, Stream{});
         EXPECT_LT(rel_l2(to_double(GATE_UP.host()), gate_up), tolerance<floatX>());
@@ -62,7 +64,8 @@ TEST(MatmulSwiGLUGpu, MatchesTwin) {
     REQUIRE_GPU();
     gpu::Matmul matmul;
     // F a multiple of 256: one kernel on Hopper, with rows and d that end inside a tile, one row, and more tiles than blocks
-    for (const Sizes s : {Sizes{1, 256, 8, true}, {300, 512, 200, true}, {1000, 256, 136, false}, {129, 1024, 64, true}, {5000, 1024, 72, false}, {5, 40, 24, true}, {77, 264, 96, false}}) {
+    for (const Sizes s : {Sizes{1, 256, 8, true}, {300, 512, 200, true}, {1000, 256, 136, false}, {129, 1024, 64, true}, {5000, 1024, 72, false},
+                          {5, 40, 24, true}, {77, 264, 96, false}}) {
         SCOPED_TRACE("M " + std::to_string(s.M) + " F " + std::to_string(s.F) + " d " + std::to_string(s.d));
         Case(s).check(matmul);
     }
@@ -93,7 +96,8 @@ TEST(MatmulSwiGLUGpu, SameBitsEveryTime) {
     const int64_t M = 3000;
     const int F = 1024, d = 256;
     gpu::Matmul matmul;
-    DeviceBuffer<floatX> n(to_type<floatX>(random_values(M * d, 1))), w(to_type<floatX>(random_values((size_t)2 * F * d, 2, 0.1))), gate_up(M * 2 * F), h(M * F), dgate_up(M * 2 * F), dh(M * F);
+    DeviceBuffer<floatX> n(to_type<floatX>(random_values(M * d, 1))), w(to_type<floatX>(random_values((size_t)2 * F * d, 2, 0.1)));
+    DeviceBuffer<floatX> gate_up(M * 2 * F), h(M * F), dgate_up(M * 2 * F), dh(M * F);
     std::vector<double> first[3];
     for (int run = 0; run < 100; run++) {
         for (auto* b : {&gate_up, &h, &dgate_up, &dh}) b->poison();

@@ -43,8 +43,9 @@ std::string streamed(Tokenizer& tokenizer, const std::vector<int>& ids) {
     return text + tokenizer.decode_end();
 }
 const std::vector<std::string> TEXTS = {
-    "the samba is a dance", " leading space", "  two  spaces  ", "naïve café", "日本語のテキスト", "emoji 🎉🎊 and é", "line\nbreak\ttab", "12345 67", "",
-    " ", "a", "🎉", "�", std::string("nul\0byte", 8), "ä ö ü ß € 한국어 \xF0\x9F\x91\xA9\xE2\x80\x8D\xF0\x9F\x9A\x80"};
+    "the samba is a dance", " leading space", "  two  spaces  ", "naïve café", "日本語のテキスト", "emoji 🎉🎊 and é",
+    "line\nbreak\ttab", "12345 67", "", " ", "a", "🎉", "�", std::string("nul\0byte", 8),
+    "ä ö ü ß € 한국어 \xF0\x9F\x91\xA9\xE2\x80\x8D\xF0\x9F\x9A\x80"};
 
 } // namespace
 

@@ -36,7 +36,8 @@ template <class R> struct ConvInput {
 
 template <class R>
 void conv1d_forward(R* u /*(B,T,e)*/, std::type_identity_t<R>* halo_out /*(B,3,e) or null*/, const R* x /*(B,T,e), row stride ldx*/, int64_t ldx,
-                    const std::type_identity_t<R>* halo_in /*or null*/, const R* w /*(e,4)*/, const R* b /*(e)*/, int B, int64_t T, int e, Stream = {}) {
+                    const std::type_identity_t<R>* halo_in /*or null*/, const R* w /*(e,4)*/, const R* b /*(e)*/, int B, int64_t T, int e,
+                    Stream = {}) {
     const ConvInput<R> in{x, ldx, halo_in, T, e};
     const std::vector<R> wt = conv_transposed_weight(w, e);
     const R *w0 = wt.data(), *w1 = w0 + e, *w2 = w1 + e, *w3 = w2 + e;

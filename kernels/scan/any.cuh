@@ -12,112 +12,155 @@
 
 namespace gpu {
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Forward. Grid (channel blocks, B, segments). h_first (B,S,e,h_stride), or null for zeros.
+// What a block has of the work: the tiles from first_tile to before end_tile of a sequence. Grid (channel blocks, B, segments).
+template <bool MANY /*groups of states*/> struct ScanWork {
+    int64_t sequence, segment;                                        // segment: its number among those of all sequences
+    int groups, Np;                                                   // groups of states, and the states in them, with those past the end
+    int64_t tiles, first_tile, end_tile;                              // tiles: of the whole sequence
+    template <class X> __device__ explicit ScanWork(const ScanInput<X>& p)
+        : sequence(blockIdx.y), segment(sequence * gridDim.z + blockIdx.z),
+          groups(MANY ? (p.N + SCAN_GROUP - 1) / SCAN_GROUP : 1), Np(groups * SCAN_GROUP),
+          tiles((p.T + SCAN_TILE - 1) / SCAN_TILE), first_tile(blockIdx.z * p.segment_tiles), end_tile(min(first_tile + p.segment_tiles, tiles)) {}
+    // Where the states of a channel before a tile are in saved (B,tiles,e,Np)
+    __device__ int64_t saved_at(int64_t tile, int channel, int e) const { return ((sequence * tiles + tile) * e + channel) * Np; }
+};
 
-template <class X, bool VEC, bool MANY /*groups of states*/>
+// A thread's 4 channels of its step of a tile; zeros past the end
+template <class X, bool VEC> struct ScanRow {
+    Vec<X, 4> u, dt_raw, z;
+    __device__ void load(const ScanInput<X>& p, int64_t sequence, int64_t tile, int row, int channel) {
+        const int64_t t = tile * SCAN_TILE + row, at = sequence * p.T + t;
+        const int limit = t < p.T ? p.e : 0;
+        u = scan_load<VEC>(p.u + at * p.e, channel, limit);
+        dt_raw = scan_load<VEC>(p.dt_raw + at * p.e, channel, limit);
+        z = scan_load<VEC>(p.z + at * p.ldz, channel, limit);
+    }
+};
+
+// A lane's states from n on, of the N floats of a row; zeros past the end, and if there is no row
+__device__ inline ScanStates scan_load_states(const float* row, int n, int N, bool there) {
+    ScanStates h;
+#pragma unroll
+    for (int j = 0; j < 4; j++) h[j] = there && n + j < N ? row[n + j] : 0.f;
+    return h;
+}
+__device__ inline void scan_store_states(float* row, int n, int N, const ScanStates& h) {
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        if (n + j < N) row[n + j] = h[j];
+}
+
+// The recurrence over a tile. h: lane q's states of channel c, before the tile and then after it; keep(t, h) may take those of each step.
+// y: what the group of states adds to C_t h_t; `add`: to what the groups before it have left there.
+template <int CH>
+__device__ inline ScanStates scan_walk(float (&y)[SCAN_TILE][CH + 8], const float2 (&dt_input)[SCAN_TILE][CH] /*dt and dt u*/,
+                                 const ScanBC& bc, ScanStates h, const ScanStates& A2, int c, int q, bool add, auto keep) {
+#pragma unroll 2
+    for (int t4 = 0; t4 < SCAN_TILE; t4 += 4) {
+        float part[4];                                                // of y, from the lane's states
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float2 dt = dt_input[t4 + i][c];
+            const auto B = load_vec<4>(&bc[t4 + i][q * 4]), C = load_vec<4>(&bc[t4 + i][SCAN_GROUP + q * 4]);
+            part[i] = 0.f;
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                h[j] = fmaf(exp2_fast(dt.x * A2[j]), h[j], dt.y * B[j]);
+                part[i] = fmaf(h[j], C[j], part[i]);
+            }
+            keep(t4 + i, h);
+        }
+        const float sum = scan_sum_lanes(part, q);
+        y[t4 + q][c] = add ? y[t4 + q][c] + sum : sum;
+    }
+    return h;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Forward
+
+// What a thread does for 4 channels of a step: dt and dt u for the lanes, and out from the y that they leave
+template <class X> struct ScanForwardRow {
+    float D[4], bias[4];
+    float skip[4], gate[4];                                           // D u and silu(z)
+    __device__ ScanForwardRow(const ScanInput<X>& p, int channel) {
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            D[k] = channel + k < p.e ? p.D[channel + k] : 0.f;
+            bias[k] = channel + k < p.e ? p.dt_bias[channel + k] : 0.f;
+        }
+    }
+    template <bool VEC> __device__ void prepare(float2* dt_input, const ScanRow<X, VEC>& r, bool live, bool start) {
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            const float u = to_float(r.u[k]), z = to_float(r.z[k]);
+            const float dt = live ? scan_softplus<X>(to_float(r.dt_raw[k]) + bias[k]) : 0.f;
+            dt_input[k] = make_float2(start ? SCAN_CUT : dt, dt * u);
+            skip[k] = D[k] * u;
+            gate[k] = z * sigmoid<X>(z);
+        }
+    }
+    __device__ void finish(float (&out)[4], const float* y_row) const {
+        const auto y = load_vec<4>(y_row);
+#pragma unroll
+        for (int k = 0; k < 4; k++) out[k] = (y[k] + skip[k]) * gate[k];
+    }
+};
+
+// h_first (B,S,e,h_stride), or null for zeros. saved: as ScanWork has it, or null. h_out (B,e,N), or null.
+template <class X, bool VEC, bool MANY>
 __global__ void __launch_bounds__(SCAN_CHANNELS * SCAN_LANES, sizeof(X) == 2 && VEC && !MANY ? 6 : 4)
 selective_scan_forward_kernel(X* out, X* saved, float* h_out, const float* h_first, int h_stride, ScanInput<X> p) {
     constexpr int CH = SCAN_CHANNELS, THREADS = CH * SCAN_LANES;
     __shared__ __align__(16) float2 s_dt[SCAN_TILE][CH];              // dt and dt u
-    __shared__ __align__(16) float s_bc[SCAN_TILE][2 * SCAN_GROUP];   // B | C
+    __shared__ __align__(16) ScanBC s_bc;
     __shared__ __align__(16) float s_y[SCAN_TILE][CH + 8];            // + 8: the four lanes' rows lie in different banks
-    extern __shared__ float4 s_h[];                                   // MANY: (groups, threads)
+    extern __shared__ float4 shared_states[];                         // MANY: h of (groups, threads)
+    const ScanThread<CH> me;
+    const ScanWork<MANY> work(p);
+    ScanStates* s_h = (ScanStates*)shared_states + me.tid;            // group g: s_h[g * THREADS]
 
-    const int tid = threadIdx.x, c = tid / SCAN_LANES, q = tid % SCAN_LANES, channel = blockIdx.x * CH + c;
-    const int row = tid / (CH / 4), column = tid % (CH / 4) * 4, first_channel = blockIdx.x * CH + column;   // for work without states
-    const int64_t sequence = blockIdx.y, segment = sequence * gridDim.z + blockIdx.z;
-    const int groups = MANY ? (p.N + SCAN_GROUP - 1) / SCAN_GROUP : 1, Np = groups * SCAN_GROUP;
-    const int64_t tiles = (p.T + SCAN_TILE - 1) / SCAN_TILE, first_tile = blockIdx.z * p.segment_tiles;
-    const int64_t last_tile = min(first_tile + p.segment_tiles, tiles);
-
-    float A2[4], h[4], skip_weight[4], bias[4];
-    for (int g = 0; g < groups; g++) {
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            const int n = g * SCAN_GROUP + q * 4 + j;
-            h[j] = h_first && channel < p.e && n < p.N ? h_first[(segment * p.e + channel) * h_stride + n] : 0.f;
-        }
-        if (MANY) s_h[g * THREADS + tid] = make_float4(h[0], h[1], h[2], h[3]);
+    ScanStates A2, h;
+    for (int g = 0; g < work.groups; g++) {
+        h = scan_load_states(h_first + (work.segment * p.e + me.channel) * h_stride, me.state(g), p.N, h_first && me.channel < p.e);
+        if (MANY) s_h[g * THREADS] = h;
     }
-    scan_load_A(A2, p.A_log, channel, q * 4, p.e, p.N);
-#pragma unroll
-    for (int k = 0; k < 4; k++) {
-        skip_weight[k] = first_channel + k < p.e ? p.D[first_channel + k] : 0.f;
-        bias[k] = first_channel + k < p.e ? p.dt_bias[first_channel + k] : 0.f;
-    }
-    Vec<X, 4> us, dts, zs, bcs;
+    A2 = scan_load_A(p.A_log, me.channel, me.state(0), p.e, p.N);
+    ScanForwardRow<X> row(p, me.first_channel);
+    ScanRow<X, VEC> next;                                             // of the tile to come
+    Vec<X, 4> bc;
     auto load_tile = [&](int64_t tile) {
-        const int64_t t = tile * SCAN_TILE + row, at = sequence * p.T + t;
-        const int limit = t < p.T ? p.e : 0;
-        us = scan_load<VEC>(p.u + at * p.e, first_channel, limit);
-        dts = scan_load<VEC>(p.dt_raw + at * p.e, first_channel, limit);
-        zs = scan_load<VEC>(p.z + at * p.ldz, first_channel, limit);
-        bcs = scan_load_bc<VEC>(p, sequence, tile, 0);
+        next.load(p, work.sequence, tile, me.row, me.first_channel);
+        bc = scan_load_bc<VEC>(p, work.sequence, tile, 0);
     };
-    load_tile(first_tile);
-    for (int64_t tile = first_tile; tile < last_tile; tile++) {
-        const int64_t t = tile * SCAN_TILE + row;
-        const bool start = p.is_start(sequence, t);
-        float skip[4], gate[4];
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-            const float x = to_float(us[k]), z = to_float(zs[k]);
-            const float dt = t < p.T ? scan_softplus<X>(to_float(dts[k]) + bias[k]) : 0.f;
-            s_dt[row][column + k] = make_float2(start ? SCAN_CUT : dt, dt * x);
-            skip[k] = skip_weight[k] * x;
-            gate[k] = z * sigmoid<X>(z);
-        }
-        for (int g = 0; g < groups; g++) {
+    load_tile(work.first_tile);
+    for (int64_t tile = work.first_tile; tile < work.end_tile; tile++) {
+        const int64_t t = tile * SCAN_TILE + me.row;
+        const bool start = p.is_start(work.sequence, t);
+        row.prepare(&s_dt[me.row][me.column], next, t < p.T, start);
+        for (int g = 0; g < work.groups; g++) {
             if (MANY) {
                 if (g > 0) __syncthreads();                           // the group before has been read
-                bcs = scan_load_bc<VEC>(p, sequence, tile, g);
-                scan_load_A(A2, p.A_log, channel, g * SCAN_GROUP + q * 4, p.e, p.N);
-                const float4 v = s_h[g * THREADS + tid];
-                h[0] = v.x, h[1] = v.y, h[2] = v.z, h[3] = v.w;
+                bc = scan_load_bc<VEC>(p, work.sequence, tile, g);
+                A2 = scan_load_A(p.A_log, me.channel, me.state(g), p.e, p.N);
+                h = s_h[g * THREADS];
             }
-            *(float4*)&s_bc[tid / 8][tid % 8 * 4] = scan_floats(bcs);
+            scan_put_bc(s_bc, bc);
             __syncthreads();
-            if (g == groups - 1 && tile + 1 < last_tile) load_tile(tile + 1);
-            if (saved && channel < p.e) {
-                Vec<X, 4> v;
-#pragma unroll
-                for (int j = 0; j < 4; j++) v[j] = from_float<X>(h[j]);
-                store_vec(saved + ((sequence * tiles + tile) * p.e + channel) * Np + g * SCAN_GROUP + q * 4, v);
-            }
-#pragma unroll 2
-            for (int t4 = 0; t4 < SCAN_TILE; t4 += 4) {
-                float y[4];
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const float2 dt = s_dt[t4 + i][c];
-                    const auto B = load_vec<4>(&s_bc[t4 + i][q * 4]), C = load_vec<4>(&s_bc[t4 + i][SCAN_GROUP + q * 4]);
-                    y[i] = 0.f;
-#pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        h[j] = fmaf(exp2_fast(dt.x * A2[j]), h[j], dt.y * B[j]);
-                        y[i] = fmaf(h[j], C[j], y[i]);
-                    }
-                }
-                const float sum = scan_sum_lanes(y, q);
-                s_y[t4 + q][c] = MANY && g > 0 ? s_y[t4 + q][c] + sum : sum;
-            }
-            if (MANY) s_h[g * THREADS + tid] = make_float4(h[0], h[1], h[2], h[3]);
+            if (g == work.groups - 1 && tile + 1 < work.end_tile) load_tile(tile + 1);
+            if (saved && me.channel < p.e) store_vec(saved + work.saved_at(tile, me.channel, p.e) + g * SCAN_GROUP + me.q * 4, scan_round<X>(h.v));
+            h = scan_walk(s_y, s_dt, s_bc, h, A2, me.c, me.q, MANY && g > 0, [](int, const ScanStates&) {});
+            if (MANY) s_h[g * THREADS] = h;
         }
         __syncthreads();
-        const auto y = load_vec<4>(&s_y[row][column]);
-        const float o[4] = {(y[0] + skip[0]) * gate[0], (y[1] + skip[1]) * gate[1], (y[2] + skip[2]) * gate[2], (y[3] + skip[3]) * gate[3]};
-        scan_store<VEC>(out + (sequence * p.T + t) * p.e, first_channel, t < p.T ? p.e : 0, o);
+        float o[4];
+        row.finish(o, &s_y[me.row][me.column]);
+        scan_store<VEC>(out + (work.sequence * p.T + t) * p.e, me.first_channel, t < p.T ? p.e : 0, o);
     }
-    if (!h_out || last_tile < tiles || channel >= p.e) return;
-    for (int g = 0; g < groups; g++) {
-        if (MANY) {
-            const float4 v = s_h[g * THREADS + tid];
-            h[0] = v.x, h[1] = v.y, h[2] = v.z, h[3] = v.w;
-        }
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-            if (const int n = g * SCAN_GROUP + q * 4 + j; n < p.N) h_out[(sequence * p.e + channel) * p.N + n] = h[j];
+    if (!h_out || work.end_tile < work.tiles || me.channel >= p.e) return;
+    for (int g = 0; g < work.groups; g++) {
+        if (MANY) h = s_h[g * THREADS];
+        scan_store_states(h_out + (work.sequence * p.e + me.channel) * p.N, me.state(g), p.N, h);
     }
 }
 
@@ -131,7 +174,7 @@ template <class X, int CH> struct alignas(16) ScanTile {
     X stage[SCAN_TILE + 1][CH * SCAN_GROUP];
     float2 dt[SCAN_TILE][CH];                                         // dt and dt u
     float dy[SCAN_TILE][CH];
-    float bc[SCAN_TILE][2 * SCAN_GROUP];                              // B | C
+    ScanBC bc;
     float y[SCAN_TILE][CH + 8], dinput[SCAN_TILE][CH + 8], ddecay[SCAN_TILE][CH + 8];   // + 8: as in the forward kernel
     float skip_weight[CH], dt_bias[CH];
     float dD[SCAN_TILE][CH], ddt_bias[SCAN_TILE][CH];                 // sums over the tiles, each thread its own: registers are short
@@ -198,44 +241,35 @@ __device__ inline void scan_sum_channels(float* to, int64_t stride, int64_t step
 }
 
 // Forward through a tile from the state in row 0 of stage: fills the other rows and adds to y
-template <class X, int CH, bool MANY>
-__device__ inline void scan_remake(ScanTile<X, CH>& s, const float (&A2)[4], int c, int q, bool add) {
+template <class X, int CH>
+__device__ inline void scan_remake(ScanTile<X, CH>& s, const ScanStates& A2, int c, int q, bool add) {
     const auto first = load_vec<4>(&s.stage[0][s.at(c, q)]);
-    float h[4] = {to_float(first[0]), to_float(first[1]), to_float(first[2]), to_float(first[3])};
-#pragma unroll 2
-    for (int t4 = 0; t4 < SCAN_TILE; t4 += 4) {
-        float y[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const float2 dt = s.dt[t4 + i][c];
-            const auto B = load_vec<4>(&s.bc[t4 + i][q * 4]), C = load_vec<4>(&s.bc[t4 + i][SCAN_GROUP + q * 4]);
-            Vec<X, 4> kept;
-            y[i] = 0.f;
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                h[j] = fmaf(exp2_fast(dt.x * A2[j]), h[j], dt.y * B[j]);
-                y[i] = fmaf(h[j], C[j], y[i]);
-                kept[j] = from_float<X>(h[j]);
-            }
-            store_vec(&s.stage[t4 + i + 1][s.at(c, q)], kept);
-        }
-        const float sum = scan_sum_lanes(y, q);
-        s.y[t4 + q][c] = MANY && add ? s.y[t4 + q][c] + sum : sum;
-    }
+    const ScanStates h = {to_float(first[0]), to_float(first[1]), to_float(first[2]), to_float(first[3])};
+    scan_walk(s.y, s.dt, s.bc, h, A2, c, q, add, [&](int t, const ScanStates& h) {
+        store_vec(&s.stage[t + 1][s.at(c, q)], scan_round<X>(h.v));
+    });
 }
 
+// What a lane keeps of a group of states. MANY: the groups take turns, and wait in shared memory.
+template <bool MANY, int THREADS> struct ScanBackwardLane {
+    ScanStates A2, carry, dA;                                         // carry: a lambda of the step that was gone through last
+    ScanStates *waiting_carry, *waiting_dA;                           // (groups, threads)
+    __device__ void take(int g, int tid) { carry = waiting_carry[g * THREADS + tid], dA = waiting_dA[g * THREADS + tid]; }
+    __device__ void leave(int g, int tid) { waiting_carry[g * THREADS + tid] = carry, waiting_dA[g * THREADS + tid] = dA; }
+};
+
 // Back through the tile. carry: a lambda of the step after the tile, then of its first step.
-template <class X, int CH, bool MANY>
-__device__ inline void scan_reverse(ScanTile<X, CH>& s, float (&carry)[4], float (&dA)[4], const float (&A2)[4], int c, int q, bool add) {
+template <class X, int CH>
+__device__ inline void scan_reverse(ScanTile<X, CH>& s, ScanStates& carry, ScanStates& dA, const ScanStates& A2, int c, int q, bool add) {
 #pragma unroll 1
     for (int t4 = SCAN_TILE - 4; t4 >= 0; t4 -= 4) {
-        float dinput[4], ddecay[4];
+        float dinput[4], ddecay[4];                                   // the lane's parts: d(dt u), and d(dt) by way of the decay, over ln 2
 #pragma unroll
         for (int i = 3; i >= 0; i--) {
             const int t = t4 + i;
             const float dt = s.dt[t][c].x, dy = s.dy[t][c];
             const auto B = load_vec<4>(&s.bc[t][q * 4]), C = load_vec<4>(&s.bc[t][SCAN_GROUP + q * 4]);
-            const auto before = load_vec<4>(&s.stage[t][s.at(c, q)]);
+            const auto before = load_vec<4>(&s.stage[t][s.at(c, q)]); // h_(t-1)
             Vec<X, 4> kept;
             dinput[i] = ddecay[i] = 0.f;
 #pragma unroll
@@ -251,17 +285,40 @@ __device__ inline void scan_reverse(ScanTile<X, CH>& s, float (&carry)[4], float
             store_vec(&s.stage[t + 1][s.at(c, q)], kept);             // h_t has been read, at step t + 1
         }
         const float sum = scan_sum_lanes(dinput, q), decay_sum = scan_sum_lanes(ddecay, q);
-        s.dinput[t4 + q][c] = MANY && add ? s.dinput[t4 + q][c] + sum : sum;
-        s.ddecay[t4 + q][c] = MANY && add ? s.ddecay[t4 + q][c] + decay_sum : decay_sum;
+        s.dinput[t4 + q][c] = add ? s.dinput[t4 + q][c] + sum : sum;
+        s.ddecay[t4 + q][c] = add ? s.ddecay[t4 + q][c] + decay_sum : decay_sum;
     }
 }
 
-// 4 neighbouring channels of one step
-template <class X> struct ScanRow { Vec<X, 4> u, dt_raw, z, dout; };
+// Both ways through a tile with group g of the states. To dbc (channel blocks, B, T, 2 Np): the group's dB | dC, sums over the block's channels.
+template <class X, int CH, bool MANY>
+__device__ inline void scan_sweep(ScanTile<X, CH>& s, ScanBackwardLane<MANY, CH * SCAN_LANES>& lane, const ScanGradients<X>& out,
+                                  const ScanInput<X>& p, const ScanWork<MANY>& work, const ScanThread<CH>& me, int64_t tile, int g) {
+    const int64_t first_step = tile * SCAN_TILE;
+    scan_remake(s, lane.A2, me.c, me.q, MANY && g > 0);
+    __syncthreads();                                                  // all h are in stage
+    float* dbc = out.dbc + (((int64_t)blockIdx.x * gridDim.y + work.sequence) * p.T + first_step) * 2 * work.Np + g * 2 * SCAN_GROUP;
+    if constexpr (sizeof(X) == 2) scan_sum_channels<CH>(dbc + SCAN_GROUP, 2 * work.Np, p.T - first_step, s, s.dy_X);
+    else scan_sum_channels<CH>(dbc + SCAN_GROUP, 2 * work.Np, p.T - first_step, s, false);
+    __syncthreads();                                                  // and may be replaced
+    scan_reverse(s, lane.carry, lane.dA, lane.A2, me.c, me.q, MANY && g > 0);
+    __syncthreads();                                                  // all lambda are in stage
+    if constexpr (sizeof(X) == 2) scan_sum_channels<CH>(dbc, 2 * work.Np, p.T - first_step, s, s.input_X);
+    else scan_sum_channels<CH>(dbc, 2 * work.Np, p.T - first_step, s, true);
+}
+
+template <class X, bool VEC> struct ScanBackwardRow : ScanRow<X, VEC> {
+    Vec<X, 4> dout;
+    __device__ void load(const ScanInput<X>& p, const X* dout_ /*(B,T,e)*/, int64_t sequence, int64_t tile, int row, int channel) {
+        ScanRow<X, VEC>::load(p, sequence, tile, row, channel);
+        const int64_t t = tile * SCAN_TILE + row;
+        dout = scan_load<VEC>(dout_ + (sequence * p.T + t) * p.e, channel, t < p.T ? p.e : 0);
+    }
+};
 
 // What the sweeps over a tile need of its rows. live: the step is not past the end.
-template <class X, int CH>
-__device__ inline void scan_fill_tile(ScanTile<X, CH>& s, const ScanRow<X>& r, bool live, bool start, int row, int column) {
+template <class X, int CH, bool VEC>
+__device__ inline void scan_fill_tile(ScanTile<X, CH>& s, const ScanBackwardRow<X, VEC>& r, bool live, bool start, int row, int column) {
 #pragma unroll
     for (int k = 0; k < 4; k++) {
         const float u = to_float(r.u[k]), z = to_float(r.z[k]), dy = to_float(r.dout[k]) * z * sigmoid<X>(z);
@@ -277,8 +334,8 @@ __device__ inline void scan_fill_tile(ScanTile<X, CH>& s, const ScanRow<X>& r, b
 
 // What the sweeps leave becomes gradients. at: the row of (B,T).
 template <class X, int CH, bool VEC>
-__device__ inline void scan_finish_tile(ScanTile<X, CH>& s, const ScanRow<X>& r, const ScanGradients<X>& out, const ScanInput<X>& p, int64_t at,
-                                        bool live, bool start, int row, int column) {
+__device__ inline void scan_finish_tile(ScanTile<X, CH>& s, const ScanBackwardRow<X, VEC>& r, const ScanGradients<X>& out,
+                                        const ScanInput<X>& p, int64_t at, bool live, bool start, int row, int column) {
     const int first_channel = blockIdx.x * CH + column, limit = live ? p.e : 0;
     float o[4], dz[4], du[4], ddt[4];
 #pragma unroll
@@ -301,9 +358,43 @@ __device__ inline void scan_finish_tile(ScanTile<X, CH>& s, const ScanRow<X>& r,
     scan_store<VEC>(out.ddt_raw + at * p.e, first_channel, limit, ddt);
 }
 
-// Values n to n + 3 of a row; zeros from N on
-__device__ inline float4 scan_load_carry(const float* row, int n, int N) {
-    return make_float4(n < N ? row[n] : 0.f, n + 1 < N ? row[n + 1] : 0.f, n + 2 < N ? row[n + 2] : 0.f, n + 3 < N ? row[n + 3] : 0.f);
+// The block's D and dt_bias, and zeros in the sums that each thread keeps
+template <class X, int CH> __device__ inline void scan_begin(ScanTile<X, CH>& s, const ScanInput<X>& p, int tid, int row, int column) {
+    *(float4*)&s.dD[row][column] = *(float4*)&s.ddt_bias[row][column] = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (tid < CH) {
+        const int channel = blockIdx.x * CH + tid;
+        s.skip_weight[tid] = channel < p.e ? p.D[channel] : 0.f;
+        s.dt_bias[tid] = channel < p.e ? p.dt_bias[channel] : 0.f;
+    }
+}
+// dD and d(dt_bias) of the block's channels, the sums of the 16 rows in order, to (B,S,e,2)
+template <class X, int CH> __device__ inline void scan_sum_rows(float* dD_dbias, const ScanTile<X, CH>& s, int64_t segment, int e, int tid) {
+    if (tid < 2 * CH && blockIdx.x * CH + tid % CH < e) {
+        float sum = 0.f;
+        for (int i = 0; i < SCAN_TILE; i++) sum += tid < CH ? s.dD[i][tid] : s.ddt_bias[i][tid - CH];
+        dD_dbias[(segment * e + blockIdx.x * CH + tid % CH) * 2 + tid / CH] = sum;
+    }
+}
+
+// What lanes have in the end: dh_in (B,e,N), if the segment is the sequence's first, and the segment's dA_log (B,S,e,Np)
+template <int CH, bool MANY, class X>
+__device__ inline void scan_store_lane(const ScanGradients<X>& out, ScanBackwardLane<MANY, CH * SCAN_LANES>& lane, const ScanInput<X>& p,
+                                       const ScanWork<MANY>& work, const ScanThread<CH>& me) {
+    for (int g = 0; out.dh_in && work.first_tile == 0 && me.channel < p.e && g < work.groups; g++) {
+        if (MANY) lane.take(g, me.tid);
+        scan_store_states(out.dh_in + (work.sequence * p.e + me.channel) * p.N, me.state(g), p.N, lane.carry);
+    }
+    for (int g = 0; g < work.groups; g++) {
+        if (MANY) {
+            lane.take(g, me.tid);
+            lane.A2 = scan_load_A(p.A_log, me.channel, me.state(g), p.e, p.N);
+        }
+        if (me.channel >= p.e) continue;
+        ScanStates dA_log;                                            // dA/dA_log = A = A2 ln 2
+#pragma unroll
+        for (int j = 0; j < 4; j++) dA_log[j] = lane.A2[j] * SCAN_LN2 * lane.dA[j];
+        store_vec(out.dA + (work.segment * p.e + me.channel) * work.Np + me.state(g), dA_log);
+    }
 }
 
 // Grid (channel blocks, B, segments). Shared memory: the tile, then if MANY carry and dA of (groups, threads).
@@ -313,109 +404,58 @@ selective_scan_backward_kernel(ScanGradients<X> out, ScanInput<X> p) {
     constexpr int THREADS = CH * SCAN_LANES;
     extern __shared__ float4 shared_floats[];
     ScanTile<X, CH>& s = *(ScanTile<X, CH>*)shared_floats;
-    float4* s_carry = (float4*)(&s + 1);
-    const int tid = threadIdx.x, c = tid / SCAN_LANES, q = tid % SCAN_LANES, channel = blockIdx.x * CH + c;
-    const int row = tid / (CH / 4), column = tid % (CH / 4) * 4, first_channel = blockIdx.x * CH + column;
-    const int64_t sequence = blockIdx.y, segment = sequence * gridDim.z + blockIdx.z;
-    const int groups = MANY ? (p.N + SCAN_GROUP - 1) / SCAN_GROUP : 1, Np = groups * SCAN_GROUP;
-    float4* s_dA = s_carry + groups * THREADS;
-    const int64_t tiles = (p.T + SCAN_TILE - 1) / SCAN_TILE, first_tile = blockIdx.z * p.segment_tiles;
-    const int64_t last_tile = min(first_tile + p.segment_tiles, tiles);
+    const ScanThread<CH> me;
+    const ScanWork<MANY> work(p);
+    ScanBackwardLane<MANY, THREADS> lane;
+    lane.waiting_carry = (ScanStates*)(&s + 1), lane.waiting_dA = lane.waiting_carry + work.groups * THREADS;
 
-    float A2[4], carry[4] = {}, dA[4] = {};
-    for (int g = 0; g < groups; g++) {
-        float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
-        if (out.carry && channel < p.e)
-            v = scan_load_carry(out.carry + (segment * p.e + channel) * out.carry_stride, g * SCAN_GROUP + q * 4, min(out.carry_stride, p.N));
-        carry[0] = v.x, carry[1] = v.y, carry[2] = v.z, carry[3] = v.w;
-        if (MANY) s_carry[g * THREADS + tid] = v, s_dA[g * THREADS + tid] = make_float4(0.f, 0.f, 0.f, 0.f);
+    lane.dA = {};
+#pragma unroll 2
+    for (int g = 0; g < work.groups; g++) {
+        lane.carry = {};
+        if (out.carry && me.channel < p.e)
+            lane.carry = scan_load_states(out.carry + (work.segment * p.e + me.channel) * out.carry_stride, me.state(g),
+                                          min(out.carry_stride, p.N), true);
+        if (MANY) lane.leave(g, me.tid);
     }
-    scan_load_A(A2, p.A_log, channel, q * 4, p.e, p.N);
-    *(float4*)&s.dD[row][column] = *(float4*)&s.ddt_bias[row][column] = make_float4(0.f, 0.f, 0.f, 0.f);
-    if (tid < CH) {
-        const int i = blockIdx.x * CH + tid;
-        s.skip_weight[tid] = i < p.e ? p.D[i] : 0.f;
-        s.dt_bias[tid] = i < p.e ? p.dt_bias[i] : 0.f;
-    }
+    lane.A2 = scan_load_A(p.A_log, me.channel, me.state(0), p.e, p.N);
+    scan_begin(s, p, me.tid, me.row, me.column);
     __syncthreads();
-    ScanRow<X> next;
-    Vec<X, 4> bcs, hs;
-    auto load_state = [&](int64_t tile, int g) {
-        const X* states = out.saved + ((sequence * tiles + tile) * p.e + channel) * Np;
-        return scan_load<true>(states, g * SCAN_GROUP + q * 4, channel < p.e ? Np : 0);
+    ScanBackwardRow<X, VEC> next;                                     // of the tile to come
+    Vec<X, 4> bc, before;                                             // before: the saved states
+    auto load_group = [&](int64_t tile, int g) {
+        if (MANY || me.tid < SCAN_BC_THREADS) bc = scan_load_bc<VEC>(p, work.sequence, tile, g);
+        before = scan_load<true>(out.saved + work.saved_at(tile, me.channel, p.e), me.state(g), me.channel < p.e ? work.Np : 0);
     };
     auto load_tile = [&](int64_t tile) {
-        const int64_t t = tile * SCAN_TILE + row, at = sequence * p.T + t;
-        const int limit = t < p.T ? p.e : 0;
-        next.u = scan_load<VEC>(p.u + at * p.e, first_channel, limit);
-        next.dt_raw = scan_load<VEC>(p.dt_raw + at * p.e, first_channel, limit);
-        next.z = scan_load<VEC>(p.z + at * p.ldz, first_channel, limit);
-        next.dout = scan_load<VEC>(out.dout + at * p.e, first_channel, limit);
-        if (!MANY && tid < 128) bcs = scan_load_bc<VEC>(p, sequence, tile, 0);
-        if (!MANY) hs = load_state(tile, 0);
+        next.load(p, out.dout, work.sequence, tile, me.row, me.first_channel);
+        if (!MANY) load_group(tile, 0);
     };
-    load_tile(last_tile - 1);
-    for (int64_t tile = last_tile - 1; tile >= first_tile; tile--) {
-        const int64_t first_step = tile * SCAN_TILE, t = first_step + row;
-        const ScanRow<X> now = next;                                  // next takes the next tile's
-        const bool start = p.is_start(sequence, t);
-        scan_fill_tile(s, now, t < p.T, start, row, column);
-        for (int g = 0; g < groups; g++) {
+    load_tile(work.end_tile - 1);
+    for (int64_t tile = work.end_tile - 1; tile >= work.first_tile; tile--) {
+        const int64_t t = tile * SCAN_TILE + me.row;
+        const ScanBackwardRow<X, VEC> now = next;                     // next takes the next tile's
+        const bool start = p.is_start(work.sequence, t);
+        scan_fill_tile(s, now, t < p.T, start, me.row, me.column);
+        for (int g = 0; g < work.groups; g++) {
             if (MANY) {
                 if (g > 0) __syncthreads();                           // the group before has been read
-                bcs = scan_load_bc<VEC>(p, sequence, tile, g);
-                hs = load_state(tile, g);
-                scan_load_A(A2, p.A_log, channel, g * SCAN_GROUP + q * 4, p.e, p.N);
-                const float4 v = s_carry[g * THREADS + tid], w = s_dA[g * THREADS + tid];
-                carry[0] = v.x, carry[1] = v.y, carry[2] = v.z, carry[3] = v.w;
-                dA[0] = w.x, dA[1] = w.y, dA[2] = w.z, dA[3] = w.w;
+                load_group(tile, g);
+                lane.A2 = scan_load_A(p.A_log, me.channel, me.state(g), p.e, p.N);
+                lane.take(g, me.tid);
             }
-            if (tid < 128) *(float4*)&s.bc[tid / 8][tid % 8 * 4] = scan_floats(bcs);
-            store_vec(&s.stage[0][s.at(c, q)], hs);                   // read by this thread alone
+            if (me.tid < SCAN_BC_THREADS) scan_put_bc(s.bc, bc);
+            store_vec(&s.stage[0][s.at(me.c, me.q)], before);         // read by this thread alone
             __syncthreads();
-            if (g == groups - 1 && tile > first_tile) load_tile(tile - 1);
-            scan_remake<X, CH, MANY>(s, A2, c, q, g > 0);
-            __syncthreads();                                          // all h are in stage
-            float* part = out.dbc + (((int64_t)blockIdx.x * gridDim.y + sequence) * p.T + first_step) * 2 * Np + g * 2 * SCAN_GROUP;
-            if constexpr (sizeof(X) == 2) scan_sum_channels<CH>(part + SCAN_GROUP, 2 * Np, p.T - first_step, s, s.dy_X);
-            else scan_sum_channels<CH>(part + SCAN_GROUP, 2 * Np, p.T - first_step, s, false);
-            __syncthreads();                                          // and may be replaced
-            scan_reverse<X, CH, MANY>(s, carry, dA, A2, c, q, g > 0);
-            __syncthreads();                                          // all lambda are in stage
-            if constexpr (sizeof(X) == 2) scan_sum_channels<CH>(part, 2 * Np, p.T - first_step, s, s.input_X);
-            else scan_sum_channels<CH>(part, 2 * Np, p.T - first_step, s, true);
-            if (MANY) {
-                s_carry[g * THREADS + tid] = make_float4(carry[0], carry[1], carry[2], carry[3]);
-                s_dA[g * THREADS + tid] = make_float4(dA[0], dA[1], dA[2], dA[3]);
-            }
+            if (g == work.groups - 1 && tile > work.first_tile) load_tile(tile - 1);
+            scan_sweep(s, lane, out, p, work, me, tile, g);
+            if (MANY) lane.leave(g, me.tid);
         }
-        scan_finish_tile<X, CH, VEC>(s, now, out, p, sequence * p.T + t, t < p.T, start, row, column);
+        scan_finish_tile(s, now, out, p, work.sequence * p.T + t, t < p.T, start, me.row, me.column);
         __syncthreads();                                              // the tile has been read
     }
-    for (int g = 0; out.dh_in && first_tile == 0 && channel < p.e && g < groups; g++) {
-        if (MANY) {
-            const float4 v = s_carry[g * THREADS + tid];
-            carry[0] = v.x, carry[1] = v.y, carry[2] = v.z, carry[3] = v.w;
-        }
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-            if (const int n = g * SCAN_GROUP + q * 4 + j; n < p.N) out.dh_in[(sequence * p.e + channel) * p.N + n] = carry[j];
-    }
-    for (int g = 0; g < groups; g++) {
-        if (MANY) {
-            const float4 w = s_dA[g * THREADS + tid];
-            dA[0] = w.x, dA[1] = w.y, dA[2] = w.z, dA[3] = w.w;
-            scan_load_A(A2, p.A_log, channel, g * SCAN_GROUP + q * 4, p.e, p.N);
-        }
-        if (channel < p.e)
-            *(float4*)(out.dA + (segment * p.e + channel) * Np + g * SCAN_GROUP + q * 4) =
-                make_float4(A2[0] * SCAN_LN2 * dA[0], A2[1] * SCAN_LN2 * dA[1], A2[2] * SCAN_LN2 * dA[2], A2[3] * SCAN_LN2 * dA[3]);
-    }
-    if (tid < 2 * CH && blockIdx.x * CH + tid % CH < p.e) {
-        float sum = 0.f;
-        for (int i = 0; i < SCAN_TILE; i++) sum += tid < CH ? s.dD[i][tid] : s.ddt_bias[i][tid - CH];
-        out.dD_dbias[(segment * p.e + blockIdx.x * CH + tid % CH) * 2 + tid / CH] = sum;
-    }
+    scan_store_lane(out, lane, p, work, me);
+    scan_sum_rows(out.dD_dbias, s, work.segment, p.e, me.tid);
 }
 
 } // namespace gpu

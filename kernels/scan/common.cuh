@@ -72,10 +72,29 @@ template <class X> __device__ inline float scan_softplus(float x) {
     }
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// A block's threads, and what they load and store
+
+// What a thread does. For the recurrence it is a lane: lane q of channel c of the block keeps 4 states of a group. For what does not depend on the
+// states it has 4 neighbouring channels, from `column` of the block on, at step `row` of every tile.
+template <int CH /*channels a block*/> struct ScanThread {
+    int tid, c, q, channel;
+    int row, column, first_channel;
+    __device__ ScanThread()
+        : tid(threadIdx.x), c(tid / SCAN_LANES), q(tid % SCAN_LANES), channel(blockIdx.x * CH + c),
+          row(tid / (CH / 4)), column(tid % (CH / 4) * 4), first_channel(blockIdx.x * CH + column) {}
+    __device__ int state(int group) const { return group * SCAN_GROUP + q * 4; }     // the first of the lane's
+};
+
+// A lane's 4 states of a group; also their decay rates and gradients
+using ScanStates = Vec<float, 4>;
+
 // A log2(e) of 4 states from n on; 0 past the end
-__device__ inline void scan_load_A(float (&A2)[4], const float* A_log, int channel, int n, int e, int N) {
+__device__ inline ScanStates scan_load_A(const float* A_log /*(e,N)*/, int channel, int n, int e, int N) {
+    ScanStates A2;
 #pragma unroll
     for (int j = 0; j < 4; j++) A2[j] = channel < e && n + j < N ? -expf(A_log[(int64_t)channel * N + n + j]) * LOG2E : 0.f;
+    return A2;
 }
 
 // 4 values of a row from column i on, zeros from `limit` on. VEC: all rows allow aligned loads of 4, and limit % 4 = 0.
@@ -86,10 +105,15 @@ template <bool VEC, class X> __device__ inline Vec<X, 4> scan_load(const X* row,
     for (int k = 0; k < 4; k++) v[k] = !VEC && i + k < limit ? row[i + k] : from_float<X>(0.f);
     return v;
 }
-template <bool VEC, class X> __device__ inline void scan_store(X* row, int i, int limit, const float (&x)[4]) {
+// 4 values as X
+template <class X> __device__ inline Vec<X, 4> scan_round(const float (&x)[4]) {
     Vec<X, 4> v;
 #pragma unroll
     for (int k = 0; k < 4; k++) v[k] = from_float<X>(x[k]);
+    return v;
+}
+template <bool VEC, class X> __device__ inline void scan_store(X* row, int i, int limit, const float (&x)[4]) {
+    const Vec<X, 4> v = scan_round<X>(x);
     if (VEC) {
         if (i < limit) store_vec(row + i, v);
     } else {
@@ -98,16 +122,19 @@ template <bool VEC, class X> __device__ inline void scan_store(X* row, int i, in
             if (i + k < limit) row[i + k] = v[k];
     }
 }
-template <class X> __device__ inline float4 scan_floats(const Vec<X, 4>& v) {
-    return make_float4(to_float(v[0]), to_float(v[1]), to_float(v[2]), to_float(v[3]));
-}
 
-// B (first 4 threads of 8) or C (last 4) of one step of the tile and one group of states, for the first 128 threads
+// B | C of a tile and a group of states, in shared memory
+using ScanBC = float[SCAN_TILE][2 * SCAN_GROUP];
+constexpr int SCAN_BC_THREADS = sizeof(ScanBC) / sizeof(float4);     // the first of a block, 8 a step: 4 for B, 4 for C
 template <bool VEC, class X> __device__ inline Vec<X, 4> scan_load_bc(const ScanInput<X>& p, int64_t sequence, int64_t tile, int group) {
     const int64_t t = tile * SCAN_TILE + threadIdx.x / 8;
     const int column = threadIdx.x % 8 * 4, n = group * SCAN_GROUP + column % SCAN_GROUP;
     const X* row = p.bc + (sequence * p.T + t) * p.ldbc + (column < SCAN_GROUP ? 0 : p.N);
     return scan_load<VEC>(row, n, t < p.T ? p.N : 0);
+}
+template <class X> __device__ inline void scan_put_bc(ScanBC& bc, const Vec<X, 4>& v) {
+    const int i = threadIdx.x;
+    *(float4*)&bc[i / 8][i % 8 * 4] = make_float4(to_float(v[0]), to_float(v[1]), to_float(v[2]), to_float(v[3]));
 }
 
 // v[i]: this lane's part of a sum for step i. Lane q of the four gets the whole sum for step q.
@@ -140,45 +167,43 @@ inline ScanSegments scan_segments(int B, int64_t T, int e, int channels, int res
 template <class X, bool VEC, bool REVERSE>
 __global__ void __launch_bounds__(SCAN_CHANNELS * SCAN_LANES)
 scan_segment_kernel(float* end, float* time, const X* dout, ScanInput<X> p, int groups) {
-    constexpr int CH = SCAN_CHANNELS;
-    __shared__ __align__(16) float2 s_dt[SCAN_TILE][CH];              // dt and dt u; REVERSE: dt and dy
-    __shared__ __align__(16) float s_bc[SCAN_TILE][2 * SCAN_GROUP];
-    const int tid = threadIdx.x, c = tid / SCAN_LANES, q = tid % SCAN_LANES, channel = blockIdx.x * CH + c;
-    const int row = tid / (CH / 4), column = tid % (CH / 4) * 4, first_channel = blockIdx.x * CH + column;
+    __shared__ __align__(16) float2 s_dt[SCAN_TILE][SCAN_CHANNELS];   // dt and dt u; REVERSE: dt and dy
+    __shared__ __align__(16) ScanBC s_bc;
+    const ScanThread<SCAN_CHANNELS> me;
     const int group = blockIdx.z % groups, s = blockIdx.z / groups + REVERSE, segments = gridDim.z / groups + 1;
     const int64_t sequence = blockIdx.y, segment = sequence * segments + s;
     const int64_t tiles = (p.T + SCAN_TILE - 1) / SCAN_TILE, first_tile = s * p.segment_tiles;
     const int64_t count = min(p.segment_tiles, tiles - first_tile);
-    float A2[4], h[4] = {}, total = 0.f, bias[4];
-    scan_load_A(A2, p.A_log, channel, group * SCAN_GROUP + q * 4, p.e, p.N);
-#pragma unroll
-    for (int k = 0; k < 4; k++) bias[k] = first_channel + k < p.e ? p.dt_bias[first_channel + k] : 0.f;
+    const ScanStates A2 = scan_load_A(p.A_log, me.channel, me.state(group), p.e, p.N);
+    const Vec<float, 4> bias = scan_load<false>(p.dt_bias, me.first_channel, p.e);
+    ScanStates h = {};
+    float total = 0.f;
     Vec<X, 4> dts, inputs, zs, bcs;
     auto load_tile = [&](int64_t i) {
-        const int64_t tile = REVERSE ? first_tile + count - 1 - i : first_tile + i, t = tile * SCAN_TILE + row, at = sequence * p.T + t;
+        const int64_t tile = REVERSE ? first_tile + count - 1 - i : first_tile + i, t = tile * SCAN_TILE + me.row, at = sequence * p.T + t;
         const int limit = t < p.T ? p.e : 0;
-        dts = scan_load<VEC>(p.dt_raw + at * p.e, first_channel, limit);
-        inputs = scan_load<VEC>((REVERSE ? dout : p.u) + at * p.e, first_channel, limit);
-        if (REVERSE) zs = scan_load<VEC>(p.z + at * p.ldz, first_channel, limit);
+        dts = scan_load<VEC>(p.dt_raw + at * p.e, me.first_channel, limit);
+        inputs = scan_load<VEC>((REVERSE ? dout : p.u) + at * p.e, me.first_channel, limit);
+        if (REVERSE) zs = scan_load<VEC>(p.z + at * p.ldz, me.first_channel, limit);
         bcs = scan_load_bc<VEC>(p, sequence, tile, group);
     };
     load_tile(0);
     for (int64_t i = 0; i < count; i++) {
-        const int64_t t = (REVERSE ? first_tile + count - 1 - i : first_tile + i) * SCAN_TILE + row;
+        const int64_t t = (REVERSE ? first_tile + count - 1 - i : first_tile + i) * SCAN_TILE + me.row;
         const bool start = p.is_start(sequence, t);
 #pragma unroll
         for (int k = 0; k < 4; k++) {
             const float dt = t < p.T ? scan_softplus<X>(to_float(dts[k]) + bias[k]) : 0.f, z = REVERSE ? to_float(zs[k]) : 0.f;
-            s_dt[row][column + k] = make_float2(start ? SCAN_CUT : dt, to_float(inputs[k]) * (REVERSE ? z * sigmoid<X>(z) : dt));
+            s_dt[me.row][me.column + k] = make_float2(start ? SCAN_CUT : dt, to_float(inputs[k]) * (REVERSE ? z * sigmoid<X>(z) : dt));
         }
-        *(float4*)&s_bc[tid / 8][tid % 8 * 4] = scan_floats(bcs);
+        scan_put_bc(s_bc, bcs);
         __syncthreads();
         if (i + 1 < count) load_tile(i + 1);
 #pragma unroll
         for (int step = 0; step < SCAN_TILE; step++) {
             const int k = REVERSE ? SCAN_TILE - 1 - step : step;
-            const float2 dt = s_dt[k][c];
-            const auto v = load_vec<4>(&s_bc[k][(REVERSE ? SCAN_GROUP : 0) + q * 4]);
+            const float2 dt = s_dt[k][me.c];
+            const auto v = load_vec<4>(&s_bc[k][(REVERSE ? SCAN_GROUP : 0) + me.q * 4]);
             total += dt.x;
 #pragma unroll
             for (int j = 0; j < 4; j++) {
@@ -188,9 +213,9 @@ scan_segment_kernel(float* end, float* time, const X* dout, ScanInput<X> p, int 
         }
         __syncthreads();
     }
-    if (channel >= p.e) return;
-    if (q == 0 && group == 0) time[segment * p.e + channel] = total;
-    *(float4*)(end + (segment * p.e + channel) * groups * SCAN_GROUP + group * SCAN_GROUP + q * 4) = make_float4(h[0], h[1], h[2], h[3]);
+    if (me.channel >= p.e) return;
+    if (me.q == 0 && group == 0) time[segment * p.e + me.channel] = total;
+    *(float4*)(end + (segment * p.e + me.channel) * groups * SCAN_GROUP + group * SCAN_GROUP + me.q * 4) = make_float4(h[0], h[1], h[2], h[3]);
 }
 
 // In place: end of segment -> what the segment starts from. A thread is one state of one channel of one sequence.
