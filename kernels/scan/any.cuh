@@ -54,7 +54,7 @@ __device__ inline void scan_store_states(float* row, int n, int N, const ScanSta
 // y: what the group of states adds to C_t h_t; `add`: to what the groups before it have left there.
 template <int CH>
 __device__ inline ScanStates scan_walk(float (&y)[SCAN_TILE][CH + 8], const float2 (&dt_input)[SCAN_TILE][CH] /*dt and dt u*/,
-                                 const ScanBC& bc, ScanStates h, const ScanStates& A2, int c, int q, bool add, auto keep) {
+                                        const ScanBC& bc, ScanStates h, const ScanStates& A2, int c, int q, bool add, auto keep) {
 #pragma unroll 2
     for (int t4 = 0; t4 < SCAN_TILE; t4 += 4) {
         float part[4];                                                // of y, from the lane's states
