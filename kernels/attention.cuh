@@ -128,8 +128,9 @@ inline int64_t ds_limit(int hd) {
     if (!answer) answer = device_info().bandwidth < 4e12 ? 1 : -1;
     return hd == 128 && answer > 0 && sm90::usable() ? 0 : DS_LIMIT;
 }
-// Workspace of backward: lse2 | delta | ends | dS
+// Workspace of backward: lse2 | delta | tickets | ends | dS
 struct Workspace {
+    static constexpr int64_t TICKETS = 256;                              // bytes, of which 8 are used: what follows stays aligned
     int sequences = 0;                                                   // of which dS is kept at a time
     int64_t statistics, ends, ds;                                        // bytes; T rounded up to the tiles of the Hopper path
     Workspace(int B, int64_t T, int H, int hd, int64_t window, bool bf16_inputs, int64_t limit)
@@ -138,10 +139,11 @@ struct Workspace {
         if (bf16_inputs && (hd == 128 || hd == 256) && fit > 0) sequences = (int)ceil_div(B, ceil_div(B, fit));   // equal parts
         ds = sequences * one;
     }
-    int64_t bytes() const { return 2 * statistics + ends + ds; }
+    int64_t bytes() const { return 2 * statistics + TICKETS + ends + ds; }
     template <class X> void give(Args<X>& a, void* workspace) const {
         char* at = (char*)workspace;
         a.lse2 = (float*)at, a.delta = (float*)(at + statistics), at += 2 * statistics;
+        a.tickets = (int*)at, at += TICKETS;
         if (a.starts) a.ends = (const int*)at;
         if (sequences > 0 && !a.ring) a.ds = (bf16*)(at + ends), a.ds_sequences = sequences;
     }

@@ -53,6 +53,30 @@ TEST(AttentionSchedule, DivisionsByMultiplication) {
                 if (m >= 0) EXPECT_EQ(gpu::sm90::Divisor(d).quotient((int)m), m / d) << m << " / " << d;
 }
 
+// Every tile of every owner once, heavy tiles first inside a section: whole sections, a last one, fewer owners than a section has
+TEST(AttentionSchedule, EveryItemOnce) {
+    using namespace gpu::sm90;
+    for (Order order : {DRAWN, TURNING, EVEN})
+        for (int tiles : {1, 3, 32})
+            for (int owners : {1, 2, 5, 14, 19, 20, 33, 66, 96, 97})
+                for (int blocks : {1, 16, 132})
+                    for (bool last_first : {false, true}) {
+                        const Schedule s = schedule(tiles, owners, blocks, last_first, order);
+                        const std::string name = "order " + std::to_string(order) + ", " + std::to_string(tiles) + " tiles of " +
+                                                 std::to_string(owners) + ", blocks " + std::to_string(blocks);
+                        std::vector<int> times(tiles * owners, 0), before(owners, last_first ? tiles : -1);
+                        ASSERT_EQ(s.items, tiles * owners) << name;
+                        for (int n = 0; n < s.items; n++) {
+                            const Work work = work_item(s, n);
+                            ASSERT_TRUE(work.tile >= 0 && work.tile < tiles && work.owner >= 0 && work.owner < owners) << name << ", item " << n;
+                            times[work.owner * tiles + work.tile]++;
+                            EXPECT_EQ(work.tile, before[work.owner] + (last_first ? -1 : 1)) << name << ", item " << n;
+                            before[work.owner] = work.tile;
+                        }
+                        EXPECT_EQ(std::count(times.begin(), times.end(), 1), s.items) << name;
+                    }
+}
+
 TEST(AttentionHopper, ForwardMatchesTwin) {
     REQUIRE_HOPPER();
     for (const AttentionCase& c : HOPPER_CASES) expect_forward<bf16>(c, HOPPER);

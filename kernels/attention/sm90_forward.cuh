@@ -260,7 +260,7 @@ forward(const __grid_constant__ CUtensorMap query_map, const __grid_constant__ C
 
 static_assert(forward_shared<128>() <= SHARED_LIMIT);
 template <int HD> inline void launch_forward(const Args<bf16>& a, Stream stream) {
-    launch_resident<ITEM_QUERIES>(a.ring || a.starts ? forward<HD, true> : forward<HD, false>, problem(a), (int64_t)a.B * a.H, true, ORDERLY,
+    launch_resident<ITEM_QUERIES>(a.ring || a.starts ? forward<HD, true> : forward<HD, false>, problem(a), (int64_t)a.B * a.H, true, EVEN, ORDERLY,
                              forward_shared<HD>(), stream, qkv_map(a, ITEM_QUERIES), qkv_map(a, ROWS), ring_map(a),
                              tensor_map(a.out, a.B, a.T, a.H, HD, 16));
 }
