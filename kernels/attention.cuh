@@ -128,9 +128,8 @@ inline int64_t ds_limit(int hd) {
     if (!answer) answer = device_info().bandwidth < 4e12 ? 1 : -1;
     return hd == 128 && answer > 0 && sm90::usable() ? 0 : DS_LIMIT;
 }
-// Workspace of backward: lse2 | delta | tickets | ends | dS
+// Workspace of backward: lse2 | delta | ends | dS
 struct Workspace {
-    static constexpr int64_t TICKETS = 256;                              // bytes, of which 8 are used: what follows stays aligned
     int sequences = 0;                                                   // of which dS is kept at a time
     int64_t statistics, ends, ds;                                        // bytes; T rounded up to the tiles of the Hopper path
     Workspace(int B, int64_t T, int H, int hd, int64_t window, bool bf16_inputs, int64_t limit)
@@ -139,11 +138,10 @@ struct Workspace {
         if (bf16_inputs && (hd == 128 || hd == 256) && fit > 0) sequences = (int)ceil_div(B, ceil_div(B, fit));   // equal parts
         ds = sequences * one;
     }
-    int64_t bytes() const { return 2 * statistics + TICKETS + ends + ds; }
+    int64_t bytes() const { return 2 * statistics + ends + ds; }
     template <class X> void give(Args<X>& a, void* workspace) const {
         char* at = (char*)workspace;
         a.lse2 = (float*)at, a.delta = (float*)(at + statistics), at += 2 * statistics;
-        a.tickets = (int*)at, at += TICKETS;
         if (a.starts) a.ends = (const int*)at;
         if (sequences > 0 && !a.ring) a.ds = (bf16*)(at + ends), a.ds_sequences = sequences;
     }
@@ -220,13 +218,14 @@ template <class X> inline attn::Args<X> attention_args(const X* qkv, const std::
     return a;
 }
 
-// starts: (B, T) on the device, or null. portable: stay on the path that every GPU has, for tests
+// starts: (B, T) on the device, or null. portable: stay on the path that every GPU has, for tests.
+// drawn (1): a counter, zero before a call and after it; calls that may run at the same time need their own, as they need their own results
 template <int = 0>
 inline void attention_forward(floatX* out, float* lse, const floatX* qkv, const floatX* ring, int64_t capacity, int64_t position, const int* starts,
-                              int B, int64_t T, int H, int G, int hd, int64_t window, Stream stream = {}, bool portable = false) {
+                              int B, int64_t T, int H, int G, int hd, int64_t window, int* drawn, Stream stream = {}, bool portable = false) {
     attn::Args<floatX> a = attention_args(qkv, ring, capacity, position, starts, B, T, H, G, hd, window);
     if (B * T == 0) return;
-    a.out = out, a.lse = lse;
+    a.out = out, a.lse = lse, a.drawn = drawn;
     const Operation op("attention forward", (double)B * T * (2 * H + 2 * G) * hd * sizeof(floatX), 4 * attn::visible_pairs(a) * hd, stream);
     attn::forward(a, portable, stream);
 }
@@ -237,14 +236,14 @@ inline size_t attention_backward_workspace(int B, int64_t T, int H, int, int hd,
 }
 
 // Gradients of this call's queries, keys and values; those of earlier calls, in the ring, are constants. Every element of dqkv is written.
-// rope (T, hd/2, 2), or null: queries and keys were turned by it (rope_forward), and the gradients are of what they were before.
+// rope (T, hd/2, 2), or null: queries and keys were turned by it (rope_forward), and the gradients are of what they were before. drawn: as above
 template <int = 0>
 inline void attention_backward(floatX* dqkv, const floatX* dout, const floatX* out, const floatX* qkv, const float* lse, const floatX* ring,
                                int64_t capacity, int64_t position, const int* starts, void* workspace, int B, int64_t T, int H, int G, int hd,
-                               int64_t window, const float* rope, Stream stream = {}, bool portable = false) {
+                               int64_t window, const float* rope, int* drawn, Stream stream = {}, bool portable = false) {
     attn::Args<floatX> a = attention_args(qkv, ring, capacity, position, starts, B, T, H, G, hd, window);
     if (B * T == 0) return;
-    a.dqkv = dqkv, a.dout = dout, a.saved_out = out, a.lse = const_cast<float*>(lse), a.rope = rope;
+    a.dqkv = dqkv, a.dout = dout, a.saved_out = out, a.lse = const_cast<float*>(lse), a.rope = rope, a.drawn = drawn;
     attn::Workspace(B, T, H, hd, std::min<int64_t>(a.window, T), sizeof(floatX) == 2, attn::ds_limit(hd)).give(a, workspace);
     const Operation op("attention backward", (double)B * T * (4 * H + 4 * G) * hd * sizeof(floatX), 10 * attn::visible_pairs(a) * hd, stream);
     attn::backward(a, portable, stream);

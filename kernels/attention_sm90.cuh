@@ -3,8 +3,8 @@
 //
 // One thread of a block's first warpgroup feeds tiles through TMA into rings in shared memory (mbarriers say full and empty), the other
 // warpgroups own 64 rows each and multiply by wgmma: three in forward, two in backward. Blocks stay resident (one per SM) and take one work
-// item after another, so the next item's loads run during the last one's epilogue: in a fixed order, or (backward, but for dq from dS) from a
-// counter, whoever is done. Every result has one owner and a fixed order of sums: the same bits whoever makes it, no floating-point atomics.
+// item after another, so the next item's loads run during the last one's epilogue; whoever is done draws the next one from a counter. Every
+// result has one owner and a fixed order of sums: the same bits whoever makes it, no floating-point atomics.
 //
 // Forward, per warpgroup and tile of 128 keys: S = Q K^T, softmax, O += P V, one after the other; a base below the maximum is kept as long as
 // terms stay small. Three warpgroups do so, each at its own pace: one's softmax, masks and results hide behind the others' products, and 192

@@ -56,7 +56,7 @@ template <int HD> __device__ inline void
 queries_produce(const QueriesRings<HD>& rings, const KeyMaps& maps, const CUtensorMap* dout_map, const CUtensorMap* out_map, const Problem& a) {
     const int heads = a.H / a.G;
     int n = 0, item = blockIdx.x;
-    for (int round = 0; hand_on<QueriesRings<HD>::NUMBERS>(rings.queries, round, item, a.schedule); round++, item = draw(a.tickets)) {
+    for (int round = 0; hand_on<QueriesRings<HD>::NUMBERS>(rings.queries, round, item, a.schedule); round++, item = draw(a)) {
         const QueryWork work = query_work(a, item);
         load_stage<HD>(rings.queries, round, maps.qkv, work.h / heads * (heads + 2) + work.h % heads, work.i0, work.b);
         for (int j = 0; j < work.count; j++, n++) {
@@ -235,18 +235,20 @@ backward_queries(const __grid_constant__ CUtensorMap qkv_map, const __grid_const
 // four blocks of dS of it. Bound by reading dS: 32 KB for 2 x 2^20 multiply-adds at head_dim 128.
 constexpr int PRODUCT_STAGES = 3;
 constexpr int DS_BYTES = attn::DS_BLOCK * 2;
-// ring of K | dS of consumer 0, lower and upper | of consumer 1; staging of dq; barriers
+// ring of K | dS of consumer 0, lower and upper | of consumer 1; staging of dq; barriers; an item's number for each stage
 template <int HD> constexpr int backward_product_shared() {
-    return PRODUCT_STAGES * (TILE_BYTES<HD> + 4 * DS_BYTES) + TILE_BYTES<HD> + 16 * PRODUCT_STAGES;
+    return PRODUCT_STAGES * (TILE_BYTES<HD> + 4 * DS_BYTES + 16 + 4) + TILE_BYTES<HD>;
 }
 
 #ifdef SAMBA_SM90A_CODE
 using ProductRing = Ring<PRODUCT_STAGES>;
+template <int HD> constexpr int PRODUCT_NUMBERS = backward_product_shared<HD>() - 4 * PRODUCT_STAGES;
 
 template <int HD> __device__ inline void product_produce(const ProductRing& ring, const CUtensorMap* qkv_map, const Problem& a) {
     const int slots = a.H / a.G + 2;
     results_wait();                                                      // dS
-    for (int n = 0, round = 0, item; (item = item_of_round(a.schedule, round)) < a.schedule.items; round++) {
+    int n = 0;
+    for (int item = blockIdx.x; hand_on<PRODUCT_NUMBERS<HD>>(ring, n, item, a.schedule); item = draw(a)) {
         const QueryWork work = query_work(a, item);
         for (int j = 0; j < work.count; j++, n++) {
             const int n0 = work.i0 - j * ROWS;
@@ -292,7 +294,7 @@ template <int HD> struct ProductConsumer {
     }
     __device__ void run() {
         int n = 0;
-        for (int round = 0, item; (item = item_of_round(a.schedule, round)) < a.schedule.items; round++) {
+        for (int item; (item = handed_on<PRODUCT_NUMBERS<HD>>(ring, n)) < a.schedule.items;) {
             const QueryWork work = query_work(a, item);
             int add = 0;
             for (int j = 0; j < work.count; j++, n++) {
@@ -363,7 +365,7 @@ keys_produce(const KeysRings<HD>& rings, const CUtensorMap* qkv_map, const CUten
     constexpr int TILE = TILE_BYTES<HD>, STEP = STEP_BYTES<HD>, N = STEP_ROWS;
     Cursor<KEYS_STAGES> steps;
     int item = blockIdx.x;
-    for (int round = 0; hand_on<KeysRings<HD>::NUMBERS>(rings.keys, round, item, a.schedule); round++, item = draw(a.tickets + 1)) {
+    for (int round = 0; hand_on<KeysRings<HD>::NUMBERS>(rings.keys, round, item, a.schedule); round++, item = draw(a)) {
         const KeyWork work = key_work(a, item);
         const int heads = a.H / a.G, end = (work.last + 1) * N;
         const uint32_t bar = rings.keys.full_bar(round), tile = rings.keys.tile(round);
@@ -558,24 +560,21 @@ template <int HD> inline void launch_statistics(const Args<bf16>& a, Stream stre
 inline CUtensorMap dqkv_map(const Args<bf16>& a) { return tensor_map(a.dqkv, a.B, a.T, a.H + 2 * a.G, a.hd, 64); }
 // dk and dv; dS is kept if a.ds
 template <int HD> inline void launch_keys(const Args<bf16>& a, Stream stream) {
-    launch_resident(a.starts ? backward_keys<HD, true> : backward_keys<HD, false>, problem(a), (int64_t)a.B * a.G, false, DRAWN, EARLY,
+    launch_resident(a.starts ? backward_keys<HD, true> : backward_keys<HD, false>, problem(a), (int64_t)a.B * a.G, false, EARLY,
                     backward_keys_shared<HD>(), stream, qkv_map(a, STEP_ROWS), tensor_map(a.dout, a.B, a.T, a.H, HD, STEP_ROWS), dqkv_map(a));
 }
 // dq from dS
 inline void launch_product(const Args<bf16>& a, Stream stream) {         // of head_dim 64 dS is not kept: DS_LIMIT in attention.cuh
-    launch_resident(backward_product<128>, problem(a), (int64_t)a.B * a.H, true, TURNING, EARLY, backward_product_shared<128>(), stream,
+    launch_resident(backward_product<128>, problem(a), (int64_t)a.B * a.H, true, EARLY, backward_product_shared<128>(), stream,
                     qkv_map(a, ROWS), dqkv_map(a));
 }
 // dq with S and dP made again, and the statistics
 template <int HD> inline void launch_queries(const Args<bf16>& a, Stream stream) {
-    launch_resident(a.ring || a.starts ? backward_queries<HD, true> : backward_queries<HD, false>, problem(a), (int64_t)a.B * a.H, true, DRAWN,
-                    ORDERLY, backward_queries_shared<HD>(), stream, qkv_map(a, ROWS), ring_map(a), tensor_map(a.dout, a.B, a.T, a.H, HD, ROWS),
+    launch_resident(a.ring || a.starts ? backward_queries<HD, true> : backward_queries<HD, false>, problem(a), (int64_t)a.B * a.H, true, ORDERLY,
+                    backward_queries_shared<HD>(), stream, qkv_map(a, ROWS), ring_map(a), tensor_map(a.dout, a.B, a.T, a.H, HD, ROWS),
                     tensor_map(a.saved_out, a.B, a.T, a.H, HD, ROWS), dqkv_map(a));
 }
-// Before both kernels that draw, not between them: keys' blocks start before the last of the kernel before has ended
-inline void clear_tickets(const Args<bf16>& a, Stream stream) { CUDA_CHECK(cudaMemsetAsync(a.tickets, 0, 2 * sizeof(int), stream)); }
 template <int HD> inline void launch_backward(const Args<bf16>& a, Stream stream) {
-    clear_tickets(a, stream);
     if (HD == 128 && a.ds) {
         launch_statistics<HD>(a, stream);
         launch_keys<HD>(a, stream);

@@ -30,21 +30,15 @@ struct Divisor {
         return (int)((high + (uint32_t)n) >> shift);
     }
 };
-// Item n of the order is one tile of one owner (a batch's head, or group). Owners come in sections: inside a section the tiles with
-// the most work come first for all its owners, so several tiles of each owner run at a time and share in L2 what they read. How blocks
-// come to items, and how many owners a section has:
-//   DRAWN    whoever is done takes the next one: draw(). A 22nd of the blocks, so that about 22 tiles of an owner run at a time, more than a
-//            window of 2,048 has; the last section has more owners, at least a ninth, so that there are light tiles enough to end with.
-//   TURNING  by rounds: item_of_round(). A quarter of the blocks. Where a section is a whole number of rounds, the next one begins with the
-//            direction in which it ended: its light tiles meet other blocks.
-//   EVEN     the same, in sections of (nearly) equal size; no such change of direction
-enum Order { DRAWN, TURNING, EVEN };
+// Item n of the order is one tile of one owner (a batch's head, or group); a block that is done draws the next one: draw(). Owners come in
+// sections: inside a section the tiles with the most work come first for all its owners, so several tiles of each owner run at a time and
+// share in L2 what they read. A section has as many owners as a 22nd of the blocks, so that about 22 tiles of an owner run at a time, more than
+// a window of 2,048 has; the last section has more, at least a ninth, so that there are light tiles enough to end with.
 struct Schedule {
     int tiles, owners, items;                                            // items = tiles * owners
     int sections;                                                        // of `section` owners; one of last_section may follow
     Divisor section, last_section, section_items;                        // section_items = section * tiles
     bool last_first;                                                     // the most work: the last tiles (queries) or the first (keys)
-    Order order;
 };
 struct Work { int tile, owner; };
 
@@ -72,12 +66,6 @@ __host__ __device__ inline Work work_item(const Schedule& s, int n) {
     const int begin = (whole ? number : s.sections) * (int)s.section.value, rest = n - begin * s.tiles;
     const int order = whole ? s.section.quotient(rest) : s.last_section.quotient(rest);
     return {s.last_first ? s.tiles - 1 - order : order, begin + rest - order * (int)(whole ? s.section.value : s.last_section.value)};
-}
-// The round-th item of this block, where items are not drawn: there and back again over the blocks, which evens out the falling amounts of work
-__device__ inline int item_of_round(const Schedule& s, int round) {
-    const int first = round * gridDim.x;
-    const bool back = (round + (s.order == EVEN ? 0 : s.section_items.quotient(first))) & 1;
-    return first + (back ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
 }
 
 #ifdef SAMBA_SM90A_CODE
@@ -122,24 +110,30 @@ template <bool EXTRAS> __device__ inline Problem simplified(const Problem& given
     return a;
 }
 
-
 // A block's first item has the block's number; each next one is drawn by the producer from a counter that is 0 when the kernel starts. So blocks
-// stay together in the order however long their items take, and end together. Results of an item do not depend on who took it.
-__device__ inline int draw(int* counter) { return gridDim.x + atomicAdd(counter, 1); }
-// An item's number goes to the consumers with its first tiles: at NUMBERS in shared memory, there are two, one for each stage of those tiles' ring
-template <int NUMBERS> __device__ inline int& number_of(int round) { return reinterpret_cast<int*>(sm90_shared + NUMBERS)[round % 2]; }
+// stay together in the order however long their items take, and end together. Results of an item do not depend on who took it. A block draws
+// until there is no item, so that there are `items` draws in all, whatever the number of blocks: the last one sets the counter to 0 again, for
+// the next kernel. By thread 0; the compiler must see that the number is one for its warp
+__device__ inline int draw(const Problem& a) {
+    results_wait();                                                      // the kernel before may still draw, if this one was launched EARLY
+    return __shfl_sync(1u, gridDim.x + (int)atomicInc((unsigned*)a.drawn, a.schedule.items - 1), 0);
+}
+// An item's number goes to the consumers with its first tiles, position n of their ring: at NUMBERS in shared memory, there is one for each stage
+template <int NUMBERS, int STAGES> __device__ inline int& number_of(const Ring<STAGES>&, int n) {
+    return reinterpret_cast<int*>(sm90_shared + NUMBERS)[n % STAGES];
+}
 // By the producer, before it loads. false: there is no such item, and no more; the consumers find the number all the same
-template <int NUMBERS> __device__ inline bool hand_on(const Ring<2>& ring, int round, int item, const Schedule& s) {
-    ring.wait_empty(round);
-    number_of<NUMBERS>(round) = item;
+template <int NUMBERS, int STAGES> __device__ inline bool hand_on(const Ring<STAGES>& ring, int n, int item, const Schedule& s) {
+    ring.wait_empty(n);
+    number_of<NUMBERS>(ring, n) = item;
     if (item < s.items) return true;
-    barrier_arrive(ring.full_bar(round));
+    barrier_arrive(ring.full_bar(n));
     return false;
 }
 // By consumers, until they release the stage. The compiler must see that it is one for a warp
-template <int NUMBERS> __device__ inline int handed_on(const Ring<2>& ring, int round) {
-    ring.wait_full(round);
-    return __shfl_sync(0xffffffffu, number_of<NUMBERS>(round), 0);
+template <int NUMBERS, int STAGES> __device__ inline int handed_on(const Ring<STAGES>& ring, int n) {
+    ring.wait_full(n);
+    return __shfl_sync(0xffffffffu, number_of<NUMBERS>(ring, n), 0);
 }
 
 // A tile as position n of a ring, when its stage is empty
@@ -233,14 +227,13 @@ template <int STAGES> __device__ inline void release_staging(const Ring<STAGES>&
 // ---------------------------------------------------------------------------------------------------------------------
 // Launches
 
-inline Schedule schedule(int64_t tiles, int64_t owners, int blocks, bool last_first, Order order) {
+inline Schedule schedule(int64_t tiles, int64_t owners, int blocks, bool last_first) {
     if (tiles * owners > INT32_MAX / 2)
         fail("attention: %lld tiles of %lld heads: more than 2^30 pieces of work; use a smaller batch", (long long)tiles, (long long)owners);
-    int section = (int)std::min<int64_t>(owners, std::max(1, blocks / (order == DRAWN ? 22 : 4)));
-    if (order == EVEN) section = (int)ceil_div(owners, ceil_div(owners, (int64_t)section));
-    const int last = order == DRAWN ? (int)std::min<int64_t>(owners, std::max(section, blocks / 9)) : 0;      // at least
+    const int section = (int)std::min<int64_t>(owners, std::max(1, blocks / 22));
+    const int last = (int)std::min<int64_t>(owners, std::max(section, blocks / 9));                            // at least
     const int sections = (int)((owners - last) / section), rest = (int)owners - sections * section;
-    return {(int)tiles, (int)owners, (int)(tiles * owners), sections, section, std::max(rest, 1), (int)(section * tiles), last_first, order};
+    return {(int)tiles, (int)owners, (int)(tiles * owners), sections, section, rest, (int)(section * tiles), last_first};
 }
 constexpr int SHARED_LIMIT = 227 * 1024;                                  // a block's, on compute capability 9.0
 inline bool supported(const Args<bf16>& a, const void* other) {          // T * row * 2 < 2^40: a limit of tensor maps
@@ -252,10 +245,10 @@ inline bool supported(const Args<bf16>& a, const void* other) {          // T * 
 enum Start { ORDERLY, EARLY };
 // One block a multiprocessor, over tiles x heads (or groups): a producer and a warpgroup for each 64 rows of a tile
 template <int TILE_ROWS = ROWS, class Kernel, class... Maps>
-inline void launch_resident(Kernel kernel, Problem a, int64_t owners, bool last_first, Order order, Start start, int shared, Stream stream,
+inline void launch_resident(Kernel kernel, Problem a, int64_t owners, bool last_first, Start start, int shared, Stream stream,
                             const Maps&... maps) {
     const int blocks = multiprocessors();
-    a.schedule = schedule(ceil_div(a.T, TILE_ROWS), owners, blocks, last_first, order);
+    a.schedule = schedule(ceil_div(a.T, TILE_ROWS), owners, blocks, last_first);
     a.heads = (int)(owners / a.B);
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
     cudaLaunchAttribute early{};
