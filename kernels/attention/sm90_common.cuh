@@ -36,7 +36,7 @@ struct Divisor {
 // a window of 2,048 has; the last section has more, at least a ninth, so that there are light tiles enough to end with.
 struct Schedule {
     int tiles, owners, items;                                            // items = tiles * owners
-    int sections;                                                        // of `section` owners; one of last_section may follow
+    int sections;                                                        // of `section` owners; one of last_section follows
     Divisor section, last_section, section_items;                        // section_items = section * tiles
     bool last_first;                                                     // the most work: the last tiles (queries) or the first (keys)
 };
