@@ -534,6 +534,7 @@ struct Activations {
     floatX* dx_parallel;                   // (B,T,d)       high, between the parts of a parallel block
     Quantised quantised;                   // (B,T,widest)  fp8: what the next product reads, made of its floatX by what writes that or by the product
     void* workspace;                       //               of whichever operation runs
+    int* drawn;                            // (1)           items of work that attention's blocks have drawn; zero between operations
     Arena kept, scratch;
     int64_t rope_position = -1, rope_T = -1;   // what `rope` holds
 
@@ -544,6 +545,8 @@ struct Activations {
         kept.allocate("the activations");
         scratch.allocate("the scratch memory");
         plan(layout);
+        device_zero(drawn, sizeof(int), Stream{});
+        stream_sync(Stream{});
     }
     size_t bytes() const { return kept.bytes() + scratch.bytes(); }
 
@@ -651,6 +654,7 @@ inline void Activations::plan(const Layout& layout) {
     loss = kept.take<float>(1);
     norm = kept.take<float>(2);
     workspace = kept.take<char>((int64_t)workspace_bytes(layout));
+    drawn = kept.take<int>(1);
     x.assign(L + 1, nullptr);
     float* two[2] = {nullptr, nullptr};                   // without a backward pass two buffers take turns
     for (size_t l = 0; l <= L; l++) {
@@ -947,7 +951,7 @@ inline void attention_inner(Pass& p, const Layer& layer, LayerActivations& a, co
     if (!make.dear) return;
     ops::matmul_forward(m.matmul, a.qkv, c.qkv_dim(), a.n, d, qkv, BT, c.qkv_dim(), d, stream);                              // (B,T,(H+2G)hd)
     if (c.rope) ops::rope_forward(a.qkv, m.acts.rope, B, T, H, G, hd, stream);
-    ops::attention_forward(a.out, a.lse, a.qkv, ring, capacity, position, starts, B, T, H, G, hd, layer.window, stream);     // (B,T,H hd)
+    ops::attention_forward(a.out, a.lse, a.qkv, ring, capacity, position, starts, B, T, H, G, hd, layer.window, m.acts.drawn, stream);   // (B,T,H hd)
     if (s && !p.state->held) attention_advance(p, *s, a);
 }
 
@@ -974,7 +978,7 @@ inline void attention_backward(Pass& p, const Layer& layer, LayerActivations& a,
     const floatX* ring = position > 0 && capacity > 0 ? s->ring : nullptr;
     const int* starts = nullptr;                          // one document a sequence
     ops::attention_backward(a.d_in, a.d_out, a.out, a.qkv, a.lse, ring, capacity, position, starts, m.acts.workspace, B, T, H, G, hd, layer.window,
-                            c.rope ? m.acts.rope : nullptr, stream);                                                         // (B,T,(H+2G)hd)
+                            c.rope ? m.acts.rope : nullptr, m.acts.drawn, stream);                                           // (B,T,(H+2G)hd)
     ops::matmul_dgrad(m.matmul, a.dn, d, a.d_in, c.qkv_dim(), p.weights(t.qkv), BT, c.qkv_dim(), d, false, stream);          // (B,T,d)
     ops::matmul_wgrad(m.matmul, w.grad(t.qkv), a.d_in, c.qkv_dim(), a.n, d, BT, c.qkv_dim(), d, p.add, stream);
     ops::rmsnorm_backward(m.acts.dx, p.dx_sum, w.grad(t.norm), a.dn, a.n, x, a.rstd, w(t.norm), m.acts.workspace, BT, d, stream);    // dx +=

@@ -218,13 +218,14 @@ template <class X> inline attn::Args<X> attention_args(const X* qkv, const std::
     return a;
 }
 
-// starts: (B, T) on the device, or null. portable: stay on the path that every GPU has, for tests
+// starts: (B, T) on the device, or null. portable: stay on the path that every GPU has, for tests.
+// drawn (1): a counter, zero before a call and after it; calls that may run at the same time need their own, as they need their own results
 template <int = 0>
 inline void attention_forward(floatX* out, float* lse, const floatX* qkv, const floatX* ring, int64_t capacity, int64_t position, const int* starts,
-                              int B, int64_t T, int H, int G, int hd, int64_t window, Stream stream = {}, bool portable = false) {
+                              int B, int64_t T, int H, int G, int hd, int64_t window, int* drawn, Stream stream = {}, bool portable = false) {
     attn::Args<floatX> a = attention_args(qkv, ring, capacity, position, starts, B, T, H, G, hd, window);
     if (B * T == 0) return;
-    a.out = out, a.lse = lse;
+    a.out = out, a.lse = lse, a.drawn = drawn;
     const Operation op("attention forward", (double)B * T * (2 * H + 2 * G) * hd * sizeof(floatX), 4 * attn::visible_pairs(a) * hd, stream);
     attn::forward(a, portable, stream);
 }
@@ -235,14 +236,14 @@ inline size_t attention_backward_workspace(int B, int64_t T, int H, int, int hd,
 }
 
 // Gradients of this call's queries, keys and values; those of earlier calls, in the ring, are constants. Every element of dqkv is written.
-// rope (T, hd/2, 2), or null: queries and keys were turned by it (rope_forward), and the gradients are of what they were before.
+// rope (T, hd/2, 2), or null: queries and keys were turned by it (rope_forward), and the gradients are of what they were before. drawn: as above
 template <int = 0>
 inline void attention_backward(floatX* dqkv, const floatX* dout, const floatX* out, const floatX* qkv, const float* lse, const floatX* ring,
                                int64_t capacity, int64_t position, const int* starts, void* workspace, int B, int64_t T, int H, int G, int hd,
-                               int64_t window, const float* rope, Stream stream = {}, bool portable = false) {
+                               int64_t window, const float* rope, int* drawn, Stream stream = {}, bool portable = false) {
     attn::Args<floatX> a = attention_args(qkv, ring, capacity, position, starts, B, T, H, G, hd, window);
     if (B * T == 0) return;
-    a.dqkv = dqkv, a.dout = dout, a.saved_out = out, a.lse = const_cast<float*>(lse), a.rope = rope;
+    a.dqkv = dqkv, a.dout = dout, a.saved_out = out, a.lse = const_cast<float*>(lse), a.rope = rope, a.drawn = drawn;
     attn::Workspace(B, T, H, hd, std::min<int64_t>(a.window, T), sizeof(floatX) == 2, attn::ds_limit(hd)).give(a, workspace);
     const Operation op("attention backward", (double)B * T * (4 * H + 4 * G) * hd * sizeof(floatX), 10 * attn::visible_pairs(a) * hd, stream);
     attn::backward(a, portable, stream);

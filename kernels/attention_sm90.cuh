@@ -2,9 +2,9 @@
 // formula, layout and results' form as attention.cuh (the portable path), ring of earlier keys and document starts included.
 //
 // One thread of a block's first warpgroup feeds tiles through TMA into rings in shared memory (mbarriers say full and empty), the other
-// warpgroups own 64 rows each and multiply by wgmma: three in forward, two in backward. Blocks stay resident (one per SM) and take work
-// items in a fixed order, so the next item's loads run during the last one's epilogue. Every result has one owner and a fixed order
-// of sums: no atomics.
+// warpgroups own 64 rows each and multiply by wgmma: three in forward, two in backward. Blocks stay resident (one per SM) and take one work
+// item after another, so the next item's loads run during the last one's epilogue; whoever is done draws the next one from a counter. Every
+// result has one owner and a fixed order of sums: the same bits whoever makes it, no floating-point atomics.
 //
 // Forward, per warpgroup and tile of 128 keys: S = Q K^T, softmax, O += P V, one after the other; a base below the maximum is kept as long as
 // terms stay small. Three warpgroups do so, each at its own pace: one's softmax, masks and results hide behind the others' products, and 192
@@ -13,7 +13,7 @@
 // Tiles that no query of the item sees are never loaded, halves that a warpgroup does not see not multiplied; only 64 x 64 blocks on an
 // edge (diagonal, window, document, ring) are masked.
 //
-// Backward has two forms; neither has atomics or an fp32 dq buffer. With dS kept: a pass over out and dout makes delta; blocks that own keys make
+// Backward has two forms; neither has an fp32 dq buffer. With dS kept: a pass over out and dout makes delta; blocks that own keys make
 // dk and dv (S^T, dP^T, P^T dO, dS^T Q) and keep dS in memory (attention/common.cuh); blocks that own queries make dq = dS K: 5 products. With dS
 // made again: blocks that own queries make dq (S, dP, dS K) and, from tiles that they load anyway, delta; those that own keys then dk and
 // dv: 7 products, half the bytes. The second form is taken where keys come from the ring, head_dim is 64, or memory is slow or small (ds_limit() in

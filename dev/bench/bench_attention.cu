@@ -34,7 +34,7 @@ const Shape SHAPES[] = {
     {"T 4096 window 2048 hd 64", 8, 4096, 24, 24, 64, 2048}, {"T 4096 window 2048 MQA", 8, 4096, 12, 1, 128, 2048},
 };
 
-struct Buffers { bf16 *dqkv, *out; float* lse; const bf16 *qkv, *dout; void* workspace; const int* starts; };
+struct Buffers { bf16 *dqkv, *out; float* lse; const bf16 *qkv, *dout; void* workspace; int* drawn; const int* starts; };
 // What a path is: the portable kernels or the Hopper ones, and how much memory dS may take (0: it is made again; CHOSEN: as the library does)
 struct Path { const char* name; bool portable; int64_t limit; };
 constexpr int64_t ALL = (int64_t)1 << 40, CHOSEN = -1;
@@ -44,7 +44,7 @@ const Path VARIANTS[] = {{"portable, dS again", true, 0}, {"sm90, dS again", fal
 
 gpu::attn::Args<bf16> arguments(const Shape& c, const Buffers& p) {
     gpu::attn::Args<bf16> a = gpu::attention_args<bf16>(p.qkv, nullptr, 0, 0, p.starts, c.B, c.T, c.H, c.G, c.hd, c.window);
-    a.out = p.out, a.lse = p.lse, a.dqkv = p.dqkv, a.dout = p.dout, a.saved_out = p.out;
+    a.out = p.out, a.lse = p.lse, a.dqkv = p.dqkv, a.dout = p.dout, a.saved_out = p.out, a.drawn = p.drawn;
     return a;
 }
 gpu::attn::Workspace workspace_of(const Shape& c, int64_t limit) {
@@ -91,11 +91,12 @@ struct Data {
     Poisoned<bf16> out, dqkv;
     Poisoned<float> lse;
     bench::Rotating<float> workspace;
+    bench::Counter drawn;
     const int* starts = nullptr;
     Data(const Shape& c, int copies)
         : qkv(c.qkv(), copies, 2.f), dout(c.out(), copies), out(c.out(), copies), dqkv(c.qkv(), copies), lse(c.lse(), copies),
           workspace(workspace_of(c, ALL).bytes() / 4, 1) {}
-    Buffers operator[](int i) const { return {dqkv[i], out[i], lse[i], qkv[i], dout[i], workspace[0], starts}; }
+    Buffers operator[](int i) const { return {dqkv[i], out[i], lse[i], qkv[i], dout[i], workspace[0], drawn.p, starts}; }
 };
 
 void check_small(const Path& path, const Shape& c) {
@@ -174,7 +175,7 @@ void bench_prefix(const Shape& c, bool portable) {
     bench::Rotating<bf16> ring(c.B * capacity * 2 * c.G * c.hd, 3, 2.f);
     auto run = [&](int i) {
         gpu::attn::Args<bf16> a = gpu::attention_args<bf16>(data.qkv[i], ring[i], capacity, position, nullptr, c.B, c.T, c.H, c.G, c.hd, c.window);
-        a.out = data.out[i], a.lse = data.lse[i];
+        a.out = data.out[i], a.lse = data.lse[i], a.drawn = data.drawn.p;
         gpu::attn::forward(a, portable, 0);
     };
     bench::print_row(std::string(portable ? "portable" : "sm90") + " fwd " + c.name, bench::time_ms(run), 0, 4.0 * c.hd * c.window * c.T * c.B * c.H);

@@ -59,16 +59,17 @@ static void bench_attention(const Shape& s) {
     Rotating<floatX> qkv(BT * qkv_dim, COPIES), out(BT * s.H * s.hd, COPIES), dout(BT * s.H * s.hd, COPIES), dqkv(BT * qkv_dim, 2);
     Rotating<float> lse(BT * s.H, 1), table(s.T * s.hd, 1);
     void* workspace = device_alloc(gpu::attention_backward_workspace(s.B, s.T, s.H, s.H, s.hd, s.window), "workspace");
+    const bench::Counter drawn;
     const floatX* no_ring = nullptr;
     const double w = (double)std::min(s.window, s.T), pairs = (w * (w + 1) / 2 + ((double)s.T - w) * w) * s.B * s.H, bytes = (double)BT * qkv_dim * X;
     gpu::rope_table(table[0], 0, s.T, s.hd, 10000.0, 0);
     print_row("rope", time_ms([&](int i) { gpu::rope_forward(qkv[i], table[0], s.B, s.T, s.H, s.H, s.hd, 0); }), bytes * 4 / 3);
     print_row("attention forward", time_ms([&](int i) {
-        gpu::attention_forward(out[i], lse[0], qkv[i], no_ring, 0, 0, nullptr, s.B, s.T, s.H, s.H, s.hd, s.window, 0);
+        gpu::attention_forward(out[i], lse[0], qkv[i], no_ring, 0, 0, nullptr, s.B, s.T, s.H, s.H, s.hd, s.window, drawn.p, 0);
     }), bytes * 4 / 3, 4 * pairs * s.hd);
     print_row("attention backward", time_ms([&](int i) {
         gpu::attention_backward(dqkv[i], dout[i], out[i], qkv[i], lse[0], no_ring, 0, 0, nullptr, workspace, s.B, s.T, s.H, s.H, s.hd, s.window,
-                                nullptr, 0);
+                                nullptr, drawn.p, 0);
     }), bytes * 8 / 3, 10 * pairs * s.hd);
     cudaFree(workspace);
 }

@@ -39,6 +39,15 @@ public:
     T* operator[](int i) const { return copies_[(size_t)i % copies_.size()]; }
 };
 
+// A counter that is zero when a kernel starts, and that it leaves so
+struct Counter {
+    int* p;
+    Counter() : p((int*)device_alloc(sizeof(int), "a benchmark's counter")) { CUDA_CHECK(cudaMemset(p, 0, sizeof(int))); }
+    Counter(const Counter&) = delete;
+    Counter& operator=(const Counter&) = delete;
+    ~Counter() { cudaFree(p); }
+};
+
 struct Time { double median, fastest, slowest; };   // ms a call
 
 // Each call is timed alone between two events; the first `warmup` are not counted. launch(i) uses the buffers of turn i.

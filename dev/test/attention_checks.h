@@ -93,20 +93,20 @@ template <class X> struct AttentionOnGpu {
     AttentionCase c;
     AttentionPath path;
     DeviceBuffer<X> qkv, dout, ring, out, dqkv;
-    DeviceBuffer<int> starts;
+    DeviceBuffer<int> starts, drawn;
     DeviceBuffer<float> lse, rope;
     gpu::attn::Workspace sizes;
     DeviceBuffer<char> workspace;
 
     AttentionOnGpu(const AttentionCase& c, const AttentionData<X>& x, AttentionPath path)
         : c(c), path(path), qkv(to_type<X>(x.qkv)), dout(to_type<X>(x.dout)), ring(to_type<X>(x.ring)), out(c.out()), dqkv(c.qkv()), starts(x.starts),
-          lse(c.lse()), rope(to_type<float>(x.rope)),
+          drawn(std::vector<int>{0}), lse(c.lse()), rope(to_type<float>(x.rope)),
           sizes(c.B, c.T, c.H, c.hd, c.window <= 0 ? c.T : std::min(c.window, c.T), sizeof(X) == 2, path.limit),
           workspace((size_t)sizes.bytes()) {}
     gpu::attn::Args<X> args() {
         gpu::attn::Args<X> a = gpu::attention_args<X>(qkv.ptr, ring.ptr, c.capacity, c.position, c.documents ? starts.ptr : nullptr, c.B, c.T, c.H,
                                                       c.G, c.hd, c.window);
-        a.out = out.ptr, a.lse = lse.ptr, a.dqkv = dqkv.ptr, a.dout = dout.ptr, a.saved_out = out.ptr;
+        a.out = out.ptr, a.lse = lse.ptr, a.dqkv = dqkv.ptr, a.dout = dout.ptr, a.saved_out = out.ptr, a.drawn = drawn.ptr;
         if (c.rope) a.rope = rope.ptr;
         sizes.give(a, workspace.ptr);
         return a;
@@ -133,6 +133,7 @@ template <class X> void expect_forward(const AttentionCase& c, AttentionPath pat
     EXPECT_LT(rel_l2(to_double(on_gpu.lse.host()), want.lse), 1e-5) << c.name();              // fp32 in both builds
     on_gpu.forward();
     EXPECT_TRUE(same_bits(got, on_gpu.out.host())) << c.name();
+    EXPECT_EQ(on_gpu.drawn.host()[0], 0) << c.name();
 }
 
 // The twin once, for several paths
@@ -150,6 +151,7 @@ template <class X> void expect_backward(const AttentionCase& c, std::initializer
         EXPECT_LT(rel_l2(to_double(got), want.dqkv), tolerance<X>()) << name;
         on_gpu.backward();
         EXPECT_TRUE(same_bits(got, on_gpu.dqkv.host())) << name;
+        EXPECT_EQ(on_gpu.drawn.host()[0], 0) << name;
         if (c.position == 0 && (c.T == 1 || c.window == 1)) continue;                        // one key: dq = dk = 0 up to rounding
         for (int part = 0; part < 3; part++)
             EXPECT_LT(rel_l2(attention_part(to_double(got), c, part), attention_part(want.dqkv, c, part)), tolerance<X>())

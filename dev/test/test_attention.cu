@@ -219,7 +219,9 @@ TEST(AttentionGpu, PiecesEqualTheWhole) {
             }
             DeviceBuffer<floatX> x(to_type<floatX>(part)), out(want_part.size());
             DeviceBuffer<float> part_lse((size_t)c.B * c.H * n);
-            gpu::attention_forward(out.ptr, part_lse.ptr, x.ptr, ring.ptr, pieces.capacity, t, nullptr, c.B, n, c.H, c.G, c.hd, c.window, Stream{});
+            DeviceBuffer<int> drawn(std::vector<int>{0});
+            gpu::attention_forward(out.ptr, part_lse.ptr, x.ptr, ring.ptr, pieces.capacity, t, nullptr, c.B, n, c.H, c.G, c.hd, c.window, drawn.ptr,
+                                   Stream{});
             gpu::ring_update(ring.ptr, x.ptr, pieces.capacity, t, c.B, n, c.H, c.G, c.hd, Stream{});
             EXPECT_LT(rel_l2(to_double(out.host()), want_part), tolerance<floatX>()) << c.name() << " t " << t << " n " << n;
             t += n;
@@ -239,7 +241,8 @@ TEST(AttentionGpu, FarPositions) {
     cpu::ring_update(want_ring.data(), qkv.data(), capacity, position, c.B, c.T, c.H, c.G, c.hd);
     DeviceBuffer<floatX> x(to_type<floatX>(qkv)), r(to_type<floatX>(ring)), out(c.out());
     DeviceBuffer<float> l(c.lse());
-    gpu::attention_forward(out.ptr, l.ptr, x.ptr, r.ptr, capacity, position, nullptr, c.B, c.T, c.H, c.G, c.hd, c.window, Stream{});
+    DeviceBuffer<int> drawn(std::vector<int>{0});
+    gpu::attention_forward(out.ptr, l.ptr, x.ptr, r.ptr, capacity, position, nullptr, c.B, c.T, c.H, c.G, c.hd, c.window, drawn.ptr, Stream{});
     gpu::ring_update(r.ptr, x.ptr, capacity, position, c.B, c.T, c.H, c.G, c.hd, Stream{});
     EXPECT_LT(rel_l2(to_double(out.host()), want), tolerance<floatX>());
     EXPECT_EQ(to_double(r.host()), want_ring);
@@ -249,9 +252,9 @@ TEST(AttentionGpu, RefusesHeadDims) {
     REQUIRE_GPU();
     DeviceBuffer<floatX> x(4096);
     DeviceBuffer<float> l(64);
-    EXPECT_THROW(gpu::attention_forward(x.ptr, l.ptr, x.ptr, nullptr, 0, 0, nullptr, 1, 1, 1, 1, 20, 0, Stream{}), Error);
-    EXPECT_THROW(gpu::attention_forward(x.ptr, l.ptr, x.ptr, nullptr, 0, 0, nullptr, 1, 1, 1, 1, 264, 0, Stream{}), Error);
-    EXPECT_THROW(gpu::attention_forward(x.ptr, l.ptr, x.ptr, nullptr, 0, 0, nullptr, 1, 1, 3, 2, 64, 0, Stream{}), Error);
+    EXPECT_THROW(gpu::attention_forward(x.ptr, l.ptr, x.ptr, nullptr, 0, 0, nullptr, 1, 1, 1, 1, 20, 0, nullptr, Stream{}), Error);
+    EXPECT_THROW(gpu::attention_forward(x.ptr, l.ptr, x.ptr, nullptr, 0, 0, nullptr, 1, 1, 1, 1, 264, 0, nullptr, Stream{}), Error);
+    EXPECT_THROW(gpu::attention_forward(x.ptr, l.ptr, x.ptr, nullptr, 0, 0, nullptr, 1, 1, 3, 2, 64, 0, nullptr, Stream{}), Error);
 }
 #endif
 

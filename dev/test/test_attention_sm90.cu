@@ -27,7 +27,7 @@ const AttentionCase HOPPER_CASES[] = {
     {1, 900, 1, 1, 128, 448}, {1, 900, 2, 1, 128, 192},   {1, 192, 2, 2, 128, 100},  {2, 193, 2, 1, 64, 150},  {1, 1345, 3, 3, 128, 0},
 };
 
-// More tiles than blocks: rings and barriers pass from item to item, the schedule turns back, sections end
+// More tiles than blocks: items are drawn, rings and barriers pass from item to item, sections end
 const AttentionCase MANY_ROUNDS[] = {
     {7, 650, 16, 4, 64, 200},   {5, 390, 24, 24, 128, 150}, {2, 1300, 8, 8, 128, 500}, {3, 100, 64, 64, 128, 0},
     {2, 1000, 30, 10, 128, 512}, {4, 300, 40, 8, 64, 1},    {2, 900, 30, 10, 128, 512, true}, {3, 500, 30, 30, 64, 0, true},
@@ -51,6 +51,28 @@ TEST(AttentionSchedule, DivisionsByMultiplication) {
         for (int64_t n : {0, 1, 2, 100, 12345678, INT_MAX - 1, INT_MAX})
             for (int64_t m : {n, n / d * d, n / d * d - 1})
                 if (m >= 0) EXPECT_EQ(gpu::sm90::Divisor(d).quotient((int)m), m / d) << m << " / " << d;
+}
+
+// Every tile of every owner once, heavy tiles first inside a section: whole sections, a last one, fewer owners than a section has
+TEST(AttentionSchedule, EveryItemOnce) {
+    using namespace gpu::sm90;
+    for (int tiles : {1, 3, 32})
+        for (int owners : {1, 2, 5, 14, 19, 20, 33, 66, 96, 97})
+            for (int blocks : {1, 16, 132})
+                for (bool last_first : {false, true}) {
+                    const Schedule s = schedule(tiles, owners, blocks, last_first);
+                    const std::string name = std::to_string(tiles) + " tiles of " + std::to_string(owners) + ", blocks " + std::to_string(blocks);
+                    std::vector<int> times(tiles * owners, 0), before(owners, last_first ? tiles : -1);
+                    ASSERT_EQ(s.items, tiles * owners) << name;
+                    for (int n = 0; n < s.items; n++) {
+                        const Work work = work_item(s, n);
+                        ASSERT_TRUE(work.tile >= 0 && work.tile < tiles && work.owner >= 0 && work.owner < owners) << name << ", item " << n;
+                        times[work.owner * tiles + work.tile]++;
+                        EXPECT_EQ(work.tile, before[work.owner] + (last_first ? -1 : 1)) << name << ", item " << n;
+                        before[work.owner] = work.tile;
+                    }
+                    EXPECT_EQ(std::count(times.begin(), times.end(), 1), s.items) << name;
+                }
 }
 
 TEST(AttentionHopper, ForwardMatchesTwin) {

@@ -17,6 +17,7 @@ template <class X> struct Args {
     X *out, *dqkv;
     float *lse, *lse2, *delta;               // (B, H, T); lse2 = lse log2(e)
     bf16* ds;                                // score gradients kept for dq, below; null: dq makes them again
+    int* drawn;                              // (1) items that blocks of a Hopper kernel have drawn (sm90_common.cuh); zero before and after
     const X *qkv, *ring, *dout, *saved_out;
     const float* rope;                       // (T, hd/2, 2): cos and sin by which queries and keys were turned; dq and dk are turned back. Or null
     const int *starts, *ends;                // (B, T) or null: of a query, its document's first key; of a key, the first query after its document

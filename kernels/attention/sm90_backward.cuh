@@ -38,12 +38,12 @@ backward_statistics(const Problem a) {
 // delta = rowsum(dout out) is summed from shared memory. A warpgroup's dq is staged in its rows of the item's query tile, and stored from
 // there during the next item, whose queries have the ring's other stage.
 constexpr int QUERIES_STAGES = 2;
-// Q ring | dO | K ring | V ring | barriers
+// Q ring | dO | K ring | V ring | barriers, 112 bytes | two items' numbers
 template <int HD> constexpr int backward_queries_shared() { return (3 + 2 * QUERIES_STAGES) * TILE_BYTES<HD> + 128; }
 
 #ifdef SAMBA_SM90A_CODE
 template <int HD> struct QueriesRings {
-    static constexpr int STAGES = QUERIES_STAGES, TILE = TILE_BYTES<HD>, BARRIERS = (3 + 2 * STAGES) * TILE;
+    static constexpr int STAGES = QUERIES_STAGES, TILE = TILE_BYTES<HD>, BARRIERS = (3 + 2 * STAGES) * TILE, NUMBERS = BARRIERS + 112;
     Ring<2> queries;
     Ring<1> douts;
     Ring<STAGES> keys, values;                                           // values: an item's out, then its tiles of values
@@ -55,7 +55,8 @@ template <int HD> struct QueriesRings {
 template <int HD> __device__ inline void
 queries_produce(const QueriesRings<HD>& rings, const KeyMaps& maps, const CUtensorMap* dout_map, const CUtensorMap* out_map, const Problem& a) {
     const int heads = a.H / a.G;
-    for (int n = 0, round = 0, item; (item = item_of_round(a.schedule, round)) < a.schedule.items; round++) {
+    int n = 0, item = blockIdx.x;
+    for (int round = 0; hand_on<QueriesRings<HD>::NUMBERS>(rings.queries, round, item, a.schedule); round++, item = draw(a)) {
         const QueryWork work = query_work(a, item);
         load_stage<HD>(rings.queries, round, maps.qkv, work.h / heads * (heads + 2) + work.h % heads, work.i0, work.b);
         for (int j = 0; j < work.count; j++, n++) {
@@ -99,6 +100,7 @@ template <int HD> __device__ inline void row_products(float (&sum)[2], uint32_t 
 __device__ inline int query_slot(const Problem& a, int h) { return h / (a.H / a.G) * (a.H / a.G + 2) + h % (a.H / a.G); }
 
 template <int HD> struct QueriesConsumer {
+    static constexpr int NUMBERS = QueriesRings<HD>::NUMBERS;
     const QueriesRings<HD>& rings;
     const CUtensorMap* dqkv_map;
     const Problem& a;
@@ -141,14 +143,13 @@ template <int HD> struct QueriesConsumer {
         auto &st = part_of<N>(s), &dpt = part_of<N>(dp);
         const int m = n + round + 1;                                     // its values
         const uint32_t k_at = rings.keys.tile(n) + half_offset(now), v_at = rings.values.tile(m) + half_offset(now);
-        if (first) rings.queries.wait_full(round);
         rings.keys.wait_full(n);
         issue_rows<HD, ROWS, ROWS>(st, rings.queries.tile(round) + consumer * 64 * 128, k_at);
         if (first && round > 0) {
             wgmma_wait<0>();
             hold(dq), hold(ds), hold(st);
             rings.keys.release(n - 1);
-            store(round - 1, query_work(a, item_of_round(a.schedule, round - 1)));
+            store(round - 1);
         }
         wgmma_wait<1>();
         hold(dq), hold(ds);
@@ -175,7 +176,8 @@ template <int HD> struct QueriesConsumer {
         issue_columns<ROWS>(dq, part_of<N>(ds), k_at, !first);
     }
     __device__ unsigned char* staging(int round) const { return sm90_shared + round % 2 * TILE_BYTES<HD> + consumer * 64 * 128; }
-    __device__ void store(int round, const QueryWork& work) {
+    __device__ void store(int round) {
+        const QueryWork work = query_work(a, handed_on<NUMBERS>(rings.queries, round));
         const int t = work.i0 + consumer * 64;
         store_gradients(
             consumer, t < a.T,
@@ -187,7 +189,7 @@ template <int HD> struct QueriesConsumer {
     }
     __device__ void run() {
         int n = 0, round = 0;
-        for (int item; (item = item_of_round(a.schedule, round)) < a.schedule.items; round++) {
+        for (int item; (item = handed_on<NUMBERS>(rings.queries, round)) < a.schedule.items; round++) {
             const QueryWork work = query_work(a, item);
             begin_item(work);
             for (int j = 0; j < work.count; j++, n++) {
@@ -199,7 +201,7 @@ template <int HD> struct QueriesConsumer {
         }
         wgmma_wait<0>();
         hold(dq), hold(ds);
-        store(round - 1, query_work(a, item_of_round(a.schedule, round - 1)));
+        store(round - 1);
         if (threadIdx.x % WARPGROUP == 0) tma_store_wait();
     }
 };
@@ -233,18 +235,20 @@ backward_queries(const __grid_constant__ CUtensorMap qkv_map, const __grid_const
 // four blocks of dS of it. Bound by reading dS: 32 KB for 2 x 2^20 multiply-adds at head_dim 128.
 constexpr int PRODUCT_STAGES = 3;
 constexpr int DS_BYTES = attn::DS_BLOCK * 2;
-// ring of K | dS of consumer 0, lower and upper | of consumer 1; staging of dq; barriers
+// ring of K | dS of consumer 0, lower and upper | of consumer 1; staging of dq; barriers; an item's number for each stage
 template <int HD> constexpr int backward_product_shared() {
-    return PRODUCT_STAGES * (TILE_BYTES<HD> + 4 * DS_BYTES) + TILE_BYTES<HD> + 16 * PRODUCT_STAGES;
+    return PRODUCT_STAGES * (TILE_BYTES<HD> + 4 * DS_BYTES + 16 + 4) + TILE_BYTES<HD>;
 }
 
 #ifdef SAMBA_SM90A_CODE
 using ProductRing = Ring<PRODUCT_STAGES>;
+template <int HD> constexpr int PRODUCT_NUMBERS = backward_product_shared<HD>() - 4 * PRODUCT_STAGES;
 
 template <int HD> __device__ inline void product_produce(const ProductRing& ring, const CUtensorMap* qkv_map, const Problem& a) {
     const int slots = a.H / a.G + 2;
     results_wait();                                                      // dS
-    for (int n = 0, round = 0, item; (item = item_of_round(a.schedule, round)) < a.schedule.items; round++) {
+    int n = 0;
+    for (int item = blockIdx.x; hand_on<PRODUCT_NUMBERS<HD>>(ring, n, item, a.schedule); item = draw(a)) {
         const QueryWork work = query_work(a, item);
         for (int j = 0; j < work.count; j++, n++) {
             const int n0 = work.i0 - j * ROWS;
@@ -290,7 +294,7 @@ template <int HD> struct ProductConsumer {
     }
     __device__ void run() {
         int n = 0;
-        for (int round = 0, item; (item = item_of_round(a.schedule, round)) < a.schedule.items; round++) {
+        for (int item; (item = handed_on<PRODUCT_NUMBERS<HD>>(ring, n)) < a.schedule.items;) {
             const QueryWork work = query_work(a, item);
             int add = 0;
             for (int j = 0; j < work.count; j++, n++) {
@@ -337,12 +341,12 @@ backward_product(const __grid_constant__ CUtensorMap qkv_map, const __grid_const
 // transposed (keys as rows), so that P^T and dS^T come from registers. dk and dv are staged in the key and value tiles, as dq is.
 constexpr int KEYS_STAGES = 3, STEP_ROWS = 64;
 template <int HD> constexpr int STEP_BYTES = 2 * STEP_ROWS * HD * 2;     // Q | dO
-// ring of K | V | ring of Q | dO | barriers
+// ring of K | V | ring of Q | dO | barriers, 80 bytes | two items' numbers
 template <int HD> constexpr int backward_keys_shared() { return 4 * TILE_BYTES<HD> + KEYS_STAGES * STEP_BYTES<HD> + 128; }
 
 #ifdef SAMBA_SM90A_CODE
 template <int HD> struct KeysRings {
-    static constexpr int STAGES = KEYS_STAGES, TILE = TILE_BYTES<HD>, BARRIERS = 4 * TILE + STAGES * STEP_BYTES<HD>;
+    static constexpr int STAGES = KEYS_STAGES, TILE = TILE_BYTES<HD>, BARRIERS = 4 * TILE + STAGES * STEP_BYTES<HD>, NUMBERS = BARRIERS + 80;
     Ring<2> keys;
     Ring<STAGES> steps;
     __device__ KeysRings(uint32_t shared)
@@ -359,13 +363,12 @@ __device__ inline KeyWork key_work(const Problem& a, int item) {
 template <int HD> __device__ inline void
 keys_produce(const KeysRings<HD>& rings, const CUtensorMap* qkv_map, const CUtensorMap* dout_map, const Problem& a) {
     constexpr int TILE = TILE_BYTES<HD>, STEP = STEP_BYTES<HD>, N = STEP_ROWS;
-    Cursor<2> keys;
     Cursor<KEYS_STAGES> steps;
-    for (int round = 0, item; (item = item_of_round(a.schedule, round)) < a.schedule.items; round++, keys.next()) {
+    int item = blockIdx.x;
+    for (int round = 0; hand_on<KeysRings<HD>::NUMBERS>(rings.keys, round, item, a.schedule); round++, item = draw(a)) {
         const KeyWork work = key_work(a, item);
         const int heads = a.H / a.G, end = (work.last + 1) * N;
-        const uint32_t bar = keys.full_bar(rings.keys), tile = keys.tile(rings.keys);
-        keys.wait_empty(rings.keys);
+        const uint32_t bar = rings.keys.full_bar(round), tile = rings.keys.tile(round);
         barrier_expect(bar, 2 * TILE);
         load_tile<HD, ROWS, N>(tile, bar, qkv_map, work.g * (heads + 2) + heads, work.n0, work.b);
         load_tile<HD, ROWS, N>(tile + TILE, bar, qkv_map, work.g * (heads + 2) + heads + 1, work.n0, work.b);
@@ -381,7 +384,7 @@ keys_produce(const KeysRings<HD>& rings, const CUtensorMap* qkv_map, const CUten
     }
 }
 template <int HD> struct KeysConsumer {
-    static constexpr int TILE = TILE_BYTES<HD>, STEP = STEP_BYTES<HD>, N = STEP_ROWS;
+    static constexpr int TILE = TILE_BYTES<HD>, STEP = STEP_BYTES<HD>, N = STEP_ROWS, NUMBERS = KeysRings<HD>::NUMBERS;
     const KeysRings<HD>& rings;
     const CUtensorMap* dqkv_map;
     const Problem& a;
@@ -434,7 +437,6 @@ template <int HD> struct KeysConsumer {
         const Vec<float, 2> lse2 = load_vec<2>(a.lse2 + stat), delta = load_vec<2>(a.delta + stat);
         const uint32_t k_at = rings.keys.tile(round) + consumer * 64 * 128, q_at = at.tile(rings.steps), do_at = q_at + STEP / 2;
         const int p0 = work.n0 + consumer * 64;
-        if (first) rings.keys.wait_full(round);
         at.wait_full(rings.steps);
         issue_rows<HD, ROWS, N>(s, k_at, q_at);
         keep();
@@ -442,7 +444,7 @@ template <int HD> struct KeysConsumer {
             wgmma_wait<0>();
             products_done();
             hold(s);
-            store(round - 1, key_work(a, item_of_round(a.schedule, round - 1)));
+            store(round - 1);
         }
         wgmma_wait<1>();
         products_done();
@@ -480,7 +482,8 @@ template <int HD> struct KeysConsumer {
     __device__ void skip() { finish(), at.wait_full(rings.steps), at.release(rings.steps), at.next(); }
 
     __device__ unsigned char* staging(int round) const { return sm90_shared + round % 2 * 2 * TILE + consumer * 64 * 128; }
-    __device__ void store(int round, const KeyWork& work) {
+    __device__ void store(int round) {
+        const KeyWork work = key_work(a, handed_on<NUMBERS>(rings.keys, round));
         const int slot = work.g * (a.H / a.G + 2) + a.H / a.G, t = work.n0 + consumer * 64;
         store_gradients(
             consumer, t < a.T,
@@ -498,7 +501,7 @@ template <int HD> struct KeysConsumer {
         results_wait();                                                  // lse2, delta
         const int heads = a.H / a.G;
         int round = 0;
-        for (int item; (item = item_of_round(a.schedule, round)) < a.schedule.items; round++) {
+        for (int item; (item = handed_on<NUMBERS>(rings.keys, round)) < a.schedule.items; round++) {
             const KeyWork work = key_work(a, item);
             const int p0 = work.n0 + consumer * 64;
             // Tiles of queries before our keys, and behind the last that sees one of them, are skipped; one always stays
@@ -517,7 +520,7 @@ template <int HD> struct KeysConsumer {
             }
         }
         finish();
-        store(round - 1, key_work(a, item_of_round(a.schedule, round - 1)));
+        store(round - 1);
         if (threadIdx.x % WARPGROUP == 0) tma_store_wait();
     }
 };
@@ -562,8 +565,8 @@ template <int HD> inline void launch_keys(const Args<bf16>& a, Stream stream) {
 }
 // dq from dS
 inline void launch_product(const Args<bf16>& a, Stream stream) {         // of head_dim 64 dS is not kept: DS_LIMIT in attention.cuh
-    launch_resident(backward_product<128>, problem(a), (int64_t)a.B * a.H, true, EARLY, backward_product_shared<128>(), stream, qkv_map(a, ROWS),
-                    dqkv_map(a));
+    launch_resident(backward_product<128>, problem(a), (int64_t)a.B * a.H, true, EARLY, backward_product_shared<128>(), stream,
+                    qkv_map(a, ROWS), dqkv_map(a));
 }
 // dq with S and dP made again, and the statistics
 template <int HD> inline void launch_queries(const Args<bf16>& a, Stream stream) {

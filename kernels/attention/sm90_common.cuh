@@ -30,14 +30,15 @@ struct Divisor {
         return (int)((high + (uint32_t)n) >> shift);
     }
 };
-// Item n of the fixed order is one tile of one owner (a batch's head, or group). Owners come in sections of about a quarter of
-// the blocks: inside a section the tiles with the most work come first for all its owners, so four tiles of each owner run
-// at a time and share its keys in L2.
+// Item n of the order is one tile of one owner (a batch's head, or group); a block that is done draws the next one: draw(). Owners come in
+// sections: inside a section the tiles with the most work come first for all its owners, so several tiles of each owner run at a time and
+// share in L2 what they read. A section has as many owners as a 22nd of the blocks, so that about 22 tiles of an owner run at a time, more than
+// a window of 2,048 has; the last section has more, at least a ninth, so that there are light tiles enough to end with.
 struct Schedule {
     int tiles, owners, items;                                            // items = tiles * owners
-    Divisor section, last_section, section_items;                        // owners in a section, in the last one; items in a section
+    int sections;                                                        // of `section` owners; one of last_section follows
+    Divisor section, last_section, section_items;                        // section_items = section * tiles
     bool last_first;                                                     // the most work: the last tiles (queries) or the first (keys)
-    bool even;                                                           // sections of (nearly) equal size; no change of direction
 };
 struct Work { int tile, owner; };
 
@@ -59,18 +60,12 @@ struct Problem : Args<bf16> {
 inline int64_t padded_length(int64_t T) { return round_up(T, ROWS); }
 
 #ifdef __CUDACC__
-__device__ inline Work work_item(const Schedule& s, int n) {
-    const int begin = s.section_items.quotient(n) * (int)s.section.value, rest = n - begin * s.tiles;
-    const bool whole = begin + (int)s.section.value <= s.owners;
+__host__ __device__ inline Work work_item(const Schedule& s, int n) {
+    const int number = s.section_items.quotient(n);
+    const bool whole = number < s.sections;
+    const int begin = (whole ? number : s.sections) * (int)s.section.value, rest = n - begin * s.tiles;
     const int order = whole ? s.section.quotient(rest) : s.last_section.quotient(rest);
     return {s.last_first ? s.tiles - 1 - order : order, begin + rest - order * (int)(whole ? s.section.value : s.last_section.value)};
-}
-// The round-th item of this block: there and back again over the blocks, which evens out the falling amounts of work. Where a section
-// is a whole number of rounds, the next one begins with the direction in which this one ended: its light tiles meet other blocks.
-__device__ inline int item_of_round(const Schedule& s, int round) {
-    const int first = round * gridDim.x;
-    const bool back = (round + (s.even ? 0 : s.section_items.quotient(first))) & 1;
-    return first + (back ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
 }
 
 #ifdef SAMBA_SM90A_CODE
@@ -115,8 +110,33 @@ template <bool EXTRAS> __device__ inline Problem simplified(const Problem& given
     return a;
 }
 
+// A block's first item has the block's number; each next one is drawn by the producer from a counter that is 0 when the kernel starts. So blocks
+// stay together in the order however long their items take, and end together. Results of an item do not depend on who took it. A block draws
+// until there is no item, so that there are `items` draws in all, whatever the number of blocks: the last one sets the counter to 0 again, for
+// the next kernel. By thread 0; the compiler must see that the number is one for its warp
+__device__ inline int draw(const Problem& a) {
+    results_wait();                                                      // the kernel before may still draw, if this one was launched EARLY
+    return __shfl_sync(1u, gridDim.x + (int)atomicInc((unsigned*)a.drawn, a.schedule.items - 1), 0);
+}
+// An item's number goes to the consumers with its first tiles, position n of their ring: at NUMBERS in shared memory, there is one for each stage
+template <int NUMBERS, int STAGES> __device__ inline int& number_of(const Ring<STAGES>&, int n) {
+    return reinterpret_cast<int*>(sm90_shared + NUMBERS)[n % STAGES];
+}
+// By the producer, before it loads. false: there is no such item, and no more; the consumers find the number all the same
+template <int NUMBERS, int STAGES> __device__ inline bool hand_on(const Ring<STAGES>& ring, int n, int item, const Schedule& s) {
+    ring.wait_empty(n);
+    number_of<NUMBERS>(ring, n) = item;
+    if (item < s.items) return true;
+    barrier_arrive(ring.full_bar(n));
+    return false;
+}
+// By consumers, until they release the stage. The compiler must see that it is one for a warp
+template <int NUMBERS, int STAGES> __device__ inline int handed_on(const Ring<STAGES>& ring, int n) {
+    ring.wait_full(n);
+    return __shfl_sync(0xffffffffu, number_of<NUMBERS>(ring, n), 0);
+}
 
-// The same as position n of a ring, when its stage is empty
+// A tile as position n of a ring, when its stage is empty
 template <int HD, int STAGES> __device__ inline void load_stage(const Ring<STAGES>& ring, int n, const CUtensorMap* map, int head, int t, int b) {
     ring.wait_empty(n);
     barrier_expect(ring.full_bar(n), TILE_BYTES<HD>);
@@ -207,13 +227,13 @@ template <int STAGES> __device__ inline void release_staging(const Ring<STAGES>&
 // ---------------------------------------------------------------------------------------------------------------------
 // Launches
 
-inline Schedule schedule(int64_t tiles, int64_t owners, int blocks, bool last_first, bool even = false) {
+inline Schedule schedule(int64_t tiles, int64_t owners, int blocks, bool last_first) {
     if (tiles * owners > INT32_MAX / 2)
         fail("attention: %lld tiles of %lld heads: more than 2^30 pieces of work; use a smaller batch", (long long)tiles, (long long)owners);
-    int section = (int)std::min<int64_t>(owners, std::max(1, blocks / 4));
-    if (even) section = (int)ceil_div(owners, ceil_div(owners, (int64_t)section));
-    const int rest = (int)(owners % section);
-    return {(int)tiles, (int)owners, (int)(tiles * owners), section, rest ? rest : section, (int)(section * tiles), last_first, even};
+    const int section = (int)std::min<int64_t>(owners, std::max(1, blocks / 22));
+    const int last = (int)std::min<int64_t>(owners, std::max(section, blocks / 9));                            // at least
+    const int sections = (int)((owners - last) / section), rest = (int)owners - sections * section;
+    return {(int)tiles, (int)owners, (int)(tiles * owners), sections, section, rest, (int)(section * tiles), last_first};
 }
 constexpr int SHARED_LIMIT = 227 * 1024;                                  // a block's, on compute capability 9.0
 inline bool supported(const Args<bf16>& a, const void* other) {          // T * row * 2 < 2^40: a limit of tensor maps
@@ -225,9 +245,10 @@ inline bool supported(const Args<bf16>& a, const void* other) {          // T * 
 enum Start { ORDERLY, EARLY };
 // One block a multiprocessor, over tiles x heads (or groups): a producer and a warpgroup for each 64 rows of a tile
 template <int TILE_ROWS = ROWS, class Kernel, class... Maps>
-inline void launch_resident(Kernel kernel, Problem a, int64_t owners, bool last_first, Start start, int shared, Stream stream, const Maps&... maps) {
+inline void launch_resident(Kernel kernel, Problem a, int64_t owners, bool last_first, Start start, int shared, Stream stream,
+                            const Maps&... maps) {
     const int blocks = multiprocessors();
-    a.schedule = schedule(ceil_div(a.T, TILE_ROWS), owners, blocks, last_first, TILE_ROWS != ROWS);
+    a.schedule = schedule(ceil_div(a.T, TILE_ROWS), owners, blocks, last_first);
     a.heads = (int)(owners / a.B);
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
     cudaLaunchAttribute early{};

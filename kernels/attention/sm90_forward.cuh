@@ -89,8 +89,8 @@ template <int HD> struct ForwardRings {
 template <int HD> __device__ inline void
 forward_produce(const ForwardRings<HD>& rings, const CUtensorMap* query_map, const KeyMaps& maps, const Problem& a) {
     const int heads = a.H / a.G;
-    for (int round = 0, n = 0;; round++) {
-        const int number = item_of_round(a.schedule, round);
+    int number = blockIdx.x;
+    for (int round = 0, n = 0;; round++, number = draw(a)) {
         const uint32_t bar = rings.queries.full_bar(round);
         rings.queries.wait_empty(round);
         if (number >= a.schedule.items) {
@@ -103,6 +103,7 @@ forward_produce(const ForwardRings<HD>& rings, const CUtensorMap* query_map, con
         barrier_expect(bar, QUERY_BYTES<HD>);
         const int head = work.h / heads * (heads + 2) + work.h % heads;
         load_tile<HD, ITEM_QUERIES, ITEM_QUERIES>(rings.queries.tile(round), bar, query_map, head, work.i0, work.b);
+#pragma unroll 1                                                          // unrolled, registers are too few
         for (int j = 0; j < work.count; j++, n++) {
             const KeyTile tile = key_tile(work, j, a.prefix);
             load_keys<HD>(rings.keys, n, maps, a, work, tile, 0);

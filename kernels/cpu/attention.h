@@ -121,7 +121,7 @@ inline AttentionShape attention_shape(int64_t T, int H, int G, int hd, int64_t w
 
 template <class R>
 inline void attention_forward(R* out, R* lse, const R* qkv, const std::type_identity_t<R>* ring, int64_t capacity, int64_t position,
-                              const int* starts, int B, int64_t T, int H, int G, int hd, int64_t window, Stream = {}) {
+                              const int* starts, int B, int64_t T, int H, int G, int hd, int64_t window, int* /*drawn*/ = nullptr, Stream = {}) {
     const AttentionShape shape = attention_shape(T, H, G, hd, window, ring, capacity, position, starts);
     const AttentionKeys<R> key_at{qkv, ring, capacity, position};
     const int64_t tiles = ceil_div(T, QUERY_TILE);
@@ -253,7 +253,7 @@ inline void attention_backward_queries(R* dqkv, const R* dout, const AttentionKe
 template <class R>
 inline void attention_backward(R* dqkv, const R* dout, const R* out, const R* qkv, const R* lse, const std::type_identity_t<R>* ring,
                                int64_t capacity, int64_t position, const int* starts, void* workspace, int B, int64_t T, int H, int G, int hd,
-                               int64_t window, const std::type_identity_t<R>* rope, Stream = {}) {
+                               int64_t window, const std::type_identity_t<R>* rope, int* /*drawn*/ = nullptr, Stream = {}) {
     const AttentionShape shape = attention_shape(T, H, G, hd, window, ring, capacity, position, starts);
     R* delta = (R*)workspace;
 #pragma omp parallel for
