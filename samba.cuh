@@ -949,8 +949,7 @@ inline void attention_inner(Pass& p, const Layer& layer, LayerActivations& a, co
     const Weights qkv = p.weights(t.qkv).with_input_made();
     if (make.cheap) ops::rmsnorm_forward(a.n, a.rstd, x, m.w(t.norm), BT, d, c.norm_eps, stream, qkv.input);                 // (B,T,d)
     if (!make.dear) return;
-    ops::matmul_forward(m.matmul, a.qkv, c.qkv_dim(), a.n, d, qkv, BT, c.qkv_dim(), d, stream);                              // (B,T,(H+2G)hd)
-    if (c.rope) ops::rope_forward(a.qkv, m.acts.rope, B, T, H, G, hd, stream);
+    ops::matmul_rope_forward(m.matmul, a.qkv, a.n, qkv, c.rope ? m.acts.rope : nullptr, B, T, H, G, hd, d, stream);          // (B,T,(H+2G)hd)
     ops::attention_forward(a.out, a.lse, a.qkv, ring, capacity, position, starts, B, T, H, G, hd, layer.window, m.acts.drawn, stream);   // (B,T,H hd)
     if (s && !p.state->held) attention_advance(p, *s, a);
 }

@@ -150,6 +150,13 @@ static void bench_matmul(const Shape& s) {
                  [&](gpu::Matmul& mm, int i) { gpu::matmul_swiglu_forward(mm, h[i], gate_up[i], n[i], w[i], M, s.F, s.d, 0); });
     products.row("w3 dgrad and swiglu", outer + 4 * hidden + weights, flops / 2,
                  [&](gpu::Matmul& mm, int i) { gpu::matmul_swiglu_backward(mm, dgate_up[0], nullptr, h[i], n[i], w[i], gate_up[i], M, s.F, s.d, 0); });
+    const int width = 3 * s.H * s.hd;
+    Rotating<floatX> qkv(M * width, 2), w_qkv((int64_t)width * s.d, 2, 0.05f);
+    Rotating<float> table(s.T * s.hd, 1);
+    gpu::rope_table(table[0], 0, s.T, s.hd, 10000.0, 0);
+    products.row("qkv forward and rope", outer + X * ((double)M * width + (double)width * s.d), 2.0 * M * width * s.d, [&](gpu::Matmul& mm, int i) {
+        gpu::matmul_rope_forward(mm, qkv[i], n[i], w_qkv[i], table[0], s.B, s.T, s.H, s.H, s.hd, s.d, 0);
+    });
     for (int64_t rows = std::min<int64_t>(M, 4096); rows <= M; rows *= 2) {
         const std::string name = "head, " + std::to_string(rows) + " rows";
         Rotating<floatX> x(rows * s.d, 2), y(rows * s.V, 2), w((int64_t)s.V * s.d, 1, 0.05f);

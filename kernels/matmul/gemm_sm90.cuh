@@ -1,5 +1,5 @@
 // Matrix products for Hopper (code built for sm_90a), bf16, with an epilogue: what becomes of a tile of the product before it goes to memory.
-//   forward    x w^T     x (M,K), w (N,K)     rounded to bf16 and handed over: SwiGLU (swiglu_sm90.cuh)
+//   forward    x w^T     x (M,K), w (N,K)     rounded to bf16 and handed over: SwiGLU (swiglu_sm90.cuh), RoPE (rope_sm90.cuh)
 //   backward   x w       x (M,K), w (K,N)     never rounded, finished where the sums are: SwiGLU's gradient
 //
 // A block is three warpgroups and has a multiprocessor to itself: one thread of the first feeds a ring of stages in shared memory through TMA,
