@@ -69,12 +69,6 @@ template <class X> __device__ inline Eight turned(const X* head, const float* co
     return e;
 }
 
-template <int LANES> __device__ inline float lanes_sum(float x) {
-#pragma unroll
-    for (int o = LANES / 2; o > 0; o /= 2) x += __shfl_xor_sync(0xffffffffu, x, o);
-    return x;
-}
-
 // q k of a head; every lane of the team gets it
 template <int LANES> __device__ inline float head_dot(const Eight& q, const Eight& k) {
     float dot = 0;

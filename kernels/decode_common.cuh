@@ -53,6 +53,13 @@ __device__ inline float load_fresh(const __nv_bfloat16* p) {
 }
 template <class X> __device__ inline float round_to(float v) { return to_float(from_float<X>(v)); }
 
+// The sum over LANES neighbouring lanes, in each of them. mask: the lanes that come here
+template <int LANES> __device__ inline float lanes_sum(float x, unsigned mask = 0xffffffffu) {
+#pragma unroll
+    for (int o = LANES / 2; o > 0; o /= 2) x += __shfl_xor_sync(mask, x, o);
+    return x;
+}
+
 // A launch that may begin before the kernel in front of it has ended. cluster: blocks that run together
 template <class Kernel, class... Args>
 inline void launch_clusters(Kernel kernel, dim3 grid, int cluster, int threads, size_t shared, Stream stream, Args... args) {

@@ -40,6 +40,9 @@ template <class X> __device__ inline void store_scales(float* scale /*(B), share
 
 struct Nothing {};
 
+// The sum over the 8 neighbouring lanes that have a tile's columns
+__device__ inline float tile_sum(float x) { return lanes_sum<ROWS>(x, 0xffu << (threadIdx.x % WARP / ROWS * ROWS)); }
+
 template <class Y> struct StoreOutput {
     Y* y;                                  // (B,N)
     int N;
@@ -86,10 +89,7 @@ template <class X> struct ResidualOutput {  // x += result, and what the next no
         if (j >= 0) x[(int64_t)b * N + j] = value;
         if (!xw) return;
         if (j >= 0) xw[(int64_t)b * N + j] = from_float<X>(value * before.norm);
-        float square = value * value;                  // 8 neighbouring lanes have the 8 columns
-        const unsigned eight = 0xffu << (threadIdx.x % WARP / ROWS * ROWS);
-#pragma unroll
-        for (int o = ROWS / 2; o > 0; o /= 2) square += __shfl_xor_sync(eight, square, o);
+        const float square = tile_sum(value * value);
         if (i == 0) squares[(int64_t)b * tiles() + tile] = square;
     }
 };

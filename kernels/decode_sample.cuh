@@ -39,10 +39,7 @@ template <class X, class Value> __device__ inline void norm_row(X* xw, float* sq
     for (int i = first; i < tiles * ROWS; i += stride) {
         const float v = i < d ? value(i) : 0.f;
         if (i < d) xw[i] = from_float<X>(v * norm[i]);
-        float square = v * v;
-        const unsigned eight = 0xffu << (threadIdx.x % WARP / ROWS * ROWS);
-#pragma unroll
-        for (int o = ROWS / 2; o > 0; o /= 2) square += __shfl_xor_sync(eight, square, o);
+        const float square = tile_sum(v * v);
         if (i % ROWS == 0) squares[i / ROWS] = square;
     }
 }
