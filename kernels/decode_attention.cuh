@@ -126,14 +126,14 @@ __device__ inline void join_teams(const AttentionArgs<X>& a, const float* shared
     const int heads_now = min(HEADS, per_group - first);
     for (int item = threadIdx.x; item < heads_now * hd; item += THREADS) {
         const int h = item / hd, j = item % hd;
-        const Joined sum = join_shared<TEAMS>(shared_sums + h * width, HEADS * width, j);
+        const Joined all = join_shared<TEAMS>(shared_sums + h * width, HEADS * width, j);
         const int64_t head = (int64_t)b * a.H + g * per_group + first + h;
         if (a.splits == 1) {
-            a.out[head * hd + j] = from_float<X>(sum.acc / sum.sum);
+            a.out[head * hd + j] = from_float<X>(all.acc / all.sum);
         } else {
             float* to = a.parts + (head * a.splits + split) * width;
-            if (j == 0) to[0] = sum.top, to[1] = sum.sum;
-            to[2 + j] = sum.acc;
+            if (j == 0) to[0] = all.top, to[1] = all.sum;
+            to[2 + j] = all.acc;
         }
     }
 }

@@ -91,10 +91,10 @@ template <int LANES> struct Attend {
                 for (int i = 0; i < 8; i++) to[2 + sub * 8 + i] = soft.acc.v[i];
             consumers_meet();
             if ((int)threadIdx.x < hd) {                                           // warps in order
-                const Joined sum = join_shared<WARPS>(sums, width, threadIdx.x);
+                const Joined all = join_shared<WARPS>(sums, width, threadIdx.x);
                 float* out = a.parts + (int64_t)part * width;
-                if (threadIdx.x == 0) out[0] = sum.top, out[1] = sum.sum;
-                out[2 + threadIdx.x] = sum.acc;
+                if (threadIdx.x == 0) out[0] = all.top, out[1] = all.sum;
+                out[2 + threadIdx.x] = all.acc;
             }
             sums = sums == s.partial ? s.partial + WARP_SUMS : s.partial;
         }
