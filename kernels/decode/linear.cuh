@@ -28,6 +28,7 @@ template <class X> __device__ inline float row_scale(const Input<X>& in, int b, 
     return 1.f / sqrtf(warp_sum(sum) / K + in.eps);
 }
 
+// row_scale() of all sequences
 template <class X> __device__ inline void store_scales(float* scale /*(B), shared*/, const Input<X>& in, int B, int K) {
     for (int b = threadIdx.x / WARP; b < B; b += WARPS) {
         const float r = row_scale(in, b, K);
@@ -186,18 +187,18 @@ struct Work {
 
 // Asks L2 for the rows of the block's first tiles, a row a thread, but for those whose loads are under way
 template <class Output>
-__device__ inline void prefetch_tiles(const Output& out, int tiles, const __nv_bfloat16* w, const LinearShape& s, const Work& p, int turns) {
-    const int tile = p.first + (int)(threadIdx.x / ROWS) * p.stride;
+__device__ inline void prefetch_tiles(const Output& out, int tiles, const __nv_bfloat16* w, const LinearShape& s, const Work& part, int turns) {
+    const int tile = part.first + (int)(threadIdx.x / ROWS) * part.stride;
     const int row = (int)(threadIdx.x / ROWS) < s.l2_tiles && tile < tiles ? out.row(tile, threadIdx.x % ROWS) : -1;
-    if (row >= 0 && (int)(threadIdx.x / ROWS) * turns >= AHEAD - turns) prefetch_l2(w + (int64_t)row * s.K + p.k0 * 32, p.width * 64);
+    if (row >= 0 && (int)(threadIdx.x / ROWS) * turns >= AHEAD - turns) prefetch_l2(w + (int64_t)row * s.K + part.k0 * 32, part.width * 64);
 }
 
 // The block's columns of the input and the scales into shared memory
 __device__ inline void bring_input(__nv_bfloat16* xs /*(B,ld)*/, int ld, float* scale /*(B)*/, const Input<__nv_bfloat16>& in, int B, int K,
-                                   const Work& p) {
-    for (int i = threadIdx.x; i < B * p.width * 4; i += THREADS) {
-        const int b = i / (p.width * 4), j = i % (p.width * 4) * 8;
-        copy_async<16>(xs + b * ld + j, in.in + (int64_t)b * K + p.k0 * 32 + j);
+                                   const Work& part) {
+    for (int i = threadIdx.x; i < B * part.width * 4; i += THREADS) {
+        const int b = i / (part.width * 4), j = i % (part.width * 4) * 8;
+        copy_async<16>(xs + b * ld + j, in.in + (int64_t)b * K + part.k0 * 32 + j);
     }
     store_scales(scale, in, B, K);
     copy_async_commit();
@@ -264,42 +265,42 @@ __global__ void __launch_bounds__(THREADS, 2) linear_kernel(const __nv_bfloat16*
     extern __shared__ uint4 shared[];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
     const int tiles = out.tiles();
-    const Work p(s);
-    const int turns = p.turns(), ld = p.width * 32 + 32;                          // a row's end shifts the next by half the banks
+    const Work part(s);
+    const int turns = part.turns(), ld = part.width * 32 + 32;                          // a row's end shifts the next by half the banks
     X* xs = (X*)shared;                                                           // (B,ld)
     float* scale = (float*)(xs + (int64_t)s.B * ld);                              // (B)
     float* partial = scale + MAX_BATCH;                                           // (group,WARPS,WARP,C)
 
     // The block's weights in the order in which they are used: tile after tile, and in each the warp's blocks of columns
-    struct Cursor { int tile, turn; } ahead{p.first, 0};
+    struct Cursor { int tile, turn; } ahead{part.first, 0};
     int end = tiles;
     const auto load_next = [&]() {
         uint4 v = make_uint4(0, 0, 0, 0);
         const int k = warp + WARPS * ahead.turn, row = ahead.tile < end ? out.row(ahead.tile, g) : -1;
-        if (row >= 0 && k < p.width) v = load_weights(w + (int64_t)row * s.K + (p.k0 + k) * 32 + t * 8);
-        if (++ahead.turn == turns) ahead.turn = 0, ahead.tile += p.stride;
+        if (row >= 0 && k < part.width) v = load_weights(w + (int64_t)row * s.K + (part.k0 + k) * 32 + t * 8);
+        if (++ahead.turn == turns) ahead.turn = 0, ahead.tile += part.stride;
         return v;
     };
 
     bool waited = false;
     typename Output::Early early{};
-    for (int group = p.first; group < tiles; group += s.group * p.stride) {
-        const int count = min(s.group, (tiles - group + p.stride - 1) / p.stride);
-        end = min(tiles, group + s.group * p.stride);
+    for (int group = part.first; group < tiles; group += s.group * part.stride) {
+        const int count = min(s.group, (tiles - group + part.stride - 1) / part.stride);
+        end = min(tiles, group + s.group * part.stride);
         ahead = {group, 0};
         uint4 v[AHEAD];
 #pragma unroll
         for (int j = 0; j < AHEAD; j++) v[j] = load_next();
         if (!waited) {
-            prefetch_tiles(out, tiles, w, s, p, turns);
+            prefetch_tiles(out, tiles, w, s, part, turns);
             wait_for_input();
-            early = early_operands(out, p.first, p.stride, count, s.B);
-            bring_input(xs, ld, scale, in, s.B, s.K, p);
+            early = early_operands(out, part.first, part.stride, count, s.B);
+            bring_input(xs, ld, scale, in, s.B, s.K, part);
         }
-        multiply_tiles<WIDE>(partial, v, load_next, xs, ld, count, turns, p.width, s.B);
+        multiply_tiles<WIDE>(partial, v, load_next, xs, ld, count, turns, part.width, s.B);
         __syncthreads();
         const auto sums = [&](int n, int b, int r) { return sum_of_warps<C>(partial, n, b, r); };
-        write_results(out, early, !waited, group, p.stride, count, s.B, p.split, sums, scale);
+        write_results(out, early, !waited, group, part.stride, count, s.B, part.split, sums, scale);
         waited = true;
         __syncthreads();
     }

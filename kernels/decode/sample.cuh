@@ -147,7 +147,7 @@ template <int RANKS, class Add> __device__ inline uint64_t over_all(uint64_t x, 
     return total;
 }
 
-// The numbers of over_all()
+// What over_all() joins values by
 struct Greatest { __device__ uint64_t operator()(uint64_t x, uint64_t y) const { return max(x, y); } };
 struct Sum { __device__ uint64_t operator()(uint64_t x, uint64_t y) const { return x + y; } };
 
