@@ -31,7 +31,8 @@ if has tests; then
 fi
 if has sanitize; then
     for tool in memcheck racecheck; do
-        timeout 500 compute-sanitizer --tool $tool --error-exitcode 1 build/gpu-bf16/test_samba --gtest_filter='*Gpu*' --gtest_brief=1 >"$out/$tool.log" 2>&1
+        timeout 500 compute-sanitizer --tool $tool --error-exitcode 1 \
+            build/gpu-bf16/test_samba --gtest_filter='*Gpu*' --gtest_brief=1 >"$out/$tool.log" 2>&1
         echo "== $tool: status $?"
         tail -n 3 "$out/$tool.log"
     done

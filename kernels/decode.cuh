@@ -30,12 +30,6 @@ namespace decode {
 
 constexpr int TEAM = 16, DT_AHEAD = 16;    // dt_proj's row: 16 x 16 values in registers, the rest (d_model over 4096) as it comes
 
-__device__ inline float team_sum(float x) {
-#pragma unroll
-    for (int o = TEAM / 2; o > 0; o /= 2) x += __shfl_xor_sync(0xffffffffu, x, o);
-    return x;
-}
-
 template <class X> struct ScanArgs {
     X* out;
     float* h;
@@ -79,7 +73,7 @@ template <class X> __global__ void __launch_bounds__(THREADS) scan_kernel(ScanAr
         for (int k = 0; k < DT_AHEAD; k++)
             if (sub + k * TEAM < a.rank) dot += row[k] * xd[sub + k * TEAM];
         for (int k = sub + DT_AHEAD * TEAM; k < a.rank; k += TEAM) dot += to_float(a.dt_proj[(int64_t)c * a.rank + k]) * xd[k];
-        const float raw = round_to<X>(team_sum(dot)) + a.dt_bias[c], dt = raw > 20.f ? raw : log1pf(expf(raw));
+        const float raw = round_to<X>(lanes_sum<TEAM>(dot)) + a.dt_bias[c], dt = raw > 20.f ? raw : log1pf(expf(raw));
         const float u = load_fresh(a.u + i), z = load_fresh(a.z + i), input = dt * u;
         float y = 0;
         for (int n = sub; n < a.N; n += TEAM) {
@@ -88,7 +82,7 @@ template <class X> __global__ void __launch_bounds__(THREADS) scan_kernel(ScanAr
             if (live) a.h[i * a.N + n] = h;
             y += h * Cn[n];
         }
-        y = team_sum(y) + a.D[c] * u;
+        y = lanes_sum<TEAM>(y) + a.D[c] * u;
         if (live && sub == 0) a.out[i] = from_float<X>(y * z * sigmoid<float>(z));
     }
 }

@@ -70,8 +70,14 @@ static std::vector<int> random_prompt(int64_t n, int V) {
     return tokens;
 }
 
+static int hidden_size(const Model& m) {                              // of the widest MLP
+    int F = 1;
+    for (const Layer& layer : m.layout.layers) F = std::max(F, layer.d_ff);
+    return F;
+}
+
 // Keys and values like those of activations: uniform in [-1, 1]
-static void fill_rings(Model& m, const SequenceState& state) {
+static void fill_rings(const Model& m, const SequenceState& state) {
     const size_t n = (size_t)1 << 22;
     std::vector<floatX> host(n);
 #pragma omp parallel for
@@ -203,78 +209,119 @@ static void bench_probe(Model& m, const Options& o, int B, int64_t context, doub
 }
 #endif
 
-// Each operation alone. The graph holds its launch of every layer that has it, so that weights come from memory.
-static void bench_parts(Model& m, int B, double bandwidth) {
-    const Config& c = m.config();
-    const Parameters& w = m.w;
-    const Stream s = m.stream;
-    const int d = c.d_model, e = c.d_inner(), N = c.d_state, R = c.dt_rank(), H = c.n_head, G = c.n_kv_head, hd = c.head_dim, V = c.vocab_size;
-    int F = 1;
-    for (const Layer& layer : m.layout.layers) F = std::max(F, layer.d_ff);
-    Arena arena;
-    float *x = nullptr, *squares = nullptr, *cos_sin = nullptr, *parts = nullptr, *logits = nullptr;
-    floatX *xw = nullptr, *u = nullptr, *z = nullptr, *out = nullptr, *qkv = nullptr;
+// ---------------------------------------------------------------------------------------------------------------------
+// Each operation of a step alone
+
+// What the operations read and write between them
+struct StepBuffers {
+    float *x = nullptr, *squares = nullptr, *cos_sin = nullptr;       // (B,d), (B,d/8), (B,hd/2,2)
+    float *parts = nullptr, *logits = nullptr;                        // (splits,B,rank+2N), (B,V)
+    floatX *xw = nullptr, *u = nullptr, *z = nullptr;                 // (B,d), (B,e), (B,e)
+    floatX *out = nullptr, *qkv = nullptr;                            // (B, e | H hd | F), (B,qkv_dim)
     char* workspace = nullptr;
-    int64_t* position = nullptr;
-    const size_t workspace_bytes = ops::decode_attention_workspace(B, H, std::max(1, G), hd);
-    const auto plan = [&] {
+    int64_t* position = nullptr;                                      // (B)
+
+    StepBuffers(const Model& m, int B, int64_t context) {
+        const Config& c = m.config();
+        const int64_t d = c.d_model, e = c.d_inner(), hd = c.head_dim;
+        const size_t workspace_bytes = ops::decode_attention_workspace(B, c.n_head, std::max(1, c.n_kv_head), c.head_dim);
+        plan(m, B, workspace_bytes);
+        arena.allocate("the benchmark's buffers");
+        plan(m, B, workspace_bytes);
+        for (auto [p, bytes] : {std::pair<void*, size_t>{x, B * d * 4}, {squares, B * d * 4}, {cos_sin, B * hd * 4}, {xw, B * d * sizeof(floatX)},
+                                {u, B * e * sizeof(floatX)}, {z, B * e * sizeof(floatX)}, {out, B * e * sizeof(floatX)},
+                                {qkv, (size_t)B * c.qkv_dim() * sizeof(floatX)}, {workspace, workspace_bytes}})
+            device_fill(p, 0, bytes, m.stream);
+        std::vector<int64_t> positions(B, context);
+        copy_to_device(position, positions.data(), B * sizeof(int64_t), m.stream);
+        stream_sync(m.stream);
+    }
+
+private:
+    void plan(const Model& m, int B, size_t workspace_bytes) {
+        const Config& c = m.config();
+        const int d = c.d_model, e = c.d_inner(), x_dbl = c.dt_rank() + 2 * c.d_state;
         arena.rewind();
-        x = arena.take<float>(B * d), squares = arena.take<float>(B * d), cos_sin = arena.take<float>(B * std::max(2, hd));
-        logits = arena.take<float>((int64_t)B * V), position = arena.take<int64_t>(B);
-        parts = arena.take<float>((int64_t)ops::decode_x_splits(R + 2 * N, e) * B * (R + 2 * N));
+        x = arena.take<float>(B * d), squares = arena.take<float>(B * d), cos_sin = arena.take<float>(B * std::max(2, c.head_dim));
+        logits = arena.take<float>((int64_t)B * c.vocab_size), position = arena.take<int64_t>(B);
+        parts = arena.take<float>((int64_t)ops::decode_x_splits(x_dbl, e) * B * x_dbl);
         xw = arena.take<floatX>(B * d), u = arena.take<floatX>(B * e), z = arena.take<floatX>(B * e);
-        out = arena.take<floatX>((int64_t)B * std::max({e, H * hd, F})), qkv = arena.take<floatX>(B * c.qkv_dim());
+        out = arena.take<floatX>((int64_t)B * std::max({e, c.n_head * c.head_dim, hidden_size(m)})), qkv = arena.take<floatX>(B * c.qkv_dim());
         workspace = arena.take<char>((int64_t)workspace_bytes);
+    }
+    Arena arena;
+};
+
+// An operation, and the bytes that it must move in a layer
+struct Part {
+    const char* name;
+    Kind kind;
+    double bytes;
+    std::function<void(const Layer&, LayerState&)> run;
+};
+static double matrix_bytes(double rows, double columns) { return rows * columns * sizeof(floatX); }
+
+static std::vector<Part> mamba_parts(const Model& m, const StepBuffers& b, int B) {
+    const Config& c = m.config();
+    const int d = c.d_model, e = c.d_inner(), N = c.d_state, R = c.dt_rank();
+    return {
+        {"in_proj, conv", Kind::mamba, matrix_bytes(2 * e, d), [=, &m, &b](const Layer& l, LayerState& own) {
+             const MambaTensors& t = l.mamba;
+             ops::decode_mamba_in(b.u, b.z, own.halo, b.xw, b.squares, m.w(t.in_proj), m.w(t.conv_w), m.w(t.conv_b), B, d, e, m.config().norm_eps,
+                                  m.stream);
+         }},
+        {"x_proj", Kind::mamba, matrix_bytes(R + 2 * N, e), [=, &m, &b](const Layer& l, LayerState&) {
+             ops::decode_x_proj(b.parts, b.u, m.w(l.mamba.x_proj), B, R + 2 * N, e, m.stream);
+         }},
+        {"dt_proj, scan", Kind::mamba, matrix_bytes(e, R) + 4.0 * e * N * (1 + 2 * B), [=, &m, &b](const Layer& l, LayerState& own) {
+             const MambaTensors& t = l.mamba;
+             ops::decode_scan(b.out, own.h, b.parts, b.u, b.z, m.w(t.dt_proj), m.w(t.A_log), m.w(t.D), m.w(t.dt_bias), B, e, N, R, m.stream);
+         }},
+        {"out_proj", Kind::mamba, matrix_bytes(d, e), [=, &m, &b](const Layer& l, LayerState&) {
+             ops::decode_residual(b.x, b.xw, b.squares, m.w(l.mamba.norm), b.out, m.w(l.mamba.out_proj), B, d, e, m.stream);
+         }},
     };
-    plan();
-    arena.allocate("the benchmark's buffers");
-    plan();
-    for (auto [p, bytes] : {std::pair<void*, size_t>{x, B * d * 4}, {squares, B * d * 4}, {cos_sin, B * hd * 4}, {xw, B * d * sizeof(floatX)},
-                            {u, B * e * sizeof(floatX)}, {z, B * e * sizeof(floatX)}, {out, B * e * sizeof(floatX)},
-                            {qkv, (size_t)B * c.qkv_dim() * sizeof(floatX)}, {workspace, workspace_bytes}})
-        device_fill(p, 0, bytes, s);
+}
+
+static std::vector<Part> attention_parts(const Model& m, const StepBuffers& b, int B, int64_t context) {
+    const Config& c = m.config();
+    const int d = c.d_model, H = c.n_head, G = c.n_kv_head, hd = c.head_dim, qkv_dim = c.qkv_dim();
+    const double keys = (double)(c.window > 0 ? c.window - 1 : context);
+    return {
+        {"qkv", Kind::attention, matrix_bytes(qkv_dim, d), [=, &m, &b](const Layer& l, LayerState&) {
+             ops::decode_norm_linear(b.qkv, b.xw, b.squares, m.w(l.attention.qkv), B, qkv_dim, d, m.config().norm_eps, m.stream);
+         }},
+        {"attention", Kind::attention, 2.0 * B * keys * G * hd * sizeof(floatX), [=, &m, &b](const Layer&, LayerState& own) {
+             const float* turns = m.config().rope ? b.cos_sin : nullptr;
+             ops::decode_attention(b.out, own.ring, b.workspace, b.qkv, turns, b.position, own.capacity, B, H, G, hd, m.stream);
+         }},
+        {"proj", Kind::attention, matrix_bytes(d, H * hd), [=, &m, &b](const Layer& l, LayerState&) {
+             ops::decode_residual(b.x, b.xw, b.squares, m.w(l.attention.norm), b.out, m.w(l.attention.proj), B, d, H * hd, m.stream);
+         }},
+    };
+}
+
+static std::vector<Part> mlp_parts(const Model& m, const StepBuffers& b, int B) {
+    const int d = m.config().d_model, F = hidden_size(m);
+    return {
+        {"w1|w2, swiglu", Kind::mlp, matrix_bytes(2 * F, d), [=, &m, &b](const Layer& l, LayerState&) {
+             ops::decode_swiglu(b.out, b.xw, b.squares, m.w(l.mlp.w1), B, d, F, m.config().norm_eps, m.stream);
+         }},
+        {"w3", Kind::mlp, matrix_bytes(d, F), [=, &m, &b](const Layer& l, LayerState&) {
+             ops::decode_residual(b.x, b.xw, b.squares, m.w(l.mlp.norm), b.out, m.w(l.mlp.w3), B, d, F, m.stream);
+         }},
+    };
+}
+
+// The graph holds an operation's launch of every layer that has it, so that weights come from memory.
+static void bench_parts(const Model& m, int B, double bandwidth) {
+    const Config& c = m.config();
+    const Stream s = m.stream;
     const int64_t context = 100000;
-    std::vector<int64_t> positions(B, context);
-    copy_to_device(position, positions.data(), B * sizeof(int64_t), s);
+    const StepBuffers b(m, B, context);
     SequenceState state;
     state.create(m.layout, B, context + 1, s);
     fill_rings(m, state);
-    const float eps = c.norm_eps;
-    const auto matrix = [&](double rows, double columns) { return rows * columns * sizeof(floatX); };
-    struct Part { const char* name; Kind kind; double bytes; std::function<void(const Layer&, LayerState&)> run; };
-    const std::vector<Part> all = {
-        {"in_proj, conv", Kind::mamba, matrix(2 * e, d), [&](const Layer& l, LayerState& own) {
-             const MambaTensors& t = l.mamba;
-             ops::decode_mamba_in(u, z, own.halo, xw, squares, w(t.in_proj), w(t.conv_w), w(t.conv_b), B, d, e, eps, s);
-         }},
-        {"x_proj", Kind::mamba, matrix(R + 2 * N, e), [&](const Layer& l, LayerState&) {
-             ops::decode_x_proj(parts, u, w(l.mamba.x_proj), B, R + 2 * N, e, s);
-         }},
-        {"dt_proj, scan", Kind::mamba, matrix(e, R) + 4.0 * e * N * (1 + 2 * B), [&](const Layer& l, LayerState& own) {
-             const MambaTensors& t = l.mamba;
-             ops::decode_scan(out, own.h, parts, u, z, w(t.dt_proj), w(t.A_log), w(t.D), w(t.dt_bias), B, e, N, R, s);
-         }},
-        {"out_proj", Kind::mamba, matrix(d, e), [&](const Layer& l, LayerState&) {
-             ops::decode_residual(x, xw, squares, w(l.mamba.norm), out, w(l.mamba.out_proj), B, d, e, s);
-         }},
-        {"qkv", Kind::attention, matrix(c.qkv_dim(), d), [&](const Layer& l, LayerState&) {
-             ops::decode_norm_linear(qkv, xw, squares, w(l.attention.qkv), B, c.qkv_dim(), d, eps, s);
-         }},
-        {"attention", Kind::attention, 2.0 * B * (double)(c.window > 0 ? c.window - 1 : context) * G * hd * sizeof(floatX),
-         [&](const Layer&, LayerState& own) {
-             const float* turns = c.rope ? cos_sin : nullptr;
-             ops::decode_attention(out, own.ring, workspace, qkv, turns, position, own.capacity, B, H, G, hd, s);
-         }},
-        {"proj", Kind::attention, matrix(d, H * hd), [&](const Layer& l, LayerState&) {
-             ops::decode_residual(x, xw, squares, w(l.attention.norm), out, w(l.attention.proj), B, d, H * hd, s);
-         }},
-        {"w1|w2, swiglu", Kind::mlp, matrix(2 * F, d), [&](const Layer& l, LayerState&) {
-             ops::decode_swiglu(out, xw, squares, w(l.mlp.w1), B, d, F, eps, s);
-         }},
-        {"w3", Kind::mlp, matrix(d, F), [&](const Layer& l, LayerState&) {
-             ops::decode_residual(x, xw, squares, w(l.mlp.norm), out, w(l.mlp.w3), B, d, F, s);
-         }},
-    };
     printf("%s, batch %d, each operation alone\n", c.name.c_str(), B);
     double sum = 0;
     const auto report = [&](const char* name, int count, double bytes, const std::function<void()>& work) {
@@ -285,16 +332,19 @@ static void bench_parts(Model& m, int B, double bandwidth) {
         printf("  %-16s x%-3d %8.2f us %7.0f GB/s %6.1f%% of a copy\n", name, count, t * 1e6, bytes / t * 1e-9, 100 * bytes / t / bandwidth);
         fflush(stdout);
     };
-    for (const Part& part : all) {
-        int count = 0;
-        for (const Layer& layer : m.layout.layers) count += layer.kind == part.kind;
-        if (!count) continue;
-        report(part.name, count, part.bytes, [&] {
-            for (size_t l = 0; l < m.layout.layers.size(); l++)
-                if (m.layout.layers[l].kind == part.kind) part.run(m.layout.layers[l], state.layers[l]);
-        });
-    }
-    report("head", 1, matrix(V, d), [&] { ops::decode_head(logits, xw, squares, w(m.layout.network.head), B, V, d, eps, s); });
+    for (const std::vector<Part>& parts : {mamba_parts(m, b, B), attention_parts(m, b, B, context), mlp_parts(m, b, B)})
+        for (const Part& part : parts) {
+            int count = 0;
+            for (const Layer& layer : m.layout.layers) count += layer.kind == part.kind;
+            if (!count) continue;
+            report(part.name, count, part.bytes, [&] {
+                for (size_t l = 0; l < m.layout.layers.size(); l++)
+                    if (m.layout.layers[l].kind == part.kind) part.run(m.layout.layers[l], state.layers[l]);
+            });
+        }
+    report("head", 1, matrix_bytes(c.vocab_size, c.d_model), [&] {
+        ops::decode_head(b.logits, b.xw, b.squares, m.w(m.layout.network.head), B, c.vocab_size, c.d_model, c.norm_eps, s);
+    });
     printf("  %-16s      %8.2f us\n", "sum", sum * 1e6);
 }
 

@@ -23,32 +23,37 @@ static void bench_mamba(const Shape& s) {
     Rotating<float> conv_w(e * 4, 1, 0.5f), vector(e, 1, 0.5f), A_log(e * s.N, 1, 1.f), D(e, 1), dt_bias(e, 1, 4.f), grad(e * s.N, 1, 0.f);
     std::vector<void*> states(COPIES);
     for (auto& p : states) p = device_alloc(gpu::selective_scan_saved(s.B, s.T, e, s.N), "states");
-    void* workspace = device_alloc(std::max(gpu::selective_scan_workspace(s.B, s.T, e, s.N), gpu::x_proj_conv_backward_workspace(s.B, s.T, e, R2N)), "workspace");
+    void* workspace = device_alloc(std::max(gpu::selective_scan_workspace(s.B, s.T, e, s.N),
+                                            gpu::x_proj_conv_backward_workspace(s.B, s.T, e, R2N)), "workspace");
     floatX* no_halo = nullptr;
     float* no_h = nullptr;
     const double e_bytes = (double)BT * e * X;
-    print_row("conv1d forward", time_ms([&](int i) { gpu::conv1d_forward(u[i], no_halo, xz[i], 2 * e, no_halo, conv_w[0], vector[0], s.B, s.T, e, 0); }), 2 * e_bytes);
+    print_row("conv1d forward", time_ms([&](int i) {
+        gpu::conv1d_forward(u[i], no_halo, xz[i], 2 * e, no_halo, conv_w[0], vector[0], s.B, s.T, e, 0);
+    }), 2 * e_bytes);
     gpu::Matmul matmul;
     Rotating<floatX> w_x((int64_t)R2N * e, 1, 0.05f), w_dt((int64_t)e * R, 1, 0.05f);
     print_row("conv1d, x_proj, dt_proj forward", time_ms([&](int i) {
-        gpu::scan_inputs_forward(matmul, u[i], x_dbl[i], dt[i], no_halo, xz[i], 2 * e, no_halo, conv_w[0], vector[0], w_x[0], w_dt[0], false, s.B, s.T,
-                                 e, R, s.N, 0);
+        gpu::scan_inputs_forward(matmul, u[i], x_dbl[i], dt[i], no_halo, xz[i], 2 * e, no_halo, conv_w[0], vector[0], w_x[0], w_dt[0], false,
+                                 s.B, s.T, e, R, s.N, 0);
     }), 3 * e_bytes + X * ((double)BT * R2N + (double)(R2N + R) * e), 2.0 * BT * e * (R2N + R));
     print_row("scan forward", time_ms([&](int i) {
-        gpu::selective_scan_forward(out[i], states[i % COPIES], no_h, u[i], dt[i], x_dbl[i] + R, R2N, xz[i] + e, 2 * e, A_log[0], D[0], dt_bias[0], no_h, workspace, s.B, s.T, e, s.N, 0);
+        gpu::selective_scan_forward(out[i], states[i % COPIES], no_h, u[i], dt[i], x_dbl[i] + R, R2N, xz[i] + e, 2 * e, A_log[0], D[0],
+                                    dt_bias[0], no_h, workspace, s.B, s.T, e, s.N, 0);
     }), 4 * e_bytes + (double)gpu::selective_scan_saved(s.B, s.T, e, s.N));
     Rotating<floatX> du(BT * e, 2), ddt(BT * e, 2), dxz(BT * 2 * e, 2), dx_dbl(BT * R2N, 2), dout(BT * e, COPIES);
     print_row("scan backward", time_ms([&](int i) {
-        gpu::selective_scan_backward(du[i], ddt[i], dxz[i] + e, 2 * e, dx_dbl[i] + R, R2N, out[i], grad[0], grad[0], grad[0], dout[i], u[i], dt[i], x_dbl[i] + R, R2N, xz[i] + e, 2 * e,
-                                     A_log[0], D[0], dt_bias[0], no_h, states[i % COPIES], workspace, s.B, s.T, e, s.N, 0);
+        gpu::selective_scan_backward(du[i], ddt[i], dxz[i] + e, 2 * e, dx_dbl[i] + R, R2N, out[i], grad[0], grad[0], grad[0],
+                                     dout[i], u[i], dt[i], x_dbl[i] + R, R2N, xz[i] + e, 2 * e, A_log[0], D[0], dt_bias[0], no_h,
+                                     states[i % COPIES], workspace, s.B, s.T, e, s.N, 0);
     }), 8 * e_bytes + (double)gpu::selective_scan_saved(s.B, s.T, e, s.N));
     print_row("conv1d backward", time_ms([&](int i) {
         gpu::conv1d_backward(dxz[i], 2 * e, grad[0], grad[0], du[i], xz[i], 2 * e, no_halo, conv_w[0], vector[0], workspace, s.B, s.T, e, 0);
     }), 3 * e_bytes);
     Rotating<float> dw_x((int64_t)R2N * e, 1, 0.f);
     print_row("x_proj and conv1d backward", time_ms([&](int i) {
-        gpu::x_proj_conv_backward(matmul, dxz[i], 2 * e, dw_x[0], false, grad[0], grad[0], du[i], dx_dbl[i], w_x[0], u[i], xz[i], 2 * e, no_halo, conv_w[0],
-                                  vector[0], workspace, s.B, s.T, e, R2N, 0);
+        gpu::x_proj_conv_backward(matmul, dxz[i], 2 * e, dw_x[0], false, grad[0], grad[0], du[i], dx_dbl[i], w_x[0], u[i], xz[i], 2 * e,
+                                  no_halo, conv_w[0], vector[0], workspace, s.B, s.T, e, R2N, 0);
     }), 3 * e_bytes, 4.0 * BT * e * R2N);
     for (void* p : states) cudaFree(p);
     cudaFree(workspace);
@@ -148,8 +153,9 @@ static void bench_matmul(const Shape& s) {
     const double flops = 4.0 * M * s.F * s.d, outer = X * (double)M * s.d, hidden = X * (double)M * s.F, weights = X * (double)s.F * s.d;
     products.row("w1|w2 forward and swiglu", outer + 3 * hidden + 2 * weights, flops,
                  [&](gpu::Matmul& mm, int i) { gpu::matmul_swiglu_forward(mm, h[i], gate_up[i], n[i], w[i], M, s.F, s.d, 0); });
-    products.row("w3 dgrad and swiglu", outer + 4 * hidden + weights, flops / 2,
-                 [&](gpu::Matmul& mm, int i) { gpu::matmul_swiglu_backward(mm, dgate_up[0], nullptr, h[i], n[i], w[i], gate_up[i], M, s.F, s.d, 0); });
+    products.row("w3 dgrad and swiglu", outer + 4 * hidden + weights, flops / 2, [&](gpu::Matmul& mm, int i) {
+        gpu::matmul_swiglu_backward(mm, dgate_up[0], nullptr, h[i], n[i], w[i], gate_up[i], M, s.F, s.d, 0);
+    });
     const int width = 3 * s.H * s.hd;
     Rotating<floatX> qkv(M * width, 2), w_qkv((int64_t)width * s.d, 2, 0.05f);
     Rotating<float> table(s.T * s.hd, 1);

@@ -11,18 +11,17 @@ constexpr int MAX_BATCH = 16;
 constexpr int THREADS = 256, WARPS = THREADS / WARP;
 
 struct Gpu {
-    int sms, shared, major;
+    int sms, shared, major;                // multiprocessors; bytes of shared memory that a block may have; compute capability
     bool dependent_launch;                 // kernels start before the one in front of them has ended
     int64_t l2_ahead = 24 << 20;           // bytes of weights that a kernel asks L2 for before its input is there
 };
 inline Gpu& gpu() {                        // may be changed by a benchmark
     static Gpu g = [] {
-        int device = 0, sms = 0, shared = 0, major = 0;
+        int device = 0, shared = 0, major = 0;
         CUDA_CHECK(cudaGetDevice(&device));
-        CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
         CUDA_CHECK(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
         CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-        return Gpu{sms, shared, major, major >= 9};
+        return Gpu{multiprocessors(), shared, major, major >= 9};
     }();
     return g;
 }
@@ -53,6 +52,13 @@ __device__ inline float load_fresh(const __nv_bfloat16* p) {
     return __bfloat162float(__ushort_as_bfloat16(bits));
 }
 template <class X> __device__ inline float round_to(float v) { return to_float(from_float<X>(v)); }
+
+// The sum over LANES neighbouring lanes, in each of them. mask: the lanes that come here
+template <int LANES> __device__ inline float lanes_sum(float x, unsigned mask = 0xffffffffu) {
+#pragma unroll
+    for (int o = LANES / 2; o > 0; o /= 2) x += __shfl_xor_sync(mask, x, o);
+    return x;
+}
 
 // A launch that may begin before the kernel in front of it has ended. cluster: blocks that run together
 template <class Kernel, class... Args>

@@ -28,10 +28,21 @@ template <class X> __device__ inline float row_scale(const Input<X>& in, int b, 
     return 1.f / sqrtf(warp_sum(sum) / K + in.eps);
 }
 
+// row_scale() of all sequences
+template <class X> __device__ inline void store_scales(float* scale /*(B), shared*/, const Input<X>& in, int B, int K) {
+    for (int b = threadIdx.x / WARP; b < B; b += WARPS) {
+        const float r = row_scale(in, b, K);
+        if (threadIdx.x % WARP == 0) scale[b] = r;
+    }
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // What comes out. A tile has RESULTS results; early() loads what the i-th needs, long before operator() gets the sums y(0..7).
 
 struct Nothing {};
+
+// The sum over the 8 neighbouring lanes that have a tile's columns
+__device__ inline float tile_sum(float x) { return lanes_sum<ROWS>(x, 0xffu << (threadIdx.x % WARP / ROWS * ROWS)); }
 
 template <class Y> struct StoreOutput {
     Y* y;                                  // (B,N)
@@ -79,10 +90,7 @@ template <class X> struct ResidualOutput {  // x += result, and what the next no
         if (j >= 0) x[(int64_t)b * N + j] = value;
         if (!xw) return;
         if (j >= 0) xw[(int64_t)b * N + j] = from_float<X>(value * before.norm);
-        float square = value * value;                  // 8 neighbouring lanes have the 8 columns
-        const unsigned eight = 0xffu << (threadIdx.x % WARP / ROWS * ROWS);
-#pragma unroll
-        for (int o = ROWS / 2; o > 0; o /= 2) square += __shfl_xor_sync(eight, square, o);
+        const float square = tile_sum(value * value);
         if (i == 0) squares[(int64_t)b * tiles() + tile] = square;
     }
 };
@@ -143,7 +151,10 @@ __device__ inline void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2,
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-struct LinearShape { int K, B, splits, group, l2_tiles; };     // tiles whose sums fit in shared memory together; tiles to ask L2 for early
+struct LinearShape {
+    int K, B, splits;                      // splits: of K, between blocks
+    int group, l2_tiles;                   // tiles whose sums fit in shared memory together; tiles to ask L2 for early
+};
 
 // The block's results of `count` tiles from `tile` on. sums(n, b, r): of the n-th of them.
 template <class Output, class Sums>
@@ -163,6 +174,89 @@ template <class Output> __device__ inline typename Output::Early early_operands(
     return n < count ? out.early(b, tile + n * stride, r) : typename Output::Early{};
 }
 
+// A block's part of a product: tiles first, first + stride, .., and of the columns `width` blocks of 32 from the k0-th on
+struct Work {
+    int split, first, stride, k0, width;
+    __device__ explicit Work(const LinearShape& s) {
+        split = blockIdx.x % s.splits, first = blockIdx.x / s.splits, stride = gridDim.x / s.splits;
+        const int blocks = s.K / 32, share = (blocks + s.splits - 1) / s.splits;
+        k0 = split * share, width = max(0, min(blocks - k0, share));
+    }
+    __device__ int turns() const { return (width + WARPS - 1) / WARPS; }          // of a warp: it takes every 8th block
+};
+
+// Asks L2 for the rows of the block's first tiles, a row a thread, but for those whose loads are under way
+template <class Output>
+__device__ inline void prefetch_tiles(const Output& out, int tiles, const __nv_bfloat16* w, const LinearShape& s, const Work& part, int turns) {
+    const int tile = part.first + (int)(threadIdx.x / ROWS) * part.stride;
+    const int row = (int)(threadIdx.x / ROWS) < s.l2_tiles && tile < tiles ? out.row(tile, threadIdx.x % ROWS) : -1;
+    if (row >= 0 && (int)(threadIdx.x / ROWS) * turns >= AHEAD - turns) prefetch_l2(w + (int64_t)row * s.K + part.k0 * 32, part.width * 64);
+}
+
+// The block's columns of the input and the scales into shared memory
+__device__ inline void bring_input(__nv_bfloat16* xs /*(B,ld)*/, int ld, float* scale /*(B)*/, const Input<__nv_bfloat16>& in, int B, int K,
+                                   const Work& part) {
+    for (int i = threadIdx.x; i < B * part.width * 4; i += THREADS) {
+        const int b = i / (part.width * 4), j = i % (part.width * 4) * 8;
+        copy_async<16>(xs + b * ld + j, in.in + (int64_t)b * K + part.k0 * 32 + j);
+    }
+    store_scales(scale, in, B, K);
+    copy_async_commit();
+    copy_async_wait();
+    __syncthreads();
+}
+
+// A block of 32 columns: low, high: the lane's 8 of sequences g and g + 8; w: of weight row g
+__device__ inline void mma_k32(float (&c)[4], const uint4& low, const uint4& high, const uint4& w) {
+    mma(c, low.x, high.x, low.y, high.y, w.x, w.y);
+    mma(c, low.z, high.z, low.w, high.w, w.z, w.w);
+}
+
+// A warp's sums of a tile are complete: the next tile's begin at zero
+template <int C> __device__ inline void keep_sums(float* to, float (&acc)[4]) {
+#pragma unroll
+    for (int c = 0; c < C; c++) to[c] = acc[c];
+    acc[0] = acc[1] = acc[2] = acc[3] = 0;
+}
+
+// The sum of sequence b and row r of the n-th tile, over the warps in order: lane (b % 8, r / 2), result (b / 8, r % 2) of mma
+template <int C> __device__ inline float sum_of_warps(const float* partial /*(group,WARPS,WARP,C)*/, int n, int b, int r) {
+    const float* from = partial + ((n * WARPS) * WARP + b % 8 * 4 + r / 2) * C + b / 8 * 2 + r % 2;
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < WARPS; i++) sum += from[i * WARP * C];
+    return sum;
+}
+
+// The warp's sums of `count` tiles. v: the first weights; next(): those after them, in the order in which they are used
+template <bool WIDE, class Next>
+__device__ inline void multiply_tiles(float* partial /*(count,WARPS,WARP,C)*/, uint4 (&v)[AHEAD], const Next& next,
+                                      const __nv_bfloat16* xs /*(B,ld)*/, int ld, int count, int turns, int width, int B) {
+    constexpr int C = WIDE ? 4 : 2;                    // of mma's four results
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
+    int n = 0, turn = 0;
+    float acc[4] = {};
+    while (n < count) {
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) {
+            if (n < count) {
+                const int k = warp + WARPS * turn;
+                uint4 low = make_uint4(0, 0, 0, 0), high = low;
+                if (k < width) {
+                    if (g < B) low = *(const uint4*)(xs + g * ld + k * 32 + t * 8);
+                    if (WIDE && g + 8 < B) high = *(const uint4*)(xs + (g + 8) * ld + k * 32 + t * 8);
+                }
+                mma_k32(acc, low, high, v[j]);
+                v[j] = next();
+                if (++turn == turns) {
+                    keep_sums<C>(partial + ((n * WARPS + warp) * WARP + lane) * C, acc);
+                    turn = 0, n++;
+                }
+            }
+        }
+    }
+}
+
 // bf16, K a multiple of 32. WIDE: more than 8 sequences.
 template <bool WIDE, class Output>
 __global__ void __launch_bounds__(THREADS, 2) linear_kernel(const __nv_bfloat16* w, LinearShape s, Input<__nv_bfloat16> in, Output out) {
@@ -170,86 +264,43 @@ __global__ void __launch_bounds__(THREADS, 2) linear_kernel(const __nv_bfloat16*
     constexpr int C = WIDE ? 4 : 2;                    // of mma's four results
     extern __shared__ uint4 shared[];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
-    const int tiles = out.tiles(), split = blockIdx.x % s.splits, first = blockIdx.x / s.splits, stride = gridDim.x / s.splits;
-    const int blocks = s.K / 32, share = (blocks + s.splits - 1) / s.splits, k0 = split * share;                // in blocks of 32
-    const int width = max(0, min(blocks - k0, share));
-    const int turns = (width + WARPS - 1) / WARPS, ld = width * 32 + 32;          // a row's end shifts the next by half the banks
+    const int tiles = out.tiles();
+    const Work part(s);
+    const int turns = part.turns(), ld = part.width * 32 + 32;                          // a row's end shifts the next by half the banks
     X* xs = (X*)shared;                                                           // (B,ld)
     float* scale = (float*)(xs + (int64_t)s.B * ld);                              // (B)
     float* partial = scale + MAX_BATCH;                                           // (group,WARPS,WARP,C)
 
     // The block's weights in the order in which they are used: tile after tile, and in each the warp's blocks of columns
-    struct Cursor { int tile, turn; } ahead{first, 0};
+    struct Cursor { int tile, turn; } ahead{part.first, 0};
     int end = tiles;
     const auto load_next = [&]() {
         uint4 v = make_uint4(0, 0, 0, 0);
         const int k = warp + WARPS * ahead.turn, row = ahead.tile < end ? out.row(ahead.tile, g) : -1;
-        if (row >= 0 && k < width) v = load_weights(w + (int64_t)row * s.K + (k0 + k) * 32 + t * 8);
-        if (++ahead.turn == turns) ahead.turn = 0, ahead.tile += stride;
+        if (row >= 0 && k < part.width) v = load_weights(w + (int64_t)row * s.K + (part.k0 + k) * 32 + t * 8);
+        if (++ahead.turn == turns) ahead.turn = 0, ahead.tile += part.stride;
         return v;
     };
 
     bool waited = false;
     typename Output::Early early{};
-    for (int group = first; group < tiles; group += s.group * stride) {
-        const int count = min(s.group, (tiles - group + stride - 1) / stride);
-        end = min(tiles, group + s.group * stride);
+    for (int group = part.first; group < tiles; group += s.group * part.stride) {
+        const int count = min(s.group, (tiles - group + part.stride - 1) / part.stride);
+        end = min(tiles, group + s.group * part.stride);
         ahead = {group, 0};
         uint4 v[AHEAD];
 #pragma unroll
         for (int j = 0; j < AHEAD; j++) v[j] = load_next();
         if (!waited) {
-            const int tile = first + (int)(threadIdx.x / ROWS) * stride;
-            const int row = (int)(threadIdx.x / ROWS) < s.l2_tiles && tile < tiles ? out.row(tile, threadIdx.x % ROWS) : -1;
-            if (row >= 0 && (int)(threadIdx.x / ROWS) * turns >= AHEAD - turns) prefetch_l2(w + (int64_t)row * s.K + k0 * 32, width * 64);
+            prefetch_tiles(out, tiles, w, s, part, turns);
             wait_for_input();
-            early = early_operands(out, first, stride, count, s.B);
-            for (int i = threadIdx.x; i < s.B * width * 4; i += THREADS) {
-                const int b = i / (width * 4), j = i % (width * 4) * 8;
-                copy_async<16>(xs + b * ld + j, in.in + (int64_t)b * s.K + k0 * 32 + j);
-            }
-            for (int b = warp; b < s.B; b += WARPS) {
-                const float r = row_scale(in, b, s.K);
-                if (lane == 0) scale[b] = r;
-            }
-            copy_async_commit();
-            copy_async_wait();
-            __syncthreads();
+            early = early_operands(out, part.first, part.stride, count, s.B);
+            bring_input(xs, ld, scale, in, s.B, s.K, part);
         }
-        int n = 0, turn = 0;
-        float acc[4] = {};
-        while (n < count) {
-#pragma unroll
-            for (int j = 0; j < AHEAD; j++) {
-                if (n < count) {
-                    const int k = warp + WARPS * turn;
-                    uint4 low = make_uint4(0, 0, 0, 0), high = low;
-                    if (k < width) {
-                        if (g < s.B) low = *(const uint4*)(xs + g * ld + k * 32 + t * 8);
-                        if (WIDE && g + 8 < s.B) high = *(const uint4*)(xs + (g + 8) * ld + k * 32 + t * 8);
-                    }
-                    mma(acc, low.x, high.x, low.y, high.y, v[j].x, v[j].y);
-                    mma(acc, low.z, high.z, low.w, high.w, v[j].z, v[j].w);
-                    v[j] = load_next();
-                    if (++turn == turns) {
-                        float* to = partial + ((n * WARPS + warp) * WARP + lane) * C;
-#pragma unroll
-                        for (int c = 0; c < C; c++) to[c] = acc[c];
-                        acc[0] = acc[1] = acc[2] = acc[3] = 0;
-                        turn = 0, n++;
-                    }
-                }
-            }
-        }
+        multiply_tiles<WIDE>(partial, v, load_next, xs, ld, count, turns, part.width, s.B);
         __syncthreads();
-        const auto sums = [&](int tile, int b, int r) {                           // lane (b % 8, r / 2), result (b / 8, r % 2) of mma
-            const float* from = partial + ((tile * WARPS) * WARP + b % 8 * 4 + r / 2) * C + b / 8 * 2 + r % 2;
-            float sum = 0;
-#pragma unroll
-            for (int i = 0; i < WARPS; i++) sum += from[i * WARP * C];
-            return sum;
-        };
-        write_results(out, early, !waited, group, stride, count, s.B, split, sums, scale);
+        const auto sums = [&](int n, int b, int r) { return sum_of_warps<C>(partial, n, b, r); };
+        write_results(out, early, !waited, group, part.stride, count, s.B, part.split, sums, scale);
         waited = true;
         __syncthreads();
     }
@@ -264,10 +315,7 @@ __global__ void __launch_bounds__(THREADS) linear_plain_kernel(const X* w, Linea
     const int tiles = out.tiles(), split = blockIdx.x % s.splits, first = blockIdx.x / s.splits, stride = gridDim.x / s.splits;
     const int share = (s.K + s.splits - 1) / s.splits, k0 = split * share, k1 = min(s.K, k0 + share);
     wait_for_input();
-    for (int b = warp; b < s.B; b += WARPS) {
-        const float r = row_scale(in, b, s.K);
-        if (lane == 0) scale[b] = r;
-    }
+    store_scales(scale, in, s.B, s.K);
     for (int tile = first; tile < tiles; tile += stride) {
         float acc[MAX_BATCH] = {};
         const int row = out.row(tile, warp);

@@ -13,16 +13,16 @@ namespace gpu {
 namespace decode {
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The end of a step: a token is drawn, and its embedding is the next x. One block a sequence.
+// The embedding of a token: the next x, and what the first layer's norm makes of it
 
 constexpr int SAMPLE_THREADS = 1024;       // of a block
 
 template <class X> struct EmbedArgs {
     float* x;                              // (B,d)
-    X* xw;
+    X* xw;                                 // (B,d)
     float *squares, *cos_sin;              // (B,d/8), (B,hd/2,2)
-    const float* norm;                     // of the first layer
-    const X* embedding;
+    const float* norm;                     // (d) of the first layer
+    const X* embedding;                    // (V,d)
     int d, hd;
     RopeTurns turns;
 };
@@ -39,10 +39,7 @@ template <class X, class Value> __device__ inline void norm_row(X* xw, float* sq
     for (int i = first; i < tiles * ROWS; i += stride) {
         const float v = i < d ? value(i) : 0.f;
         if (i < d) xw[i] = from_float<X>(v * norm[i]);
-        float square = v * v;
-        const unsigned eight = 0xffu << (threadIdx.x % WARP / ROWS * ROWS);
-#pragma unroll
-        for (int o = ROWS / 2; o > 0; o /= 2) square += __shfl_xor_sync(eight, square, o);
+        const float square = tile_sum(v * v);
         if (i % ROWS == 0) squares[i / ROWS] = square;
     }
 }
@@ -82,6 +79,12 @@ __device__ inline unsigned order_key(float x) {
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 __device__ inline uint64_t ranked(float x, int i) { return (uint64_t)order_key(x) << 32 | (0xffffffffu - (unsigned)i); }
+__device__ inline unsigned value_key(uint64_t rank) { return (unsigned)(rank >> 32); }
+__device__ inline float value_of(uint64_t rank) {
+    const unsigned key = value_key(rank);
+    return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key);
+}
+__device__ inline int index_of(uint64_t rank) { return (int)(0xffffffffu - (unsigned)rank); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The threads of a sequence: RANKS blocks: 1, or a cluster
@@ -109,26 +112,26 @@ template <int RANKS> __device__ inline uint64_t load_from_rank(const uint64_t* p
     return *p;
 }
 
+// add(x, y) of the values of a warp's lanes up to this one
+template <class Add> __device__ inline uint64_t up_to_lane(uint64_t x, int lane, Add add) {
+#pragma unroll
+    for (int o = 1; o < WARP; o *= 2) {
+        const uint64_t other = __shfl_up_sync(0xffffffffu, x, o);
+        if (lane >= o) x = add(x, other);
+    }
+    return x;
+}
+
 // add(x, y) of all threads' values, exact in any order; every thread gets it. `turn` (0, 1) changes from call to call, so that what one call
 // left is not overwritten by the next before all have read it. *before: the sum of the threads in front of this one, where wanted.
 template <int RANKS, class Add> __device__ inline uint64_t over_all(uint64_t x, int& turn, int rank, Add add, uint64_t* before = nullptr) {
     __shared__ uint64_t of_warps[2][WARP], of_block[2];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     turn ^= 1;
-    uint64_t upto = x;                                                          // of the warp's lanes up to this one
-#pragma unroll
-    for (int o = 1; o < WARP; o *= 2) {
-        const uint64_t other = __shfl_up_sync(0xffffffffu, upto, o);
-        if (lane >= o) upto = add(upto, other);
-    }
+    const uint64_t upto = up_to_lane(x, lane, add);
     if (lane == WARP - 1) of_warps[turn][warp] = upto;
     __syncthreads();
-    uint64_t warps = of_warps[turn][lane];                                      // 32 of them: 1,024 threads
-#pragma unroll
-    for (int o = 1; o < WARP; o *= 2) {
-        const uint64_t other = __shfl_up_sync(0xffffffffu, warps, o);
-        if (lane >= o) warps = add(warps, other);
-    }
+    const uint64_t warps = up_to_lane(of_warps[turn][lane], lane, add);         // 32 of them: 1,024 threads
     const uint64_t in_front = __shfl_sync(0xffffffffu, warps, max(warp - 1, 0)), block = __shfl_sync(0xffffffffu, warps, WARP - 1);
     if (before) *before = upto - x + (warp > 0 ? in_front : 0);
     if constexpr (RANKS == 1) return block;
@@ -144,40 +147,48 @@ template <int RANKS, class Add> __device__ inline uint64_t over_all(uint64_t x, 
     return total;
 }
 
+// What over_all() joins values by
+struct Greatest { __device__ uint64_t operator()(uint64_t x, uint64_t y) const { return max(x, y); } };
+struct Sum { __device__ uint64_t operator()(uint64_t x, uint64_t y) const { return x + y; } };
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The draw
+
 struct SampleArgs {
-    int *tokens, *emitted;
-    int64_t *position, *drawn;
-    uint8_t* seen;
-    const float* logits;
-    const uint64_t* keys;
+    int *tokens, *emitted;                 // (B), (EMIT_SLOTS,B)
+    int64_t *position, *drawn;             // (B)
+    uint8_t* seen;                         // (B,V)
+    const float* logits;                   // (B,V)
+    const uint64_t* keys;                  // (B)
     SampleOptions options;
     int B, V, choices, each;               // each: logits of a thread
 };
 
-template <class X, int RANKS> __global__ void __launch_bounds__(SAMPLE_THREADS) sample_kernel(SampleArgs a, EmbedArgs<X> e) {
-    constexpr int MOST_KEPT = RANKS > 1 ? 65536 / (RANKS * SAMPLE_THREADS) : 1;  // a thread's logits, in registers; there may be 65,536
-    __shared__ uint64_t chosen;                                                 // by this block: a token and one more, or 0
-    wait_for_input();
-    const int b = blockIdx.x / RANKS, rank = blockIdx.x % RANKS, thread = rank * SAMPLE_THREADS + threadIdx.x;
-    const float* logits = a.logits + (int64_t)b * a.V;
-    const uint8_t* seen = a.seen + (int64_t)b * a.V;
-    const SampleOptions o = a.options;
-    const int begin = min(a.choices, thread * a.each), count = min(a.choices - begin, a.each);
-    const auto penalised = [&](int i) {
-        float x = __ldcg(logits + i);
-        if (o.penalty != 1.f && seen[i]) x = x > 0 ? x / o.penalty : x * o.penalty;
-        return isnan(x) ? -INFINITY : x;
-    };
+// The logits of a thread: some neighbouring ones of a sequence, with the penalty of tokens that were there before. The threads of a cluster
+// keep them in registers; one block has too few for that and reads them each time.
+template <int RANKS> struct ThreadLogits {
+    static constexpr int MOST_KEPT = RANKS > 1 ? 65536 / (RANKS * SAMPLE_THREADS) : 1;    // there may be 65,536
+    const float* logits;                   // (V)
+    const uint8_t* seen;                   // (V)
+    float penalty;
+    int begin, count;
     float kept[MOST_KEPT];
-    if constexpr (RANKS > 1) {
+
+    __device__ ThreadLogits(const SampleArgs& a, int64_t b, int thread)
+        : logits(a.logits + b * a.V), seen(a.seen + b * a.V), penalty(a.options.penalty), begin(min(a.choices, thread * a.each)),
+          count(min(a.choices - begin, a.each)) {
+        if constexpr (RANKS > 1) {
 #pragma unroll
-        for (int k = 0; k < MOST_KEPT; k++) kept[k] = k < count ? penalised(begin + k) : -INFINITY;
+            for (int k = 0; k < MOST_KEPT; k++) kept[k] = k < count ? penalised(begin + k) : -INFINITY;
+        }
     }
-    const int64_t position = a.position[b] + 1, drawn_before = a.drawn[b];
-    const uint64_t key = a.keys[b];
-    if (rank == 0) embed_position(e, b, position);                              // the draw has no part in it
-    // use(value, index) of this thread's logits
-    const auto for_each = [&](auto use) {
+    __device__ float penalised(int i) const {
+        float x = __ldcg(logits + i);
+        if (penalty != 1.f && seen[i]) x = x > 0 ? x / penalty : x * penalty;
+        return isnan(x) ? -INFINITY : x;
+    }
+    // use(value, index) of each
+    template <class Use> __device__ void for_each(Use use) const {
         if constexpr (RANKS > 1) {
 #pragma unroll
             for (int k = 0; k < MOST_KEPT; k++)
@@ -185,55 +196,80 @@ template <class X, int RANKS> __global__ void __launch_bounds__(SAMPLE_THREADS) 
         } else {
             for (int k = 0; k < count; k++) use(penalised(begin + k), begin + k);
         }
-    };
+    }
+};
+
+// The draw of a sequence's token by all its threads: each logit weighs 2^((x - top) scale), as an integer
+template <int RANKS> struct Draw {
+    const ThreadLogits<RANKS>& logits;
+    int rank;                              // of this block
+    int& turn;                             // of over_all()
+    float top, scale;
+
+    __device__ uint64_t mass(float x) const { return (uint64_t)(exp2f((x - top) * scale) * (float)SAMPLE_MASS); }
+
+    // The lowest rank so that what ranks there or above weighs at least `target`
+    template <class Weight> __device__ uint64_t cut(uint64_t target, Weight weight) const {
+        uint64_t at = 0;
+        for (int bit = 63; bit >= 0; bit--) {
+            if (bit == 31) bit = 15, at |= 0xffff0000ull;                       // indices are below 2^16: the upper half of their complement is ones
+            const uint64_t candidate = at | 1ull << bit;
+            uint64_t mine = 0;
+            logits.for_each([&](float x, int i) { mine += ranked(x, i) >= candidate ? weight(x) : 0; });
+            if (over_all<RANKS>(mine, turn, rank, Sum{}) >= target) at = candidate;
+        }
+        return at;
+    }
+
+    struct Masses { uint64_t mine, before, total; };                            // of this thread's logits, of the threads' in front of it, of all
+    __device__ Masses weigh(uint64_t lowest) const {
+        Masses m{};
+        logits.for_each([&](float x, int i) { m.mine += ranked(x, i) >= lowest ? mass(x) : 0; });
+        m.total = over_all<RANKS>(m.mine, turn, rank, Sum{}, &m.before);
+        return m;
+    }
+
+    // The token, in the thread that has it; -1 in the others
+    __device__ int token(const SampleOptions& o, int choices, uint64_t key, int64_t drawn_before) const {
+        uint64_t lowest = 0;                                                    // rank of those that are kept
+        if (o.top_k > 0 && o.top_k < choices) lowest = cut((uint64_t)o.top_k, [](float) { return 1ull; });
+        Masses m = weigh(lowest);
+        if (o.top_p < 1.f) {
+            const uint64_t target = min(max((uint64_t)ceil((double)o.top_p * (double)m.total), (uint64_t)1), m.total);
+            lowest = max(lowest, cut(target, [&](float x) { return mass(x); }));
+            m = weigh(lowest);
+        }
+        const uint64_t drawn = min((uint64_t)(counter_uniform(key, (uint64_t)drawn_before) * (double)m.total), m.total - 1);
+        int found = -1;
+        if (drawn >= m.before && drawn < m.before + m.mine)
+            logits.for_each([&](float x, int i) {
+                if (ranked(x, i) >= lowest) m.before += mass(x);
+                if (found < 0 && drawn < m.before) found = i;
+            });
+        return found;
+    }
+};
+
+template <class X, int RANKS> __global__ void __launch_bounds__(SAMPLE_THREADS) sample_kernel(SampleArgs a, EmbedArgs<X> e) {
+    __shared__ uint64_t chosen;                                                 // by this block: a token and one more, or 0
+    wait_for_input();
+    const int b = blockIdx.x / RANKS, rank = blockIdx.x % RANKS, thread = rank * SAMPLE_THREADS + threadIdx.x;
+    const SampleOptions o = a.options;
+    const ThreadLogits<RANKS> logits(a, b, thread);
+    const int64_t position = a.position[b] + 1, drawn_before = a.drawn[b];
+    const uint64_t key = a.keys[b];
+    if (rank == 0) embed_position(e, b, position);                              // the draw has no part in it
     int turn = 0;
-    const auto most = [](uint64_t x, uint64_t y) { return max(x, y); };
-    const auto sum = [](uint64_t x, uint64_t y) { return x + y; };
     uint64_t best = 0;
-    for_each([&](float x, int i) { best = max(best, ranked(x, i)); });
-    best = over_all<RANKS>(best, turn, rank, most);
-    const int best_index = (int)(0xffffffffu - (unsigned)best);
-    const bool any = (unsigned)(best >> 32) > order_key(-INFINITY);
+    logits.for_each([&](float x, int i) { best = max(best, ranked(x, i)); });
+    best = over_all<RANKS>(best, turn, rank, Greatest{});
+    const int best_index = index_of(best);
+    const bool any = value_key(best) > order_key(-INFINITY);
     if (threadIdx.x == 0) chosen = 0;
     __syncthreads();
     int drawn_token = -1;                                                       // where this thread has it
     if (any && o.temperature > 0) {
-        const unsigned best_key = (unsigned)(best >> 32);
-        const float top = __uint_as_float(best_key & 0x80000000u ? best_key ^ 0x80000000u : ~best_key), scale = LOG2E / o.temperature;
-        const auto mass = [&](float x) { return (uint64_t)(exp2f((x - top) * scale) * (float)SAMPLE_MASS); };
-        uint64_t lowest = 0;                                                    // rank of those that are kept
-        // The lowest rank so that what ranks there or above weighs at least `target`
-        const auto cut = [&](uint64_t target, auto weight) {
-            uint64_t at = 0;
-            for (int bit = 63; bit >= 0; bit--) {
-                if (bit == 31) bit = 15, at |= 0xffff0000ull;                   // indices are below 2^16: the upper half of their complement is ones
-                const uint64_t candidate = at | 1ull << bit;
-                uint64_t mine = 0;
-                for_each([&](float x, int i) { mine += ranked(x, i) >= candidate ? weight(x) : 0; });
-                if (over_all<RANKS>(mine, turn, rank, sum) >= target) at = candidate;
-            }
-            return at;
-        };
-        if (o.top_k > 0 && o.top_k < a.choices) lowest = cut((uint64_t)o.top_k, [](float) { return 1ull; });
-        uint64_t before = 0, total;
-        const auto weigh = [&]() {
-            uint64_t mine = 0;
-            for_each([&](float x, int i) { mine += ranked(x, i) >= lowest ? mass(x) : 0; });
-            total = over_all<RANKS>(mine, turn, rank, sum, &before);
-            return mine;
-        };
-        uint64_t mine = weigh();
-        if (o.top_p < 1.f) {
-            const uint64_t target = min(max((uint64_t)ceil((double)o.top_p * (double)total), (uint64_t)1), total);
-            lowest = max(lowest, cut(target, mass));
-            mine = weigh();
-        }
-        const uint64_t drawn = min((uint64_t)(counter_uniform(key, (uint64_t)drawn_before) * (double)total), total - 1);
-        if (drawn >= before && drawn < before + mine)
-            for_each([&](float x, int i) {
-                if (ranked(x, i) >= lowest) before += mass(x);
-                if (drawn_token < 0 && drawn < before) drawn_token = i;
-            });
+        drawn_token = Draw<RANKS>{logits, rank, turn, value_of(best), LOG2E / o.temperature}.token(o, a.choices, key, drawn_before);
     } else if (any && thread == 0) {
         drawn_token = best_index;
     }

@@ -54,8 +54,7 @@ template <int LANES> struct Attend {
         for (int part = blockIdx.x; part < parts; part += gridDim.x) {
             const KeyPart k(a, part, ph.capacity, [&](int b) { return s.position[b]; });
             Eight q = unpack(heads.q);
-#pragma unroll
-            for (int i = 0; i < 8; i++) q.v[i] *= scale;
+            q.multiply(scale);
             Softmax soft;
             soft.clear();
             if (k.split == 0 && warp == 0) {                                       // the token itself
@@ -92,18 +91,10 @@ template <int LANES> struct Attend {
                 for (int i = 0; i < 8; i++) to[2 + sub * 8 + i] = soft.acc.v[i];
             consumers_meet();
             if ((int)threadIdx.x < hd) {                                           // warps in order
-                float top = -INFINITY, sum = 0, acc = 0;
-#pragma unroll
-                for (int i = 0; i < WARPS; i++) top = fmaxf(top, sums[i * width]);
-#pragma unroll
-                for (int i = 0; i < WARPS; i++) {
-                    const float* one = sums + i * width;
-                    const float shrink = one[0] == -INFINITY ? 0.f : exp2f(one[0] - top);
-                    sum += one[1] * shrink, acc += one[2 + threadIdx.x] * shrink;
-                }
+                const Joined all = join_shared<WARPS>(sums, width, threadIdx.x);
                 float* out = a.parts + (int64_t)part * width;
-                if (threadIdx.x == 0) out[0] = top, out[1] = sum;
-                out[2 + threadIdx.x] = acc;
+                if (threadIdx.x == 0) out[0] = all.top, out[1] = all.sum;
+                out[2 + threadIdx.x] = all.acc;
             }
             sums = sums == s.partial ? s.partial + WARP_SUMS : s.partial;
         }

@@ -4,6 +4,7 @@
 // sequences as its columns; the order of k is free, so that a lane's 16 bytes of a row are operands as they come. A warp takes every 8th
 // block of 32 columns and keeps its part of the activations in registers; the 8 warps' sums are added in order.
 #pragma once
+#include "linear.cuh"
 #include "step_ring.cuh"
 
 namespace gpu {
@@ -214,16 +215,27 @@ template <int NT> struct Linear {
         }
     }
 
+    // The scan's B and C of the token, from what x_proj wrote
+    __device__ void store_BC() const {
+        for (int i = threadIdx.x; i < a.B * 2 * a.N; i += THREADS) {
+            const int b = quotient(i, 2 * a.N);
+            s.BC[i] = load_fresh(ph.in + b * ph.in_stride + a.rank + i - b * 2 * a.N);
+        }
+    }
+
+    __device__ float sum_of_warps(const float* buffer /*(WARPS,TILE,LD)*/, int slot, int b) const {
+        float total = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) total += buffer[(w * TILE + slot) * LD + b];
+        return total * s.scale[b];
+    }
+
     // v: prepared; o: early_first()
     __device__ void run(Ring& ring, Input& v, Operands o, long long* trace) const {
         const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4, K = ph.K;
         const Task task = ph.task;
         load(v);
-        if (task == Task::scan)
-            for (int i = threadIdx.x; i < a.B * 2 * a.N; i += THREADS) {
-                const int b = quotient(i, 2 * a.N);
-                s.BC[i] = load_fresh(ph.in + b * ph.in_stride + a.rank + i - b * 2 * a.N);
-            }
+        if (task == Task::scan) store_BC();
         const bool pairs = in_pairs(task);
         const int r = threadIdx.x % TILE, b = threadIdx.x / TILE;                  // of this thread's result
         float squares = 0;
@@ -264,12 +276,7 @@ template <int NT> struct Linear {
                     *(float2*)(buffer + (warp * TILE + g + 8 * half) * LD + m * 8 + 2 * t) =
                         make_float2(acc[0][m][2 * half] + acc[1][m][2 * half], acc[0][m][2 * half + 1] + acc[1][m][2 * half + 1]);
             consumers_meet();
-            const auto sum = [&](int slot, int seq) {
-                float total = 0;
-#pragma unroll
-                for (int w = 0; w < WARPS; w++) total += buffer[(w * TILE + slot) * LD + seq];
-                return total * s.scale[seq];
-            };
+            const auto sum = [&](int slot, int seq) { return sum_of_warps(buffer, slot, seq); };
             if (task == Task::scan) {
                 scan(ring.wait_for_piece(), first, n, o, sum);
                 ring.release();
@@ -277,11 +284,7 @@ template <int NT> struct Linear {
             }
             float square = 0;
             if (live) finish(first + r, b, o, sum(r, b), pairs ? sum(n + r, b) : 0.f, share.begin, square);
-            if (task == Task::residual) {
-#pragma unroll
-                for (int k = TILE / 2; k > 0; k /= 2) square += __shfl_xor_sync(0xffffffffu, square, k);
-                squares += square;
-            }
+            if (task == Task::residual) squares += lanes_sum<TILE>(square);
         }
         if (task == Task::residual && ph.out && r == 0 && b < a.B) a.sums[(int64_t)b * gridDim.x + blockIdx.x] = squares;
     }
