@@ -89,6 +89,8 @@ template <int QUERIES = ROWS> __device__ inline QueryWork query_work(const Probl
     return {work.owner, b, work.owner - b * a.H, i0, last * ROWS, last - (first >> 7) + 1 + twice, last - (-prefix.split >> 7), twice,
             first, a.first_key(b, max(i0 + 64, 0))};
 }
+// Queries' slot in a row of qkv
+__device__ inline int query_slot(const Problem& a, int h) { return h / (a.H / a.G) * (a.H / a.G + 2) + h % (a.H / a.G); }
 // Visit j: keys n0 .. n0 + 127, of which from .. to are there, at row t of the call's keys or of the ring
 struct KeyTile { int n0, t, from, to; bool ring; };
 __device__ inline KeyTile key_tile(const QueryWork& work, int j, const Prefix& prefix) {
@@ -114,7 +116,6 @@ template <bool EXTRAS> __device__ inline Problem simplified(const Problem& given
     if (!EXTRAS) a.ring = nullptr, a.starts = a.ends = nullptr, a.prefix = {0, 0};
     return a;
 }
-
 
 // The same as position n of a ring, when its stage is empty
 template <int HD, int STAGES> __device__ inline void load_stage(const Ring<STAGES>& ring, int n, const CUtensorMap* map, int head, int t, int b) {
