@@ -1,8 +1,8 @@
 // 7. Everything at once: the library's Hopper kernel (kernels/attention/sm90_forward.cuh). Loads, products and exponentials of different
 // tiles run at the same time, because different warps do them:
 //
-//   - a producer: one thread of a fourth warpgroup keeps rings of tiles full, far ahead; "full" and "empty" are mbarriers. It gives
-//     its registers to the others (setmaxnreg);
+//   - a producer: one thread of a warpgroup of its own keeps rings of tiles full, far ahead; "full" and "empty" are mbarriers. It gives
+//     the warpgroup's registers to the others (setmaxnreg);
 //   - three consumers of 64 queries each share the tiles of keys and values, and are in different places of their work: what one has to
 //     wait for or to exponentiate, the others' products cover. A tile's output begins with its first 64 keys, while the exponentials of
 //     the other 64 are made;
