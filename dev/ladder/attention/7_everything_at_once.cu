@@ -1,12 +1,13 @@
-// 7. Everything at once: the library's Hopper kernel (forward of kernels/attention_sm90.cuh). Loads, products and exponentials of different
+// 7. Everything at once: the library's Hopper kernel (kernels/attention/sm90_forward.cuh). Loads, products and exponentials of different
 // tiles run at the same time, because different warps do them:
 //
-//   - a producer: one thread of a third warpgroup keeps rings of tiles full, far ahead; "full" and "empty" are mbarriers. It gives
-//     its registers to the others (setmaxnreg);
-//   - two consumers of 64 queries each issue the scores of the next tile and the output of the last one back to back, and make the
-//     exponentials of the next tile while both run;
-//   - they take turns at issuing, so that one's exponentials run during the other's products;
-//   - a block stays on its multiprocessor and takes tile after tile, so that loads never stop between them;
+//   - a producer: one thread of a warpgroup of its own keeps rings of tiles full, far ahead; "full" and "empty" are mbarriers. It gives
+//     the warpgroup's registers to the others (setmaxnreg);
+//   - three consumers of 64 queries each share the tiles of keys and values, and are in different places of their work: what one has to
+//     wait for or to exponentiate, the others' products cover. A tile's output begins with its first 64 keys, while the exponentials of
+//     the other 64 are made;
+//   - a row's base, which its exponentials subtract, is raised only where the maximum has gone far beyond it: outputs are hardly rescaled;
+//   - a block stays on its multiprocessor and takes tile after tile, so that loads never stop between them, and stores run beside them;
 //   - half tiles that nobody sees are skipped, and only 64 x 64 blocks on an edge are masked.
 //
 // What limits it: the tensor cores, at last, and the clock they run at when all of them work.
