@@ -249,6 +249,7 @@ enum Start { ORDERLY, EARLY };
 template <int TILE_ROWS = ROWS, class Kernel, class... Maps>
 inline void launch_resident(Kernel kernel, Problem a, int64_t owners, bool last_first, Start start, int shared, Stream stream,
                             const Maps&... maps) {
+    if (!a.drawn) fail("attention: this path needs a counter of the items that blocks have drawn, and none was given");
     const int blocks = multiprocessors();
     a.schedule = schedule(ceil_div(a.T, TILE_ROWS), owners, blocks, last_first);
     a.heads = (int)(owners / a.B);
