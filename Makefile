@@ -194,7 +194,7 @@ data: setup ## Prepare a corpus (DATASET=NAME ARGS='...'): by default the Python
 # A sub-make builds, because what the machine has is looked up when make starts, before setup has installed it. A machine
 # with a CUDA compiler and no GPU trains on its CPU.
 .PHONY: train
-train: data ## From nothing to a sampled sentence: install, build, prepare, train, sample, plot (about five minutes)
+train: data ## From nothing to a sampled sentence: install, build, prepare, train, sample, plot (five to ten minutes)
 	@$(MAKE) --no-print-directory all $(if $(GPU_ARCH),,CPU=1)
 	@./scripts/quickstart.sh ./train_samba $(DATA) $(OUT) $(QUICK)
 

@@ -240,7 +240,10 @@ def processes_with(text: str) -> list[int]:
 
 def test_killed_and_interrupted_runs_of_several_processes(model, tmp_path):
     (tmp_path / "x.jsonl").write_bytes(json_lines(TEXTS * 12))
-    program = "import sys; from data import corpus, prepare; corpus.PART_BYTES = 20_000; sys.exit(prepare.main(sys.argv[1:]))"
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "  # a background shell's children ignore it
+        "from data import corpus, prepare; corpus.PART_BYTES = 20_000; sys.exit(prepare.main(sys.argv[1:]))"
+    )
     arguments = ["--text", tmp_path / "x.jsonl", "--tokenizer", model, "--val-fraction", 0.1, "--shard-tokens", 70_000, "--processes", 2]
     command = [str(a) for a in arguments]
     assert run(*command, "--out", tmp_path / "whole") == 0
