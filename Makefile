@@ -138,15 +138,15 @@ $(LADDER): %: %.o
 $(BUILD)/ladder-programs: $(LADDER)
 .SECONDARY: $(LADDER:=.o)
 
-# That the programs compile which no test runs: no optimisation, no machine code, seconds instead of minutes
-CHECKED := $(patsubst %.cu,$(BUILD)/checked/%.ptx,$(notdir train_samba.cu $(wildcard dev/bench/*.cu)))
+# That a program compiles which no test runs: no optimisation, no machine code, seconds instead of minutes
+CHECKED_BENCHMARKS := $(patsubst dev/bench/%.cu,$(BUILD)/checked/%.ptx,$(wildcard dev/bench/*.cu))
 $(BUILD)/checked/%.ptx: %.cu $(BUILD)/flags
 	@echo "  check $<"
 	@mkdir -p $(@D)
 	@$(CHECK) $< -o $@
 
-.PHONY: $(BUILD)/programs-checked
-$(BUILD)/programs-checked: $(CHECKED)
+.PHONY: $(BUILD)/benchmarks-checked
+$(BUILD)/benchmarks-checked: $(CHECKED_BENCHMARKS)
 
 $(BUILD)/obj/train_samba.o $(BUILD)/checked/train_samba.ptx: DEFINES += -DSAMBA_COMMIT='"$(COMMIT)"'
 

@@ -85,7 +85,7 @@ struct Comm : Ranks {
     // -- streams --------------------------------------------------------------------------------------------------------
 
     // What the collectives do next comes after what `compute` has been given so far, and the other way round.
-    // `what` is handed over.
+    // `what` is handed over; tests can leave that event out (comm/provoke.cuh).
     void after_compute(const char* what) { order(stream_, compute_, what); }
     void before_compute(const char* what) { order(compute_, stream_, what); }
     void backward_done() { event_record(computed_, compute_); }
