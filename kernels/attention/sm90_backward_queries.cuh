@@ -27,11 +27,10 @@ template <int HD> struct QueriesRings {
 
 template <int HD> __device__ inline void
 queries_produce(const QueriesRings<HD>& rings, const KeyMaps& maps, const CUtensorMap* dout_map, const CUtensorMap* out_map, const Problem& a) {
-    const int heads = a.H / a.G;
     int n = 0, item = blockIdx.x;
     for (int round = 0; hand_on<QueriesRings<HD>::NUMBERS>(rings.queries, round, item, a.schedule); round++, item = draw(a)) {
         const QueryWork work = query_work(a, item);
-        load_stage<HD>(rings.queries, round, maps.qkv, work.h / heads * (heads + 2) + work.h % heads, work.i0, work.b);
+        load_stage<HD>(rings.queries, round, maps.qkv, query_slot(a, work.h), work.i0, work.b);
         for (int j = 0; j < work.count; j++, n++) {
             const KeyTile tile = key_tile(work, j, a.prefix);
             load_keys<HD>(rings.keys, n, maps, a, work, tile, 0);

@@ -88,7 +88,6 @@ template <int HD> struct ForwardRings {
 // An item's queries, then its keys and values, the last tile first; NO_MORE at the end
 template <int HD> __device__ inline void
 forward_produce(const ForwardRings<HD>& rings, const CUtensorMap* query_map, const KeyMaps& maps, const Problem& a) {
-    const int heads = a.H / a.G;
     int number = blockIdx.x;
     for (int round = 0, n = 0;; round++, number = draw(a)) {
         const uint32_t bar = rings.queries.full_bar(round);
@@ -101,8 +100,7 @@ forward_produce(const ForwardRings<HD>& rings, const CUtensorMap* query_map, con
         const QueryWork work = query_work<ITEM_QUERIES>(a, number);
         rings.item(round)[0] = {work.b, work.h, work.i0, work.top}, rings.item(round)[1] = {work.count, work.newer, work.twice, 0};
         barrier_expect(bar, QUERY_BYTES<HD>);
-        const int head = work.h / heads * (heads + 2) + work.h % heads;
-        load_tile<HD, ITEM_QUERIES, ITEM_QUERIES>(rings.queries.tile(round), bar, query_map, head, work.i0, work.b);
+        load_tile<HD, ITEM_QUERIES, ITEM_QUERIES>(rings.queries.tile(round), bar, query_map, query_slot(a, work.h), work.i0, work.b);
 #pragma unroll 1                                                          // unrolled, registers are too few
         for (int j = 0; j < work.count; j++, n++) {
             const KeyTile tile = key_tile(work, j, a.prefix);
