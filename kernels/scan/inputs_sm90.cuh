@@ -147,7 +147,7 @@ template <int R> struct InputsConsumer {
     __device__ void finish_product(float (&x_dbl)[32 * S::BUFFERS]) {
         wgmma_wait<0>();
         hold(x_dbl);
-        last.release(ring), last.next();
+        last.release_lane(ring), last.next();
     }
     __device__ void make_u(float (&x_dbl)[32 * S::BUFFERS]) {
         for (int c = 0; c < p.e; c += INPUTS_CHANNELS, now.next()) {
@@ -188,7 +188,7 @@ template <int R> struct InputsConsumer {
     template <int PENDING> __device__ void finish(float (&dt)[32], int c) {
         wgmma_wait<PENDING>();
         hold(dt);
-        last.release(ring), last.next();
+        last.release_lane(ring), last.next();
         const int to = buffer(written++ % 2);
         stage_rows<64>(sm90_shared + to, dt, {1.f, 1.f});
         publish();
@@ -224,7 +224,7 @@ scan_inputs_kernel(const __grid_constant__ InputsMaps maps, const InputsArgs p) 
     using S = InputsShared<R>;
     const uint32_t shared = shared_address(sm90_shared);
     const Ring<S::STAGES> ring{shared, shared + S::BARRIERS, S::STAGE};
-    if (threadIdx.x == 0) ring.init(), barrier_init_done();
+    if (threadIdx.x == 0) ring.init(2 * WARPGROUP), barrier_init_done();
     __syncthreads();
     const int group = __shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP, 0);              // the compiler must see that it is one for a warp
     if (group < 2) InputsConsumer<R>{maps, p, ring, group}.run();
