@@ -3,6 +3,8 @@
 #pragma once
 #include <cuda.h>
 
+#include <string>
+
 #include "attention/common.cuh"
 
 // wgmma and setmaxnreg exist for sm_90a only: other passes compile empty kernels, which usable() keeps from being launched.
@@ -61,19 +63,26 @@ inline bool usable() {
     return (answer = present ? 1 : -1) > 0;
 }
 
-// A (B, T, heads, hd) tensor seen as boxes of `rows` positions x 64 columns of one head. T is a dimension of its own: rows past
-// it read as zeros and are not written, whatever the next batch holds.
-inline CUtensorMap tensor_map(const bf16* p, int B, int64_t T, int64_t heads, int hd, int rows) {
+// An array as boxes: 64 columns, then N dimensions of sizes[] elements, strides[] elements apart, `box` of each. What is past the end of a dimension
+// reads as zeros and is not written. operation: whose array it is, for the error
+template <int N>
+inline CUtensorMap box_map(const char* operation, const bf16* p, int64_t columns, const int64_t (&sizes)[N], const int64_t (&strides)[N],
+                           const int (&box)[N]) {
     CUtensorMap map;
-    const cuuint64_t sizes[4] = {(cuuint64_t)hd, (cuuint64_t)heads, (cuuint64_t)T, (cuuint64_t)B};
-    const cuuint64_t strides[3] = {(cuuint64_t)hd * 2, (cuuint64_t)heads * hd * 2, (cuuint64_t)T * heads * hd * 2};
-    const cuuint32_t box[4] = {64, 1, (cuuint32_t)rows, 1}, steps[4] = {1, 1, 1, 1};
-    const CUresult status = encode_tiled()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<bf16*>(p), sizes, strides, box, steps,
+    cuuint64_t size[N + 1] = {(cuuint64_t)columns}, bytes[N];
+    cuuint32_t edge[N + 1] = {64}, steps[N + 1] = {1};
+    for (int i = 0; i < N; i++) size[i + 1] = sizes[i], bytes[i] = strides[i] * sizeof(bf16), edge[i + 1] = box[i], steps[i + 1] = 1;
+    const CUresult status = encode_tiled()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, N + 1, const_cast<bf16*>(p), size, bytes, edge, steps,
                                            CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                                            CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (status != CUDA_SUCCESS)
-        fail("attention: cuTensorMapEncodeTiled says %d for B %d, T %lld, %lld heads of %d", (int)status, B, (long long)T, (long long)heads, hd);
-    return map;
+    if (status == CUDA_SUCCESS) return map;
+    std::string shape = std::to_string(columns);
+    for (const int64_t n : sizes) shape = std::to_string(n) + " x " + shape;
+    fail("%s: cuTensorMapEncodeTiled says %d for an array of %s", operation, (int)status, shape.c_str());
+}
+// (B, T, heads, hd) as boxes of `rows` positions x 64 columns of one head. T is a dimension of its own: no box runs into the next sequence.
+inline CUtensorMap tensor_map(const bf16* p, int B, int64_t T, int64_t heads, int hd, int rows) {
+    return box_map("attention", p, hd, {heads, T, B}, {hd, heads * hd, T * heads * hd}, {1, rows, 1});
 }
 
 constexpr int WARPGROUP = 128, BLOCK = 3 * WARPGROUP;                      // producer, two consumers

@@ -108,29 +108,18 @@ inline bool x_proj_conv_usable(std::initializer_list<const void*> arrays, int64_
     return conv_vectors(arrays, {lddx, ldx, K, T}, 8) && e % 64 == 0 && K <= 256 && T < (int64_t)1 << 30 && usable();
 }
 
-// An array as boxes: 64 columns, then dimensions of sizes[] elements, strides[] elements apart, `box` of each
-inline CUtensorMap box_map(const bf16* p, int columns, const int64_t (&sizes)[4], const int64_t (&strides)[4], const int (&box)[4]) {
-    CUtensorMap map;
-    cuuint64_t size[5] = {(cuuint64_t)columns}, stride[4];
-    cuuint32_t edge[5] = {64}, steps[5] = {1, 1, 1, 1, 1};
-    for (int i = 0; i < 4; i++) size[i + 1] = sizes[i], stride[i] = strides[i] * sizeof(bf16), edge[i + 1] = box[i];
-    const CUresult status = encode_tiled()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 5, const_cast<bf16*>(p), size, stride, edge, steps,
-                                           CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                                           CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (status != CUDA_SUCCESS) fail("x_proj and conv1d backward: cuTensorMapEncodeTiled says %d", (int)status);
-    return map;
-}
+constexpr const char* X_PROJ_CONV = "x_proj and conv1d backward";         // in errors
 // (B,T,e) in rows of ld, as boxes of 8 rows of 64 columns for each of `groups`
 inline CUtensorMap group_map(const bf16* p, int e, int64_t ld, int64_t T, int B, int groups) {
-    return box_map(p, 64, {1, T, e / 64, B}, {ld, ld, 64, T * ld}, {1, 8, groups, 1});
+    return box_map(X_PROJ_CONV, p, 64, {1, T, e / 64, B}, {ld, ld, 64, T * ld}, {1, 8, groups, 1});
 }
 // Wx (K,e) as boxes of all rows
 inline CUtensorMap w_x_map(const bf16* p, int K, int e) {
-    return box_map(p, e, {1, K, 1, 1}, {e, e, e, e}, {1, (int)round_up(K, 64), 1, 1});
+    return box_map(X_PROJ_CONV, p, e, {1, K, 1, 1}, {e, e, e, e}, {1, (int)round_up(K, 64), 1, 1});
 }
 // dx_dbl (B,T,K): row 8q + 2j + i is (i, q, j), which is the order of a box's rows
 inline CUtensorMap x_dbl_map(const bf16* p, int K, int64_t T, int B) {
-    return box_map(p, K, {2, T / 8, 4, B}, {K, 8 * (int64_t)K, 2 * (int64_t)K, T * K}, {2, 4, 4, 1});
+    return box_map(X_PROJ_CONV, p, K, {2, T / 8, 4, B}, {K, 8 * (int64_t)K, 2 * (int64_t)K, T * K}, {2, 4, 4, 1});
 }
 
 inline void x_proj_conv(float* dw_x, bool accumulate, float* dw, float* db, XProjConv p, const bf16* du, const bf16* dx_dbl, const bf16* w_x,

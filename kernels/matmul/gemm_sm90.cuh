@@ -42,16 +42,9 @@ template <bool BACKWARD> struct GemmShared {
 // columns: of a row of each result
 struct GemmSize { int64_t M; int columns, k_steps, row_tiles, column_tiles; };
 
-// A (rows, columns) matrix as boxes of `box_rows` rows x 64 columns; what is past its ends reads as zeros and is not written
+// (rows, columns) as boxes of `box_rows` rows x 64 columns
 inline CUtensorMap matrix_map(const bf16* p, int64_t rows, int64_t columns, int box_rows) {
-    CUtensorMap map;
-    const cuuint64_t sizes[2] = {(cuuint64_t)columns, (cuuint64_t)rows}, strides[1] = {(cuuint64_t)columns * 2};
-    const cuuint32_t box[2] = {64, (cuuint32_t)box_rows}, steps[2] = {1, 1};
-    const CUresult status = encode_tiled()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<bf16*>(p), sizes, strides, box, steps,
-                                           CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                                           CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (status != CUDA_SUCCESS) fail("matmul: cuTensorMapEncodeTiled says %d for %lld x %lld", (int)status, (long long)rows, (long long)columns);
-    return map;
+    return box_map("matmul", p, columns, {rows}, {columns}, {box_rows});
 }
 
 #ifdef SAMBA_SM90A_CODE

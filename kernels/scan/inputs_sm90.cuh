@@ -232,17 +232,9 @@ scan_inputs_kernel(const __grid_constant__ InputsMaps maps, const InputsArgs p) 
 #endif
 }
 
-// B sequences of T rows of `columns` values as boxes of `rows` x 64. Rows before and past a sequence read as zeros and are not written.
+// (B, T, columns) in rows of ld as boxes of `rows` x 64. T is a dimension of its own: rows before and past a sequence read as zeros.
 inline CUtensorMap sequences_map(const bf16* p, int B, int64_t T, int columns, int64_t ld, int rows) {
-    CUtensorMap map;
-    const cuuint64_t sizes[4] = {(cuuint64_t)columns, 1, (cuuint64_t)T, (cuuint64_t)B};
-    const cuuint64_t strides[3] = {(cuuint64_t)ld * 2, (cuuint64_t)ld * 2, (cuuint64_t)T * ld * 2};
-    const cuuint32_t box[4] = {64, 1, (cuuint32_t)rows, 1}, steps[4] = {1, 1, 1, 1};
-    const CUresult status = encode_tiled()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<bf16*>(p), sizes, strides, box, steps,
-                                           CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                                           CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (status != CUDA_SUCCESS) fail("scan inputs: cuTensorMapEncodeTiled says %d for %d x %lld x %d", (int)status, B, (long long)T, columns);
-    return map;
+    return box_map("scan inputs", p, columns, {1, T, B}, {ld, ld, T * ld}, {1, rows, 1});
 }
 
 // Does the kernel take these sizes and addresses (null: not given) on this GPU?
