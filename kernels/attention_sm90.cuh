@@ -22,7 +22,8 @@
 //
 // Flops per visible pair: 4 hd forward, 10 hd backward. Samba-421M (B 8, T 4096, window 2048, 12 heads of 128): 309 and 773 GFLOP a
 // layer, of which blocks of 64 x 64 do 319 and 797: 0.32 and 0.81 ms at the H100's nominal rate; dS is 1.25 GB written and read.
-// An H100 that runs the forward pass for long (1.55 GHz): 0.504 ms; an H200: backward 1.63 ms with delta (dev/results/2026-11-27_h200_attention).
+// Measured on an H100 (dev/results/2026-11-28_h100): forward 0.455 ms, for long and at the power limit (1.45 GHz) 0.509 to 0.525; backward 1.74 with
+// delta. Read from memory: forward 302 MB, which is qkv once; backward's kernels 545 and 448, where what they read is 503 and 403.
 //
 // hopper.cuh: instructions, tiles, rings. attention/sm90_common.cuh: who works on what, masks, launches. The kernels: attention/sm90_forward.cuh
 // and attention/sm90_backward.cuh.

@@ -8,9 +8,9 @@
 //
 // Samba-421M (M 32768, d 1536, 12 + 12 + 12 heads of 128): 464 GFLOP, 0.47 ms at the nominal 989 TFLOP/s; bytes 2 M (d + (H + 2G) hd) +
 // 2 d (H + 2G) hd = 0.42 GB, 0.14 ms at 3 TB/s, where the separate pass moves 0.40 GB more, 0.13 ms. From L2: 786 KB a tile of both operands and
-// 64 KB of the table (32 KB where heads are of 64, 128 KB of 256), 3.9 GB in all. Predicted, nothing of it measured: a cluster has 35 tiles of
-// 24,600 clocks of products and 1,500 until they are handed over, then the last one's end, 6,000; at 1.4 GHz, about what the power limit leaves
-// such products, 0.66 ms.
+// 64 KB of the table (32 KB where heads are of 64, 128 KB of 256), 3.9 GB in all. A cluster has 35 tiles of 24,600 clocks of products and 1,500 until
+// they are handed over, then the last one's end, 6,000: 0.66 ms at 1.4 GHz, about what the power limit leaves such products.
+// Measured on an H100 at 700 W (dev/results/2026-11-28_h100): 0.691 ms; cuBLASLt's product and then the pass 0.788, its product alone 0.641.
 #pragma once
 #include "../rope.cuh"
 #include "gemm_sm90.cuh"
