@@ -203,7 +203,7 @@ backward_keys(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant
     const KeysRings<HD> rings(shared_address(sm90_shared));
     results_allow_next();
     if (threadIdx.x == 0) {
-        rings.keys.init(2), rings.steps.init();                          // 2: see release_staging()
+        rings.keys.init(), rings.steps.init();
         barrier_init_done();
     }
     __syncthreads();

@@ -186,7 +186,7 @@ backward_queries(const __grid_constant__ CUtensorMap qkv_map, const __grid_const
     const QueriesRings<HD> rings(shared, shared + QueriesRings<HD>::BARRIERS);
     results_allow_next();
     if (threadIdx.x == 0) {
-        rings.queries.init(2), rings.douts.init(), rings.keys.init(), rings.values.init();      // 2: see release_staging()
+        rings.queries.init(), rings.douts.init(), rings.keys.init(), rings.values.init();
         barrier_init_done();
     }
     __syncthreads();

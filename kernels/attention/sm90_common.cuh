@@ -132,10 +132,12 @@ template <int NUMBERS, int STAGES> __device__ inline bool hand_on(const Ring<STA
     barrier_arrive(ring.full_bar(n));
     return false;
 }
-// By consumers, until they release the stage. The compiler must see that it is one for a warp
+// By consumers, until they release the stage: read by the lane that does. The compiler must see that the number is one for a warp
 template <int NUMBERS, int STAGES> __device__ inline int handed_on(const Ring<STAGES>& ring, int n) {
     ring.wait_full(n);
-    return __shfl_sync(0xffffffffu, number_of<NUMBERS>(ring, n), 0);
+    int item = 0;
+    if (threadIdx.x % WARP == 0) item = number_of<NUMBERS>(ring, n);
+    return __shfl_sync(0xffffffffu, item, 0);
 }
 
 // A tile as position n of a ring, when its stage is empty
@@ -219,9 +221,9 @@ template <class Stage, class Send> __device__ inline void store_gradients(int co
     named_sync(3 + consumer, WARPGROUP);
     if (threadIdx.x % WARPGROUP == 0 && real) send(), tma_store_commit();
 }
-// That store has read its tiles: they may be loaded again
+// That store has read its tiles (only the thread that sent it has one to wait for): they may be loaded again
 template <int STAGES> __device__ inline void release_staging(const Ring<STAGES>& ring, int round) {
-    if (threadIdx.x % WARPGROUP == 0) tma_store_wait(), barrier_arrive(ring.empty_bar(round));
+    if (threadIdx.x % WARP == 0) tma_store_wait(), barrier_arrive(ring.empty_bar(round));
 }
 
 #endif // SAMBA_SM90A_CODE
