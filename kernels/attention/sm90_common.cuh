@@ -221,7 +221,8 @@ template <class Stage, class Send> __device__ inline void store_gradients(int co
     named_sync(3 + consumer, WARPGROUP);
     if (threadIdx.x % WARPGROUP == 0 && real) send(), tma_store_commit();
 }
-// That store has read its tiles (only the thread that sent it has one to wait for): they may be loaded again
+// That store has read its tiles: they may be loaded again. By the lane of each warp that read the item's number (handed_on); only the one that sent
+// the store has anything to wait for
 template <int STAGES> __device__ inline void release_staging(const Ring<STAGES>& ring, int round) {
     if (threadIdx.x % WARP == 0) tma_store_wait(), barrier_arrive(ring.empty_bar(round));
 }

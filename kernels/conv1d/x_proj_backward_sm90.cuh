@@ -109,6 +109,7 @@ inline bool x_proj_conv_usable(std::initializer_list<const void*> arrays, int64_
 }
 
 constexpr const char* X_PROJ_CONV = "x_proj and conv1d backward";         // in errors
+
 // (B,T,e) in rows of ld, as boxes of 8 rows of 64 columns for each of `groups`
 inline CUtensorMap group_map(const bf16* p, int e, int64_t ld, int64_t T, int B, int groups) {
     return box_map(X_PROJ_CONV, p, 64, {1, T, e / 64, B}, {ld, ld, 64, T * ld}, {1, 8, groups, 1});
